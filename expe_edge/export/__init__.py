@@ -1,0 +1,1 @@
+"""Export: checkpoint to graph to package. `exporter.export` is the way in."""

@@ -1,0 +1,129 @@
+"""From a PyTorch model to plain arrays, positions folded out of the products (or left in, for comparison)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expe_edge.errors import ExportError
+from expe_edge.modeling import Block, ExPEForCausalLM
+from expe_edge.positional import ExPE
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FoldedPositions:
+    """What positions add beside the content product of one layer, all float32.
+
+    query_start: (H·D,), query_limbs: (G, H·D) — the queries' own positions, over the limbs of the stored code.
+    value_start, value_limbs: the same for values, (Hkv·D,) and (G, Hkv·D); None unless positions enter them.
+    slope_weight: (C, H·Gk), slope_start: (H·Gk,), slope_limbs: (G, H·Gk) — the slope q_i·β_k/√D of each head and
+    limb of the keys' code, straight from the layer's float input, so that no int8 product is ever scaled by a distance.
+    """
+
+    query_start: Float
+    query_limbs: Float
+    value_start: Float | None
+    value_limbs: Float | None
+    slope_weight: Float
+    slope_start: Float
+    slope_limbs: Float
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block. Matrices are (C_in, C_out); `qkv` is the content product where `positions` is given."""
+
+    attention_norm: Float
+    qkv: Float
+    positions: FoldedPositions | None
+    out: Float
+    feed_forward_norm: Float
+    up: Float
+    down: Float
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The whole model. embedding: (V, C) · norm: (C,) · head: (C, V)."""
+
+    embedding: Float
+    layers: tuple[LayerWeights, ...]
+    norm: Float
+    head: Float
+
+
+def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:
+    """Return the model's weights as float32 arrays.
+
+    Raises:
+        ExportError: a NaN or infinite weight.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ExportError(f"weight {name!r} holds NaN or infinite values; train again, or export an earlier step")
+    return ModelWeights(
+        embedding=_array(model.embedding.weight),
+        layers=tuple(_layer_weights(block, model.positional if folded else None) for block in model.blocks),
+        norm=_array(model.norm.weight),
+        head=_array(model.head.weight.T),
+    )
+
+
+def _layer_weights(block: Block, positional: torch.nn.Module | None) -> LayerWeights:
+    weight, positions = block.attention.qkv.weight.detach().double(), None
+    if isinstance(positional, ExPE) and positional.in_projection:
+        positions = fold_positions(positional, weight)
+        weight = positional.fold(weight).content
+    return LayerWeights(
+        attention_norm=_array(block.attention_norm.weight),
+        qkv=_array(weight.T),
+        positions=positions,
+        out=_array(block.attention.out.weight.T),
+        feed_forward_norm=_array(block.feed_forward_norm.weight),
+        up=_array(block.feed_forward.up.weight.T),
+        down=_array(block.feed_forward.down.weight.T),
+    )
+
+
+def fold_positions(positional: ExPE, weight: Tensor) -> FoldedPositions:
+    """Fold the positions out of one fused weight (C_out, C), float64."""
+    heads = positional.heads
+    content, alpha, beta = positional.fold(weight)
+    storage = _over_stored_limbs(positional, beta)  # (G, C_out)
+    queries, values = slice(0, heads.query_rows), slice(heads.query_rows + heads.key_rows, None)
+
+    def slope(rows: Tensor) -> Tensor:
+        """(…, H·D) query rows to (…, H·Gk) slopes over √D."""
+        query = rows.unflatten(-1, (heads.queries, heads.size)).movedim(-2, 0).unsqueeze(0)  # (1, H, …, D)
+        slopes = positional.slopes(query.flatten(2, -2), beta) / heads.size**0.5  # (1, H, n, Gk)
+        return slopes[0].movedim(0, 1).flatten(1)  # (n, H·Gk)
+
+    in_values = positional.where == "query_key_value"
+    return FoldedPositions(
+        query_start=_array(alpha[queries]),
+        query_limbs=_array(storage[:, queries]),
+        value_start=_array(alpha[values]) if in_values else None,
+        value_limbs=_array(storage[:, values]) if in_values else None,
+        slope_weight=_array(slope(content[queries].T)),
+        slope_start=_array(slope(alpha[None, queries])[0]),
+        slope_limbs=_array(slope(storage[:, queries])),
+    )
+
+
+def _over_stored_limbs(positional: ExPE, beta: Tensor) -> Tensor:
+    """Spread beta (C_out, G of the encoding) over the limbs the graph stores (G, C_out)."""
+    assert positional.code is not None
+    if positional.code.limbs > 1:
+        return beta.T
+    weights = torch.tensor(positional.code.stored.weights, dtype=beta.dtype)
+    return weights[:, None] * beta.T
+
+
+def _array(tensor: Tensor) -> Float:
+    return np.ascontiguousarray(tensor.detach().cpu().float().numpy())

@@ -1,0 +1,237 @@
+"""The exported package: one self-contained directory, complete or absent, hashed; and the graph's contract.
+
+The one thing that `export/` and `runtime/` share. Imports neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expe_edge.errors import ExportError, PackageError
+
+#: Raised by one when a reader of the older format would misread the newer.
+FORMAT_VERSION = 1
+MANIFEST_FILE = "expe_edge.json"
+MODEL_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+
+#: A dimension is a number, or the name of a symbolic axis.
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype (as NumPy names it) and shape of a graph's input or output."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """The inputs and outputs of an exported graph, in order.
+
+    Position n of a row is the n-th token of that row: `position_ids` count from 0, and cached keys stand at
+    0, 1, 2, …; rows of a batch are padded on the right. `attention_mask` has 1 for every token up to and including
+    the new ones.
+    """
+
+    layers: int
+    key_value_heads: int
+    head_size: int
+    vocab_size: int
+    cache_dtype: str = "float32"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Token inputs, then the cache."""
+        return (
+            TensorSpec("input_ids", "int64", ("batch", "sequence")),
+            TensorSpec("attention_mask", "int64", ("batch", "total_sequence")),
+            TensorSpec("position_ids", "int64", ("batch", "sequence")),
+            *self._cache("past_key_values", "past"),
+        )
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Logits, then the cache with the new tokens appended."""
+        logits = TensorSpec("logits", "float32", ("batch", "sequence", self.vocab_size))
+        return (logits, *self._cache("present", "total_sequence"))
+
+    @property
+    def past_names(self) -> tuple[str, ...]:
+        """Names of the cache inputs."""
+        return tuple(spec.name for spec in self._cache("past_key_values", "past"))
+
+    @property
+    def present_names(self) -> tuple[str, ...]:
+        """Names of the cache outputs, in the order of `past_names`."""
+        return tuple(spec.name for spec in self._cache("present", "total_sequence"))
+
+    def _cache(self, prefix: str, axis: str) -> tuple[TensorSpec, ...]:
+        shape: Shape = ("batch", self.key_value_heads, axis, self.head_size)
+        return tuple(
+            TensorSpec(f"{prefix}.{layer}.{part}", self.cache_dtype, shape)
+            for layer in range(self.layers)
+            for part in ("key", "value")
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a package holds, how it was made, and how well it agreed with PyTorch; `expe_edge.json`.
+
+    Attributes:
+        model: the model's config as plain data, encoding included.
+        contract: the graph's inputs and outputs.
+        training_length: N, tokens. context_length: positions that clients should reserve a cache for by default.
+        precision: name of the linear format. linears: the format of every linear by its name.
+        positions: `folded` or `inline`. position_code: bits and limbs of the integer codes in the graph; None
+            where the encoding has none.
+        calibration: source, method and ranges of a static format; None for others.
+        parity: the validation's figures: maximum absolute differences of logits.
+        corpus: where the training text came from, so that held-out text can be found again.
+        files: name to sha256, every file of the package but the manifest.
+    """
+
+    model: Mapping[str, Any]
+    contract: GraphContract
+    training_length: int
+    context_length: int
+    precision: str
+    linears: Mapping[str, str]
+    positions: str
+    position_code: Mapping[str, int] | None
+    calibration: Mapping[str, Any] | None
+    parity: Mapping[str, Any]
+    corpus: Mapping[str, Any]
+    created_by: str
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Manifest:
+        """Parse a manifest; strict about its keys, clear about its version."""
+        try:
+            values = json.loads(text)
+            version = values["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PackageError(f"{where}: not a manifest of expe-edge; export the package again") from error
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise PackageError(
+                f"{where}: format version {version}, newer than {FORMAT_VERSION}, the newest this release reads; "
+                "upgrade expe-edge"
+            )
+        try:
+            contract = GraphContract(**values.pop("contract"))
+            return cls(contract=contract, **values)
+        except (KeyError, TypeError) as error:
+            raise PackageError(f"{where}: damaged manifest ({error}); export the package again") from error
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk whose manifest has been read and whose files have been verified."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model_path(self) -> Path:
+        """The graph."""
+        return self.path / MODEL_FILE
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer."""
+        return self.path / TOKENIZER_FILE
+
+
+def is_package(path: Path) -> bool:
+    """Tell whether `path` has a package's manifest."""
+    return (path / MANIFEST_FILE).is_file()
+
+
+def read_package(path: Path) -> Package:
+    """Read the manifest of `path` and verify its format version and the hash of every file.
+
+    Raises:
+        PackageError: no package there, a newer format, or a file that is missing or was changed.
+    """
+    if not path.is_dir():
+        raise PackageError(f"{path}: no such package directory")
+    try:
+        text = (path / MANIFEST_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackageError(f"{path}: no {MANIFEST_FILE} in it, so not a package; make one with export") from error
+    manifest = Manifest.from_json(text, path / MANIFEST_FILE)
+    if MODEL_FILE not in manifest.files or TOKENIZER_FILE not in manifest.files:
+        raise PackageError(f"{path / MANIFEST_FILE}: damaged manifest (files); export the package again")
+    for name, expected in manifest.files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise PackageError(f"{path}: {name} is missing; the package is incomplete, export it again")
+        if file_hash(file) != expected:
+            raise PackageError(f"{path}: {name} differs from its hash in {MANIFEST_FILE}; export the package again")
+    return Package(path, manifest)
+
+
+@contextmanager
+def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty sibling directory to fill; on success it becomes `path`, on any failure it vanishes.
+
+    Raises:
+        ExportError: `path` exists and `force` is not set, or the disk is full.
+    """
+    require_absent(path, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ExportError(f"{path}: no space left on the device; free some or change --out") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_absent(path: Path, *, force: bool) -> None:
+    """Raise `ExportError` where `path` exists and may not be replaced."""
+    if path.exists() and not force:
+        raise ExportError(f"{path} exists; use --force to replace it, or another --out")
+
+
+def seal_package(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest with the hash of every file in `directory`."""
+    files = {file.name: file_hash(file) for file in sorted(directory.iterdir())}
+    text = dataclasses.replace(manifest, files=files).to_json()
+    (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,280 @@
+"""The registry of positional encodings, behind the one interface the model knows.
+
+Notation: B batch · T query tokens · S keys · C hidden size · H heads · Hkv key/value heads · D head size ·
+l overridden dimensions · G limbs of a position's integer code.
+
+An encoding may act at four places, each the identity unless overridden:
+
+    embed    on the embeddings                     sinusoidal, ExPE at the embedding
+    project  in the query/key/value product        ExPE, ExQPE
+    rotate   on the projected queries and keys     rotary
+    bias     on the scores                         ALiBi, ExPE, ExQPE (linear), relative (a table)
+
+ExPE overrides the first l dimensions of what enters the query and key products by p_n = start + step·n. It is never
+computed that way here. Two exact rewrites take its place (docs/design.md derives them):
+
+    folding             W·[p_n ; u_l:] = W[:, l:]·u_l: + α + n·β      α = W[:, :l]·start, β = W[:, :l]·step
+    position-free keys  softmax_j(q_i·k_j) = softmax_j(q_i·κ_j + (j − i)·(q_i·β_k))
+
+so ExPE attention is content attention plus a linear bias whose slope depends on the query, ALiBi being the case of
+a constant slope; and positions never pass through a half-precision product. ExQPE is the same with one α-β pair of
+slopes for each limb of its code in place of the one for n.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expe_edge.config import ExPEConfig, ExPEParameters, NoParameters, RelativeParameters, RotaryParameters
+from expe_edge.quant.codes import PositionCode
+
+
+class FoldedProjection(NamedTuple):
+    """A fused query/key/value weight with its positions taken out, exactly.
+
+    content: (C_out, C), acts on the content alone.
+    alpha: (C_out,), what `start` adds. beta: (C_out, G), what one unit of each limb adds.
+    """
+
+    content: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
+class Projected(NamedTuple):
+    """Queries, position-free keys and values, with the slopes that stand for the keys' positions.
+
+    query: (B, H, T, D) · key, value: (B, Hkv, T, D) · slopes: (B, H, T, G) in units of the score before its
+    division by √D, or None where keys carry their own position.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    slopes: Tensor | None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the rows of the fused weight divide: H·D of queries, then Hkv·D of keys, then Hkv·D of values."""
+
+    queries: int
+    keys: int
+    size: int
+
+    @property
+    def query_rows(self) -> int:
+        return self.queries * self.size
+
+    @property
+    def key_rows(self) -> int:
+        return self.keys * self.size
+
+    @property
+    def rows(self) -> int:
+        return self.query_rows + 2 * self.key_rows
+
+    def split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split (B, T, rows) into (B, H, T, D), (B, Hkv, T, D), (B, Hkv, T, D)."""
+        parts = fused.split([self.query_rows, self.key_rows, self.key_rows], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in parts)
+        return query, key, value
+
+
+class PositionalEncoding(nn.Module):
+    """No encoding at all, and the interface of the others.
+
+    `code` is the integer code that `slopes` multiply; None where scores get no linear bias.
+    """
+
+    code: PositionCode | None = None
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__()
+        self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Return the embeddings (B, T, C) with what the encoding adds for `positions` (B, T) int64."""
+        del positions
+        return hidden
+
+    def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
+        """Apply the fused weight (C_out, C) to `hidden` (B, T, C)."""
+        del positions
+        return Projected(*self.heads.split(F.linear(hidden, weight)), slopes=None)
+
+    def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Return queries or keys (B, H, T, D) turned by their positions (B, T)."""
+        del positions
+        return states
+
+    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
+        """Return what is added to the scores, (B, H, T, S) float32, for positions (B, T) and (B, S)."""
+        del query_positions, key_positions
+        return None
+
+    def limbs(self, positions: Tensor) -> Tensor:
+        """Return the integer code of `positions` (…), as (…, G) int64."""
+        assert self.code is not None
+        bits, last = self.code.bits, self.code.limbs - 1
+        wrapped = [(positions >> (bits * g)) & ((1 << bits) - 1) for g in range(last)]
+        return torch.stack([*wrapped, positions >> (bits * last)], dim=-1)
+
+
+class Sinusoidal(PositionalEncoding):
+    """Sines and cosines of the position added to the embeddings (Vaswani et al., 2017)."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        self.width = config.hidden_size
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        angles = positions.unsqueeze(-1).float() * inverse_frequencies(self.width, 10000.0).to(hidden.device)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)[..., : self.width]
+        return hidden + waves.to(hidden.dtype)
+
+
+class Rotary(PositionalEncoding):
+    """Rotary embedding, halves convention (Su et al., 2021)."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        parameters = config.encoding_parameters
+        assert isinstance(parameters, RotaryParameters)
+        self.theta = parameters.theta
+
+    def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
+        angles = positions[:, None, :, None].float() * inverse_frequencies(self.heads.size, self.theta).to(states.device)
+        cos, sin = angles.cos(), angles.sin()  # (B, 1, T, D/2)
+        first, second = states.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Relative(PositionalEncoding):
+    """T5's learned bias for each head and logarithmic bucket of the distance back (Raffel et al., 2020)."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        parameters = config.encoding_parameters
+        assert isinstance(parameters, RelativeParameters)
+        self.parameters_ = parameters
+        self.table = nn.Embedding(parameters.buckets, config.num_attention_heads)
+
+    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
+        distance = (query_positions[:, :, None] - key_positions[:, None, :]).clamp(min=0)
+        return self.table(relative_buckets(distance, self.parameters_)).permute(0, 3, 1, 2).float()
+
+
+class ALiBi(PositionalEncoding):
+    """A linear penalty on distance, one fixed slope a head (Press et al., 2022)."""
+
+    code = ExPEParameters().code
+
+    def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
+        query, key, value, _ = super().project(weight, hidden, positions)
+        slopes = query.new_tensor(alibi_slopes(self.heads.queries), dtype=torch.float32) * math.sqrt(self.heads.size)
+        return Projected(query, key, value, slopes[None, :, None, None].expand(*query.shape[:3], 1))
+
+
+class ExPE(PositionalEncoding):
+    """ExPE and, with a code of several limbs, ExQPE; folded, with position-free keys."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        parameters = config.encoding_parameters
+        assert isinstance(parameters, ExPEParameters)
+        self.where, self.how, self.dims = parameters.where, parameters.how, parameters.dims
+        self.code = parameters.code
+        self.register_buffer("start", torch.tensor(parameters.starts), persistent=False)
+        self.register_buffer("limb_steps", torch.tensor(parameters.limb_steps), persistent=False)
+
+    @property
+    def in_projection(self) -> bool:
+        """Whether positions enter at the projections, where they can be folded out."""
+        return self.where != "embedding"
+
+    def vectors(self, positions: Tensor) -> Tensor:
+        """Return the exact position vectors p_n, (…, l) float32, for `positions` (…)."""
+        return self.start + self.limbs(positions).float() @ self.limb_steps
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        if self.in_projection:
+            return hidden
+        head, tail = hidden[..., : self.dims], hidden[..., self.dims :]
+        vectors = self.vectors(positions).to(hidden.dtype)
+        return torch.cat([vectors if self.how == "override" else head + vectors, tail], dim=-1)
+
+    def fold(self, weight: Tensor) -> FoldedProjection:
+        """Take the positions out of the fused weight (C_out, C). Exact; in the weight's dtype, or wider."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        rows = self.heads.rows if self.where == "query_key_value" else self.heads.query_rows + self.heads.key_rows
+        position = weight[:, : self.dims].to(wide) * (torch.arange(len(weight), device=weight.device) < rows)[:, None]
+        content = weight
+        if self.how == "override":
+            overridden = torch.arange(weight.shape[1], device=weight.device) < self.dims
+            kept = ~(overridden[None, :] & (torch.arange(len(weight), device=weight.device) < rows)[:, None])
+            content = weight * kept
+        return FoldedProjection(content, position @ self.start.to(wide), position @ self.limb_steps.to(wide).T)
+
+    def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
+        if not self.in_projection:
+            return super().project(weight, hidden, positions)
+        content, alpha, beta = self.fold(weight)
+        query, key, value = self.heads.split(F.linear(hidden, content))
+        with torch.autocast(hidden.device.type, enabled=False):
+            query_term, _, value_term = self.heads.split(alpha + self.limbs(positions).to(beta.dtype) @ beta.T)
+            query = query.to(beta.dtype) + query_term
+            value = value + value_term.to(value.dtype) if self.where == "query_key_value" else value
+            return Projected(query, key, value, self.slopes(query, beta))
+
+    def slopes(self, query: Tensor, beta: Tensor) -> Tensor:
+        """Return q_i·β_k for every limb: (B, H, T, G) from queries (B, H, T, D) and beta (C_out, G)."""
+        start = self.heads.query_rows
+        key_beta = beta[start : start + self.heads.key_rows].unflatten(0, (self.heads.keys, self.heads.size))
+        return query @ key_beta.repeat_interleave(self.heads.queries // self.heads.keys, dim=0)
+
+
+def inverse_frequencies(width: int, theta: float) -> Tensor:
+    """Return theta^(−2i/width) for i in [0, width/2), float32."""
+    return theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Return the slope of each head as in the paper's code: a geometric sequence, interleaved off powers of two."""
+    closest = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * (h + 1) / closest) for h in range(closest)]
+    return slopes + [2.0 ** (-4.0 * (2 * h + 1) / closest) for h in range(heads - closest)]
+
+
+def relative_buckets(distance: Tensor, parameters: RelativeParameters) -> Tensor:
+    """Return T5's bucket for each distance back (…) int64 >= 0: half exact, half logarithmic up to max_distance."""
+    exact = parameters.buckets // 2
+    scale = (parameters.buckets - exact) / math.log(parameters.max_distance / exact)
+    far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
+    return torch.where(distance < exact, distance, far.clamp(max=parameters.buckets - 1))
+
+
+#: Name to module; `config.POSITIONAL_PARAMETERS` has their settings under the same names.
+POSITIONAL_ENCODINGS: dict[str, type[PositionalEncoding]] = {
+    "expe": ExPE,
+    "exqpe": ExPE,
+    "rotary": Rotary,
+    "sinusoidal": Sinusoidal,
+    "relative": Relative,
+    "alibi": ALiBi,
+    "none": PositionalEncoding,
+}
+
+
+def make_encoding(config: ExPEConfig) -> PositionalEncoding:
+    """Return the encoding that `config` names; the config has checked the name."""
+    return POSITIONAL_ENCODINGS[config.positional](config)
+
+
+__all__ = ["POSITIONAL_ENCODINGS", "NoParameters", "PositionalEncoding", "make_encoding"]

@@ -1,0 +1,1 @@
+"""Quantization: integer position codes, linear formats (how a weight becomes graph nodes), calibration."""

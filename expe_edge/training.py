@@ -1,0 +1,252 @@
+"""Training on transformers' `Trainer`: windows of text with random position offsets, checkpoints, resuming.
+
+Every sample is a function of the seed and its number alone, so that a resumed run, and a run on several processes,
+see exactly the sequences that one uninterrupted process sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from expe_edge.config import ExPEConfig
+from expe_edge.corpus import Corpus, load_corpus
+from expe_edge.errors import CheckpointError, ConfigError, CorpusError
+from expe_edge.modeling import ExPEForCausalLM
+from expe_edge.progress import TrainingProgress
+from expe_edge.settings import TrainSettings
+from expe_edge.tokenization import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
+
+#: Settings, corpus and loss history of a run, beside the model.
+TRAINING_FILE = "training.json"
+#: Where Trainer keeps what resuming needs.
+TRAINER_DIRECTORY = "trainer"
+
+
+class WindowDataset(Dataset[dict[str, Tensor]]):
+    """The run's sequences in order: sample i is a random window of the text at a random position offset."""
+
+    def __init__(self, stream: npt.NDArray[np.int32], settings: TrainSettings) -> None:
+        if len(stream) < settings.training_length:
+            raise CorpusError(
+                f"the training text has {len(stream)} tokens, less than one sequence of {settings.training_length}; "
+                "add --data or lower --training-length"
+            )
+        self.stream, self.settings = stream, settings
+
+    def __len__(self) -> int:
+        return self.settings.max_steps * self.settings.batch_size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        length = self.settings.training_length
+        generator = np.random.default_rng((self.settings.seed, index))
+        begin = generator.integers(len(self.stream) - length + 1)
+        offset = generator.integers(max(self.settings.position_offset * length, 1))
+        tokens = torch.from_numpy(self.stream[begin : begin + length].astype(np.int64))
+        return {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(length) + int(offset)}
+
+
+class WindowTrainer(Trainer):  # type: ignore[misc]  # transformers publishes no types
+    """Trainer that keeps the dataset's order: its samples are random already."""
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types
+    """Turns Ctrl-C into a checkpoint and a clean stop after the step under way; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.previous = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def on_step_end(self, _: TrainingArguments, __: TrainerState, control: TrainerControl, **___: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+
+def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bool = False) -> dict[str, Any]:
+    """Train a model and write the checkpoint `out`: config, safetensors, tokenizer and `training.json`.
+
+    Returns:
+        the content of `training.json`: settings, corpus, parameters, loss history.
+
+    Raises:
+        ConfigError, CorpusError, CheckpointError: bad settings or text, or an `out` that exists and is neither
+            resumed nor forced. Nothing is written then.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint that `resume` continues is on disk.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    batch_size, remainder = divmod(settings.batch_size, state.num_processes)
+    if remainder:
+        raise ConfigError(
+            f"batch_size {settings.batch_size} does not divide over {state.num_processes} processes; "
+            "change --batch-size"
+        )
+    config = _model_config(settings)
+    last = _last_checkpoint(out, resume=resume, force=force)
+    corpus = load_corpus(settings.data, settings.text_field)
+    with state.main_process_first():
+        if state.is_main_process and not resume:
+            _prepare(out, corpus, settings)
+        tokenizer = load_tokenizer(out)
+    stream = np.concatenate(encode_documents(tokenizer, corpus.training))
+    dataset = WindowDataset(stream, settings)
+    set_seed(settings.seed)
+    config.vocab_size = tokenizer.get_vocab_size()
+    model = ExPEForCausalLM(config)
+    interrupt = SaveOnInterrupt()
+    trainer = WindowTrainer(
+        model=model,
+        args=_training_arguments(settings, out, batch_size),
+        train_dataset=dataset,
+        callbacks=[interrupt, TrainingProgress(settings.batch_size * settings.training_length)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last)
+    if interrupt.interrupted:
+        raise KeyboardInterrupt
+    report = {
+        "settings": dataclasses.asdict(settings),
+        "corpus": {
+            "sources": list(corpus.sources),
+            "training_documents": len(corpus.training),
+            "held_out_documents": len(corpus.held_out),
+            "training_tokens": len(stream),
+        },
+        "parameters": model.num_parameters(),
+        "processes": state.num_processes,
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    if state.is_main_process:
+        model.save_pretrained(out)
+        _write_json(out / TRAINING_FILE, report)
+    state.wait_for_everyone()
+    return report
+
+
+def stored_settings(out: Path) -> dict[str, Any]:
+    """Read the settings of the run in `out`, for resuming it."""
+    path = out / TRAINING_FILE
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{out}: no run to resume (no readable {TRAINING_FILE}); drop --resume") from error
+    return dict(settings)
+
+
+def _model_config(settings: TrainSettings) -> ExPEConfig:
+    config = ExPEConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        hidden_act=settings.hidden_act,
+        tie_word_embeddings=settings.tie_word_embeddings,
+        positional=settings.positional,
+        positional_parameters=settings.positional_parameters,
+        training_length=settings.training_length,
+    )
+    farthest = max(settings.position_offset, 1) * settings.training_length + settings.training_length
+    if farthest > config.max_position_embeddings:
+        raise ConfigError(
+            f"position_offset {settings.position_offset} reaches position {farthest}, beyond the encoding's "
+            f"{config.max_position_embeddings}; lower --position-offset"
+        )
+    return config
+
+
+def _last_checkpoint(out: Path, *, resume: bool, force: bool) -> str | None:
+    if resume:
+        last = get_last_checkpoint(str(out / TRAINER_DIRECTORY)) if (out / TRAINER_DIRECTORY).is_dir() else None
+        if last is None:
+            raise CheckpointError(f"{out}: no checkpoint to resume from; drop --resume")
+        return str(last)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not force:
+        raise ConfigError(f"{out} exists; use --force to replace it, --resume to continue it, or another --out")
+    return None
+
+
+def _prepare(out: Path, corpus: Corpus, settings: TrainSettings) -> None:
+    """Make `out` anew with its tokenizer and the settings that resuming reads."""
+    tokenizer = train_tokenizer(corpus.training, settings.vocab_size)
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    wrapped.save_pretrained(out)
+    _write_json(out / TRAINING_FILE, {"settings": dataclasses.asdict(settings)})
+
+
+def _training_arguments(settings: TrainSettings, out: Path, batch_size: int) -> TrainingArguments:
+    on_cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(out / TRAINER_DIRECTORY),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type="cosine",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        adam_beta2=0.95,
+        seed=settings.seed,
+        bf16=computes_in_bfloat16() if settings.dtype == "auto" else settings.dtype == "bfloat16",
+        logging_steps=settings.log_every,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        log_level="error",
+    )
+
+
+def computes_in_bfloat16() -> bool:
+    """Tell whether this machine multiplies bfloat16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
