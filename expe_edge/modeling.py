@@ -7,7 +7,7 @@ D head size · V vocabulary · G limbs of a position's code.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +37,35 @@ class Attention(nn.Module):
         key = positional.rotate(key, context.query_positions)
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer)
-        # Scores are taken in float32 whatever the autocast: positions must not pass through a half-precision product.
+        # Scores are taken in float32 or wider whatever the autocast: positions must not pass through a half-precision
+        # product.
+        wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            states = context.attend(query.float(), key.float(), value.float(), slopes)
+            states = context.attend(query.to(wide), key.to(wide), value.to(wide), slopes)
         return self.out(states.transpose(1, 2).flatten(2).to(hidden.dtype))
 
 
+#: Queries per block. Within a block, keys are counted from its first query, so that a slope is multiplied by small
+#: numbers where precision matters; with 2048 queries in one block, float32 logits lose a digit and more.
+QUERY_BLOCK = 256
+
+
+class QueryBlock(NamedTuple):
+    """Consecutive queries [begin, end), which see the first `keys` keys.
+
+    mask: what is added to the scores, (B or 1, H or 1, end−begin, keys), or None for plain causal attention.
+    codes: the keys' codes less that of the first query, (B, 1, keys, G), or None without a linear bias.
+    """
+
+    begin: int
+    end: int
+    keys: int
+    mask: Tensor | None
+    codes: Tensor | None
+
+
 class AttentionContext:
-    """What all layers share in one forward pass: positions, mask, bias and cache."""
+    """What all layers share in one forward pass: positions, masks, biases and the cache."""
 
     def __init__(
         self,
@@ -54,59 +75,70 @@ class AttentionContext:
         cache: Cache | None,
     ) -> None:
         self.positional, self.query_positions, self.cache = positional, query_positions, cache
-        past = cache.get_seq_length() if cache is not None else 0
+        self.past = cache.get_seq_length() if cache is not None else 0
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        self.padding = attention_mask if padded else None
+        self.key_positions = self._key_positions()  # (B, S)
         length = query_positions.shape[1]
-        self.key_positions = self._key_positions(attention_mask, past)  # (B, S)
-        self.codes = self._relative_codes()
-        bias = positional.bias(query_positions, self.key_positions)
-        self.mask = self._mask(attention_mask, past, length, bias)
+        begins = range(0, length, QUERY_BLOCK)
+        self.blocks = [self._block(begin, min(begin + QUERY_BLOCK, length)) for begin in begins]
 
-    def _key_positions(self, attention_mask: Tensor | None, past: int) -> Tensor:
-        if past == 0:
+    def _key_positions(self) -> Tensor:
+        if self.past == 0:
             return self.query_positions
-        if attention_mask is not None:
-            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        total = past + self.query_positions.shape[1]
+        if self.padding is not None:
+            return mask_positions(self.padding)
+        total = self.past + self.query_positions.shape[1]
         return torch.arange(total, device=self.query_positions.device).expand(len(self.query_positions), -1)
 
-    def _relative_codes(self) -> Tensor | None:
-        """Codes of the keys less those of the first query, (B, 1, S, G): near zero where precision matters."""
-        if self.positional.code is None:
-            return None
-        reference = self.positional.limbs(self.query_positions[:, :1])
-        return (self.positional.limbs(self.key_positions) - reference).unsqueeze(1).float()
+    def _block(self, begin: int, end: int) -> QueryBlock:
+        keys, codes = self.past + end, None
+        queries = self.query_positions[:, begin:end]
+        if self.positional.code is not None:
+            reference = self.positional.limbs(queries[:, :1])
+            codes = (self.positional.limbs(self.key_positions[:, :keys]) - reference).unsqueeze(1)
+        bias = self.positional.bias(queries, self.key_positions[:, :keys])
+        return QueryBlock(begin, end, keys, self._mask(begin, end, bias), codes)
 
-    def _mask(self, attention_mask: Tensor | None, past: int, length: int, bias: Tensor | None) -> Tensor | None:
-        """Return the additive float mask (B or 1, H or 1, T, S), or None where plain causal attention is meant."""
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if bias is None and not padded and (past == 0 or length == 1):
+    def _mask(self, begin: int, end: int, bias: Tensor | None) -> Tensor | None:
+        first = self.past + begin
+        if bias is None and self.padding is None and (first == 0 or end - begin == 1):
             return None
         device = self.query_positions.device
-        query_index = torch.arange(past, past + length, device=device)
-        visible = torch.arange(past + length, device=device) <= query_index[:, None]  # (T, S)
-        if padded:
-            assert attention_mask is not None
-            visible = visible & attention_mask[:, None, None, :].bool()
+        rows = torch.arange(first, self.past + end, device=device)[:, None]
+        visible = torch.arange(self.past + end, device=device) <= rows  # (T, S)
+        if self.padding is not None:
+            visible = visible & self.padding[:, None, None, : self.past + end].bool()
         blocked = torch.zeros(visible.shape, device=device).masked_fill(~visible, torch.finfo(torch.float32).min)
         return blocked if bias is None else blocked + bias
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None) -> Tensor:
-        """Softmax attention over (B, H, T, D) and (B, Hkv, S, D), float32, with the linear bias of `slopes`.
+        """Softmax attention over (B, H, T, D) and (B, Hkv, S, D) with the linear bias of `slopes` (B, H, T, G).
 
         A bias linear in the key's code is a few more dimensions of the inner product, so that no (T, S) tensor is
         made: q·κ_j + Σ_g slope_g·code_g(j) = [q ; slope]·[κ_j ; code(j)].
         """
         groups, size = query.shape[1] // key.shape[1], query.shape[-1]
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        query = query / math.sqrt(size)
         if slopes is not None:
-            assert self.codes is not None
-            query = torch.cat([query, slopes / math.sqrt(size)], dim=-1)
-            key = torch.cat([key, self.codes.expand(*key.shape[:3], -1)], dim=-1)
+            query = torch.cat([query, slopes], dim=-1)
             value = F.pad(value, (0, slopes.shape[-1]))  # the fused kernels want one head size
-        causal = self.mask is None and query.shape[2] > 1
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, is_causal=causal, scale=1.0)
-        return mixed[..., :size]
+        query = query / math.sqrt(size)
+        mixed = [self._attend_block(block, query, key, value) for block in self.blocks]
+        return torch.cat(mixed, dim=2)[..., :size]
+
+    def _attend_block(self, block: QueryBlock, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = query[:, :, block.begin : block.end], key[:, :, : block.keys], value[:, :, : block.keys]
+        if block.codes is not None:
+            key = torch.cat([key, block.codes.to(key.dtype).expand(*key.shape[:3], -1)], dim=-1)
+        mask = None if block.mask is None else block.mask.to(query.dtype)
+        causal = mask is None and query.shape[2] > 1
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)
+
+
+def mask_positions(attention_mask: Tensor) -> Tensor:
+    """Return the positions (B, S) of the tokens of a mask (B, S), padding not counted."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 class FeedForward(nn.Module):
@@ -225,7 +257,7 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
     def _positions(self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         past, length = cache.get_seq_length() if cache is not None else 0, hidden.shape[1]
         if attention_mask is not None:
-            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+            return mask_positions(attention_mask)[:, -length:]
         return torch.arange(past, past + length, device=hidden.device)[None]
 
 

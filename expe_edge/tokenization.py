@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from expe_edge.corpus import Document
 from expe_edge.errors import CheckpointError, ConfigError
@@ -20,7 +20,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def train_tokenizer(documents: Sequence[Document], vocab_size: int, *, progress: bool = False) -> Tokenizer:
-    """Train a byte-level BPE of `vocab_size` tokens; with 257 it is plain bytes.
+    """Train a byte-level BPE of `vocab_size` tokens; with 257 it is plain bytes. Every text opens with the separator.
 
     Raises:
         ConfigError: a vocabulary below 257.
@@ -37,6 +37,8 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int, *, progress:
         show_progress=progress,
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    separator = (END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+    tokenizer.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[separator])
     return tokenizer
 
 

@@ -6,7 +6,8 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
+
 import onnx
 
 from expe_edge import __version__
@@ -16,7 +17,7 @@ from expe_edge.export.nodes import MICROSOFT, GraphBuilder
 from expe_edge.export.positions import POSITION_NODES, PositionNodes, Projection
 from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.package import GraphContract
-from expe_edge.quant.formats import Float, LinearFormat
+from expe_edge.quant.formats import Float, LinearFormat, Range
 
 #: The name of the head among the linears.
 HEAD = "head"
@@ -32,7 +33,14 @@ def graph_contract(config: ExPEConfig) -> GraphContract:
     )
 
 
-def build_graph(model: ExPEForCausalLM, linear: LinearFormat, *, folded: bool = True) -> onnx.ModelProto:
+class BuiltGraph(NamedTuple):
+    """The graph, and for every linear the name of the tensor that enters it."""
+
+    model: onnx.ModelProto
+    linear_inputs: dict[str, str]
+
+
+def build_graph(model: ExPEForCausalLM, linear: LinearFormat, *, folded: bool = True) -> BuiltGraph:
     """Return the model as an ONNX graph with the tensors of `graph_contract`.
 
     Args:
@@ -53,7 +61,7 @@ class _Decoder:
             self.graph, self.config, model, self.linear
         )
 
-    def build(self) -> onnx.ModelProto:
+    def build(self) -> BuiltGraph:
         graph, contract = self.graph, graph_contract(self.config)
         self._lengths()
         self.positions.begin()
@@ -63,7 +71,8 @@ class _Decoder:
             hidden = self._block(f"layers.{index}", index, hidden, weights)
         hidden = self._norm("norm", hidden, self.weights.norm)
         graph.emit("Identity", [self.linear.emit(graph, HEAD, hidden, self.weights.head)], ["logits"], name="logits")
-        return graph.model(contract.inputs, contract.outputs, f"expe-edge {__version__}")
+        proto = graph.model(contract.inputs, contract.outputs, f"expe-edge {__version__}")
+        return BuiltGraph(proto, self.linear.inputs)
 
     def _lengths(self) -> None:
         """The operator's two lengths: last position of each row (B,), and of the longest row plus one, int32."""
@@ -112,7 +121,7 @@ class _Decoder:
             gate, up = graph.multi("Split", [wide], 2, name=f"{name}.halves", axis=-1, num_outputs=2)
             sigmoid = graph.op("Sigmoid", gate, name=f"{name}.sigmoid")
             active = graph.op("Mul", graph.op("Mul", gate, sigmoid, name=f"{name}.silu"), up, name=f"{name}.active")
-        return self.linear.emit(graph, f"{name}.down", active, weights.down)
+        return self.linear.emit(graph, f"{name}.down", active, weights.down, peaked=True)
 
     def _norm(self, name: str, hidden: str, gain: Float) -> str:
         """RMSNorm in the form that onnxruntime fuses into one kernel."""
@@ -132,8 +141,14 @@ class _DescribedLinear(LinearFormat):
         self.inner = inner
         self.inputs: dict[str, str] = {}
 
-    def emit(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float) -> str:
+    @property
+    def rounds_activations(self) -> bool:  # type: ignore[override]  # the inner format's
+        return self.inner.rounds_activations
+
+    def product(
+        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
+    ) -> str:
         if hidden not in self.inputs.values():
             graph.describe(hidden, weight.shape[0])
         self.inputs[linear] = hidden
-        return self.inner.emit(graph, linear, hidden, weight)
+        return self.inner.product(graph, linear, hidden, weight, within)

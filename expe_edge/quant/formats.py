@@ -26,6 +26,9 @@ Range = tuple[float, float]
 WEIGHT_LIMIT = 127
 WEIGHT_ZERO_POINT = 128
 ACTIVATION_LEVELS = 255
+#: The range of rows divided by their largest magnitude, and the divisor of rows that are all zero.
+UNIT: Range = (-1.0, 1.0)
+SMALLEST_PEAK = 1e-20
 
 
 class QuantizedWeight(NamedTuple):
@@ -59,12 +62,32 @@ class LinearFormat(ABC):
     """How the product of (…, C_in) with a weight (C_in, C_out) is stored and computed."""
 
     name: str
-    #: Whether `emit` needs the activation ranges that calibration measures.
+    #: Whether activations are rounded to one range for the whole tensor.
+    rounds_activations = True
+    #: Whether that range is fixed, so that `product` needs what calibration measures.
     calibrated = False
 
+    def emit(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, *, peaked: bool = False) -> str:
+        """Append the nodes of linear `linear` on tensor `hidden`; return the name of its float32 output.
+
+        Args:
+            peaked: the input's largest value differs much from token to token, as behind a gate. Rounding then acts
+                on rows divided by their largest magnitude, W·x = m·(W·(x/m)), exactly as good a product, so that
+                one token's peak does not coarsen the others.
+        """
+        if not (peaked and self.rounds_activations):
+            return self.product(graph, linear, hidden, weight)
+        magnitudes = graph.op("Abs", hidden, name=f"{linear}.magnitudes")
+        peak = graph.op("ReduceMax", magnitudes, graph.ints(-1), name=f"{linear}.peak", keepdims=1)
+        peak = graph.op("Max", peak, graph.scalar(SMALLEST_PEAK), name=f"{linear}.peak")
+        rows = graph.op("Div", hidden, peak, name=f"{linear}.rows")
+        return graph.op("Mul", self.product(graph, linear, rows, weight, within=UNIT), peak, name=f"{linear}.restored")
+
     @abstractmethod
-    def emit(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float) -> str:
-        """Append the nodes of linear `linear` on tensor `hidden`; return the name of its float32 output."""
+    def product(
+        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
+    ) -> str:
+        """Append the product itself. within: a range that `hidden` is known to stay in."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +95,12 @@ class Float32(LinearFormat):
     """Plain float32."""
 
     name = "float32"
+    rounds_activations = False
 
-    def emit(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float) -> str:
+    def product(
+        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
+    ) -> str:
+        del within
         return graph.op("MatMul", hidden, graph.weight(f"{linear}.weight", weight), name=linear)
 
 
@@ -83,7 +110,10 @@ class DynamicInt8(LinearFormat):
 
     name = "int8-dynamic"
 
-    def emit(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float) -> str:
+    def product(
+        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
+    ) -> str:
+        del within
         quantized = quantize_weight(weight)
         values = graph.weight(f"{linear}.weight", quantized.values)
         scale = graph.weight(f"{linear}.scale", quantized.scale)
@@ -102,10 +132,12 @@ class StaticInt8(LinearFormat):
     calibrated = True
     ranges: Mapping[str, Range]
 
-    def emit(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float) -> str:
-        if linear not in self.ranges:
+    def product(
+        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
+    ) -> str:
+        if within is None and linear not in self.ranges:
             raise ExportError(f"calibration measured no range for {linear!r}")
-        scale, zero = activation_scale(*self.ranges[linear])
+        scale, zero = activation_scale(*(within or self.ranges[linear]))
         parameters = [graph.scalar(float(scale)), graph.scalar(int(zero), np.uint8)]
         codes = graph.op("QuantizeLinear", hidden, *parameters, name=f"{linear}.quantize")
         restored = graph.op("DequantizeLinear", codes, *parameters, name=f"{linear}.dequantize")

@@ -1,0 +1,91 @@
+"""Validation of a graph against PyTorch on one long sequence, by prefill and by cached decode, before it is written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import torch
+
+from expe_edge.errors import ExportError
+from expe_edge.export.contract import check_contract, graph_feeds
+from expe_edge.modeling import ExPEForCausalLM
+from expe_edge.package import GraphContract
+from expe_edge.statistics import divergence
+
+Float = npt.NDArray[np.float32]
+
+#: Tokens decoded one at a time at the end of the sequence.
+DECODED = 16
+PREFILL_CHUNK = 256
+#: Largest difference of logits that a float32 graph may show, in units of max(1, largest logit / 16): float32 keeps 24
+#: bits, and logits beyond 16 have that much less after the point.
+FLOAT_TOLERANCE = 1e-4
+#: How much more is allowed where positions stay inside the products: float32 itself loses the content beside them.
+INLINE_ALLOWANCE = 1000
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Differences between a graph and PyTorch, logits (T, V) of one sequence of `tokens` tokens.
+
+    prefill_max, decode_max: largest absolute difference. mean_kl: nats per token, PyTorch's distribution to the
+    graph's.
+    """
+
+    tokens: int
+    prefill_max: float
+    decode_max: float
+    largest_logit: float
+    mean_kl: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain data for the manifest."""
+        return asdict(self)
+
+
+def measure_parity(
+    model: ExPEForCausalLM, graph: onnx.ModelProto, contract: GraphContract, tokens: npt.NDArray[np.int64]
+) -> Parity:
+    """Run `tokens` (T,) through both and compare; raises `ExportError` where the graph breaks the contract."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    check_contract(session, contract)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+    found = _run(session, contract, tokens)
+    difference = np.abs(found - expected)
+    return Parity(
+        tokens=len(tokens),
+        prefill_max=float(difference[:-DECODED].max()),
+        decode_max=float(difference[-DECODED:].max()),
+        largest_logit=float(np.abs(expected).max()),
+        mean_kl=float(divergence(expected, found).mean()),
+    )
+
+
+def require_parity(parity: Parity, precision: str, *, folded: bool) -> None:
+    """Raise `ExportError` where logits are not finite, or float32's differ by more than rounding explains."""
+    worst = max(parity.prefill_max, parity.decode_max)
+    if not np.isfinite(worst) or not np.isfinite(parity.mean_kl):
+        raise ExportError(f"{precision}: the graph gives NaN or infinite logits; export float32 and compare by layer")
+    allowed = FLOAT_TOLERANCE * max(1.0, parity.largest_logit / 16) * (1 if folded else INLINE_ALLOWANCE)
+    if precision == "float32" and worst > allowed:
+        raise ExportError(f"float32: logits differ from PyTorch by {worst:.2g}, more than {allowed:.2g}")
+
+
+def _run(session: ort.InferenceSession, contract: GraphContract, tokens: npt.NDArray[np.int64]) -> Float:
+    """Prefill all but the last tokens in chunks, decode the rest one by one; return logits (T, V)."""
+    prefilled = len(tokens) - DECODED
+    parts = [tokens[begin : min(begin + PREFILL_CHUNK, prefilled)] for begin in range(0, prefilled, PREFILL_CHUNK)]
+    parts += [tokens[index : index + 1] for index in range(prefilled, len(tokens))]
+    cache, logits = None, []
+    for part in parts:
+        outputs = session.run(None, graph_feeds(contract, part[None], cache))
+        logits.append(outputs[0][0])
+        cache = outputs[1:]
+    return np.concatenate(logits)

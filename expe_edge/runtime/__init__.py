@@ -1,0 +1,12 @@
+"""The light runtime: NumPy, onnxruntime and tokenizers, nothing else.
+
+    from expe_edge.runtime import Generator
+    generator = Generator.load("package/int8-dynamic")
+    print(generator.generate(["def main("], max_new_tokens=64)[0].text)
+"""
+
+from expe_edge.runtime.generator import Completion, Generator
+from expe_edge.runtime.sampling import Sampling
+from expe_edge.runtime.session import PackageSession
+
+__all__ = ["Completion", "Generator", "PackageSession", "Sampling"]

@@ -1,0 +1,129 @@
+"""A package opened in onnxruntime, and its two ways of running: prefill in chunks, decode one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from expe_edge.errors import GenerationError, PackageError
+from expe_edge.package import GraphContract, Package, read_package
+from expe_edge.runtime.cache import Cache
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+#: Tokens per prefill step: enough to fill the matrix kernels, few enough that the (T, S) scores stay small.
+PREFILL_CHUNK = 256
+
+#: `--device` to the execution provider it stands for.
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class PackageSession:
+    """An onnxruntime session over a verified package.
+
+    Attributes:
+        package: the package. contract: its graph's inputs and outputs.
+    """
+
+    def __init__(self, package: Package, *, threads: int | None = None, device: str = "cpu") -> None:
+        self.package = package
+        self.contract: GraphContract = package.manifest.contract
+        self.session = _open_session(package, threads, device)
+
+    @classmethod
+    def load(cls, path: str | Path, *, threads: int | None = None, device: str = "cpu") -> PackageSession:
+        """Verify and open the package at `path`.
+
+        Args:
+            threads: threads within an operator; None lets onnxruntime choose, one for each physical core.
+            device: `cpu` or `cuda`.
+
+        Raises:
+            PackageError: a missing, damaged or newer package. GenerationError: a device that is not there.
+        """
+        return cls(read_package(Path(path)), threads=threads, device=device)
+
+    @property
+    def reach(self) -> int:
+        """Positions that the encoding represents exactly; no row may be longer."""
+        return int(self.package.manifest.model["max_position_embeddings"])
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Allocate a cache for `batch` rows of `capacity` tokens."""
+        if capacity > self.reach:
+            raise GenerationError(f"{capacity} tokens exceed the {self.reach} positions of this model's encoding")
+        return Cache(self.contract, batch, capacity)
+
+    def prefill(self, cache: Cache, tokens: Ids, chunk: int = PREFILL_CHUNK) -> Iterator[Logits]:
+        """Append `tokens` (T,) to a cache of one row; yield logits (t, V) for each chunk of t <= `chunk` tokens."""
+        if cache.batch != 1:
+            raise ValueError("prefill fills one row at a time; take cache.row(i)")
+        for begin in range(0, len(tokens), chunk):
+            part = tokens[begin : begin + chunk]
+            yield Step(self, cache, len(part)).run(part[None])[0]
+
+
+class Step:
+    """One forward pass of fixed shape (B, T) over a cache, bound once and run as often as wanted.
+
+    Only the attention mask is bound anew: it grows by T with every run.
+    """
+
+    def __init__(self, session: PackageSession, cache: Cache, tokens: int) -> None:
+        self.session, self.cache, self.tokens = session.session, cache, tokens
+        self.input_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
+        self.position_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
+        self.logits = np.zeros((cache.batch, tokens, session.contract.vocab_size), dtype=np.float32)
+        self.offsets = np.arange(tokens, dtype=np.int64)
+        self.columns = np.arange(cache.capacity, dtype=np.int64)
+        self.binding = self.session.io_binding()
+        for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
+            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
+        cache.bind(self.binding)
+
+    def run(self, tokens: Ids) -> Logits:
+        """Append `tokens` (B, T) to every row; return logits (B, T, V), valid until the next run."""
+        cache = self.cache
+        lengths = cache.lengths + self.tokens
+        longest = int(lengths.max())
+        if longest > cache.capacity:
+            raise GenerationError(f"the cache holds {cache.capacity} tokens; {longest} are needed")
+        self.input_ids[:] = tokens
+        np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
+        mask = (self.columns[:longest] < lengths[:, None]).astype(np.int64)
+        self.binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
+        self.session.run_with_iobinding(self.binding)
+        cache.lengths[:] = lengths
+        return self.logits
+
+
+def _open_session(package: Package, threads: int | None, device: str) -> ort.InferenceSession:
+    if device not in PROVIDERS:
+        raise GenerationError(f"unknown device {device!r}; available: {', '.join(PROVIDERS)}; change --device")
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise GenerationError(
+            f"--device {device}: this onnxruntime has no {provider}; install onnxruntime-gpu on a machine with a GPU, "
+            "or use --device cpu"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    if threads is not None:
+        if threads < 1:
+            raise GenerationError(f"--threads is {threads}; at least 1")
+        options.intra_op_num_threads = threads
+    providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
+    try:
+        session = ort.InferenceSession(str(package.model_path), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no narrower base
+        reason = str(error).splitlines()[0]
+        raise PackageError(f"{package.model_path}: onnxruntime {ort.__version__} cannot open it ({reason})") from error
+    if session.get_providers()[0] != provider:
+        raise GenerationError(f"--device {device}: {provider} found no device; use --device cpu")
+    return session
