@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -33,7 +33,8 @@ class Checkpoint:
     @property
     def config(self) -> ExPEConfig:
         """The model's config."""
-        return self.model.config
+        config: ExPEConfig = self.model.config
+        return config
 
     @property
     def sources(self) -> dict[str, Any]:
@@ -92,4 +93,4 @@ def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise CheckpointError(f"{path}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} (first difference: {wrong[0]})")
-    return model
+    return cast(ExPEForCausalLM, model)

@@ -125,12 +125,14 @@ def _measure(scorers: Sequence[Scorer], tokens: Ids, targets: Ids) -> list[dict[
         reference = log_softmax(chunks[0])
         for model, logits in enumerate(chunks):
             predicted = reference if model == 0 else log_softmax(logits)
-            parts[model].append({
-                "tokens": np.ones(len(wanted)),
-                "nll": -predicted[np.arange(len(wanted)), wanted],
-                "kl": (np.exp(reference) * (reference - predicted)).sum(axis=-1),
-                "top1": (predicted.argmax(axis=-1) == reference.argmax(axis=-1)).astype(np.float64),
-            })
+            parts[model].append(
+                {
+                    "tokens": np.ones(len(wanted)),
+                    "nll": -predicted[np.arange(len(wanted)), wanted],
+                    "kl": (np.exp(reference) * (reference - predicted)).sum(axis=-1),
+                    "top1": (predicted.argmax(axis=-1) == reference.argmax(axis=-1)).astype(np.float64),
+                }
+            )
     return [{name: np.concatenate([part[name] for part in of]) for name in of[0]} for of in parts]
 
 

@@ -163,8 +163,7 @@ class ExQPEParameters(ExPEParameters):
         steps = per_dimension("step", self.step, self.dims)
         group = self.dims // self.limbs
         return tuple(
-            tuple(step if dim // group == limb else 0.0 for dim, step in enumerate(steps))
-            for limb in range(self.limbs)
+            tuple(step if dim // group == limb else 0.0 for dim, step in enumerate(steps)) for limb in range(self.limbs)
         )
 
     def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:

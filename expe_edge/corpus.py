@@ -91,7 +91,8 @@ def read_source(source: str, text_field: str) -> Iterator[Document]:
     elif path.is_file():
         yield from _files([path], text_field)
     elif glob.has_magic(source):
-        yield from _files([Path(name) for name in sorted(glob.glob(source, recursive=True))], text_field)
+        names = sorted(glob.glob(source, recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+        yield from _files([Path(name) for name in names], text_field)
     elif path.suffix or source.startswith(("/", "./", "../", "~")):
         raise CorpusError(f"--data {source}: no such file or folder")
     else:
@@ -135,8 +136,7 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
                 text = json.loads(line)[text_field]
             except (ValueError, KeyError, TypeError) as error:
                 raise CorpusError(
-                    f"--data {path}: line {number} is not a JSON object with a {text_field!r} field; "
-                    "set --text-field"
+                    f"--data {path}: line {number} is not a JSON object with a {text_field!r} field; set --text-field"
                 ) from error
             yield Document(f"{path}:{number}", str(text))
 
@@ -151,8 +151,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
         raise CorpusError(f"--data {path}: not a parquet file") from error
     if text_field not in file.schema_arrow.names:
         raise CorpusError(
-            f"--data {path}: no column {text_field!r}, there are {', '.join(file.schema_arrow.names)}; "
-            "set --text-field"
+            f"--data {path}: no column {text_field!r}, there are {', '.join(file.schema_arrow.names)}; set --text-field"
         )
     row = 0
     for batch in file.iter_batches(columns=[text_field]):

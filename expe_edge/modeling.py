@@ -42,7 +42,8 @@ class Attention(nn.Module):
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             states = context.attend(query.to(wide), key.to(wide), value.to(wide), slopes)
-        return self.out(states.transpose(1, 2).flatten(2).to(hidden.dtype))
+        written: Tensor = self.out(states.transpose(1, 2).flatten(2).to(hidden.dtype))
+        return written
 
 
 #: Queries per block. Within a block, keys are counted from its first query, so that a slope is multiplied by small
@@ -128,7 +129,11 @@ class AttentionContext:
         return torch.cat(mixed, dim=2)[..., :size]
 
     def _attend_block(self, block: QueryBlock, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = query[:, :, block.begin : block.end], key[:, :, : block.keys], value[:, :, : block.keys]
+        query, key, value = (
+            query[:, :, block.begin : block.end],
+            key[:, :, : block.keys],
+            value[:, :, : block.keys],
+        )
         if block.codes is not None:
             key = torch.cat([key, block.codes.to(key.dtype).expand(*key.shape[:3], -1)], dim=-1)
         mask = None if block.mask is None else block.mask.to(query.dtype)
@@ -152,11 +157,14 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self.up(hidden)
-        if not self.gated:
-            return self.down(F.gelu(hidden))
-        gate, up = hidden.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        wide = self.up(hidden)
+        if self.gated:
+            gate, up = wide.chunk(2, dim=-1)
+            active = F.silu(gate) * up
+        else:
+            active = F.gelu(wide)
+        written: Tensor = self.down(active)
+        return written
 
 
 class Block(nn.Module):
@@ -169,7 +177,8 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), context)
-        return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        mixed: Tensor = hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        return mixed
 
 
 class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers publishes no types
@@ -186,9 +195,7 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positional = make_encoding(config)
-        self.blocks = nn.ModuleList(
-            Block(config, layer, self.positional) for layer in range(config.num_hidden_layers)
-        )
+        self.blocks = nn.ModuleList(Block(config, layer, self.positional) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -82,8 +82,8 @@ class Heads:
 
     def split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split (B, T, rows) into (B, H, T, D), (B, Hkv, T, D), (B, Hkv, T, D)."""
-        parts = fused.split([self.query_rows, self.key_rows, self.key_rows], dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in parts)
+        parts = torch.split(fused, [self.query_rows, self.key_rows, self.key_rows], dim=-1)
+        query, key, value = (torch.unflatten(part, -1, (-1, self.size)).transpose(1, 2) for part in parts)
         return query, key, value
 
 
@@ -150,7 +150,9 @@ class Rotary(PositionalEncoding):
         self.theta = parameters.theta
 
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
-        angles = positions[:, None, :, None].float() * inverse_frequencies(self.heads.size, self.theta).to(states.device)
+        angles = positions[:, None, :, None].float() * inverse_frequencies(self.heads.size, self.theta).to(
+            states.device
+        )
         cos, sin = angles.cos(), angles.sin()  # (B, 1, T, D/2)
         first, second = states.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -168,7 +170,8 @@ class Relative(PositionalEncoding):
 
     def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
         distance = (query_positions[:, :, None] - key_positions[:, None, :]).clamp(min=0)
-        return self.table(relative_buckets(distance, self.parameters_)).permute(0, 3, 1, 2).float()
+        table: Tensor = self.table(relative_buckets(distance, self.parameters_))
+        return table.permute(0, 3, 1, 2).float()
 
 
 class ALiBi(PositionalEncoding):
@@ -189,38 +192,54 @@ class ExPE(PositionalEncoding):
         super().__init__(config)
         parameters = config.encoding_parameters
         assert isinstance(parameters, ExPEParameters)
-        self.where, self.how, self.dims = parameters.where, parameters.how, parameters.dims
+        self.parameters_ = parameters
         self.code = parameters.code
-        self.register_buffer("start", torch.tensor(parameters.starts), persistent=False)
-        self.register_buffer("limb_steps", torch.tensor(parameters.limb_steps), persistent=False)
 
     @property
     def in_projection(self) -> bool:
         """Whether positions enter at the projections, where they can be folded out."""
-        return self.where != "embedding"
+        return self.parameters_.where != "embedding"
+
+    @property
+    def positioned_rows(self) -> int:
+        """Rows of the fused weight whose input carries positions: queries and keys, or all."""
+        return (
+            self.heads.rows
+            if self.parameters_.where == "query_key_value"
+            else self.heads.query_rows + self.heads.key_rows
+        )
+
+    def start_and_steps(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return start (l,) and limb steps (G, l), exact: made anew, since a cast of the model would round a buffer."""
+        return like.new_tensor(self.parameters_.starts), like.new_tensor(self.parameters_.limb_steps)
 
     def vectors(self, positions: Tensor) -> Tensor:
         """Return the exact position vectors p_n, (…, l) float32, for `positions` (…)."""
-        return self.start + self.limbs(positions).float() @ self.limb_steps
+        codes = self.limbs(positions).float()
+        start, steps = self.start_and_steps(codes)
+        return start + codes @ steps
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         if self.in_projection:
             return hidden
-        head, tail = hidden[..., : self.dims], hidden[..., self.dims :]
+        dims = self.parameters_.dims
         vectors = self.vectors(positions).to(hidden.dtype)
-        return torch.cat([vectors if self.how == "override" else head + vectors, tail], dim=-1)
+        if self.parameters_.how == "add":
+            vectors = hidden[..., :dims] + vectors
+        return torch.cat([vectors, hidden[..., dims:]], dim=-1)
 
     def fold(self, weight: Tensor) -> FoldedProjection:
-        """Take the positions out of the fused weight (C_out, C). Exact; in the weight's dtype, or wider."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        rows = self.heads.rows if self.where == "query_key_value" else self.heads.query_rows + self.heads.key_rows
-        position = weight[:, : self.dims].to(wide) * (torch.arange(len(weight), device=weight.device) < rows)[:, None]
+        """Take the positions out of the fused weight (C_out, C). Exact; α and β in float32 or wider."""
+        rows, dims = self.positioned_rows, self.parameters_.dims
+        position = weight[:, :dims].to(torch.promote_types(weight.dtype, torch.float32))
+        position = F.pad(position[:rows], (0, 0, 0, len(weight) - rows))  # zero where no position enters
         content = weight
-        if self.how == "override":
-            overridden = torch.arange(weight.shape[1], device=weight.device) < self.dims
-            kept = ~(overridden[None, :] & (torch.arange(len(weight), device=weight.device) < rows)[:, None])
+        if self.parameters_.how == "override":
+            kept = torch.ones_like(weight)
+            kept[:rows, :dims] = 0
             content = weight * kept
-        return FoldedProjection(content, position @ self.start.to(wide), position @ self.limb_steps.to(wide).T)
+        start, steps = self.start_and_steps(position)
+        return FoldedProjection(content, position @ start, position @ steps.T)
 
     def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
         if not self.in_projection:
@@ -230,14 +249,16 @@ class ExPE(PositionalEncoding):
         with torch.autocast(hidden.device.type, enabled=False):
             query_term, _, value_term = self.heads.split(alpha + self.limbs(positions).to(beta.dtype) @ beta.T)
             query = query.to(beta.dtype) + query_term
-            value = value + value_term.to(value.dtype) if self.where == "query_key_value" else value
+            if self.parameters_.where == "query_key_value":
+                value = value.to(beta.dtype) + value_term
             return Projected(query, key, value, self.slopes(query, beta))
 
     def slopes(self, query: Tensor, beta: Tensor) -> Tensor:
         """Return q_i·β_k for every limb: (B, H, T, G) from queries (B, H, T, D) and beta (C_out, G)."""
         start = self.heads.query_rows
-        key_beta = beta[start : start + self.heads.key_rows].unflatten(0, (self.heads.keys, self.heads.size))
-        return query @ key_beta.repeat_interleave(self.heads.queries // self.heads.keys, dim=0)
+        key_beta = torch.unflatten(beta[start : start + self.heads.key_rows], 0, (self.heads.keys, self.heads.size))
+        shared = key_beta.repeat_interleave(self.heads.queries // self.heads.keys, dim=0)
+        return query @ shared
 
 
 def inverse_frequencies(width: int, theta: float) -> Tensor:

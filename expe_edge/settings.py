@@ -16,49 +16,52 @@ from expe_edge.errors import ConfigError, unknown_name
 DTYPES = ("auto", "float32", "bfloat16")
 
 
+def _setting(default: Any, help_text: str) -> Any:
+    """A field with its default and the sentence that `expe-edge train --help` shows."""
+    make = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**make, metadata={"help": help_text})
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides the outcome of `expe-edge train`. The defaults are the preset `tiny`.
+    """Everything that decides the outcome of `expe-edge train`. The defaults are the preset `tiny`."""
 
-    Attributes:
-        data: sources of text (see `corpus.load_corpus`); empty for the standard library.
-        vocab_size: size of the byte-level BPE; 257 is plain bytes.
-        training_length: N, tokens per sequence.
-        position_offset: every sequence starts at a random position, uniform in [0, position_offset·N); 0 is the
-            paper's own form, all sequences at 0.
-        positional_parameters: settings of the encoding, such as {"dims": 16, "step": 0.0078125}.
-        batch_size: sequences per step over all processes.
-        dtype: float32, bfloat16, or auto for bfloat16 where the machine computes in it.
-        save_every, log_every: steps.
-    """
-
-    data: tuple[str, ...] = ()
-    text_field: str = "text"
-    vocab_size: int = 512
-    training_length: int = 128
-    position_offset: int = 64
-    positional: str = "expe"
-    positional_parameters: Mapping[str, Any] = field(default_factory=dict)
-    hidden_size: int = 128
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    hidden_act: str = "swiglu"
-    tie_word_embeddings: bool = False
-    max_steps: int = 600
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    dtype: str = "auto"
-    save_every: int = 500
-    log_every: int = 10
+    data: tuple[str, ...] = _setting((), "Text: file, folder, glob, .jsonl, .parquet or dataset; repeatable.")
+    text_field: str = _setting("text", "Field that holds the text in JSON lines, parquet and datasets.")
+    vocab_size: int = _setting(512, "Size of the byte-level BPE vocabulary; 257 is plain bytes.")
+    training_length: int = _setting(128, "N, tokens per training sequence.")
+    position_offset: int = _setting(
+        64, "Start every sequence at a random position below this many N; 0 as in the paper."
+    )
+    positional: str = _setting("expe", "Positional encoding.")
+    positional_parameters: Mapping[str, Any] = _setting({}, "Parameter of the encoding, KEY=VALUE; repeatable.")
+    hidden_size: int = _setting(128, "C, width of the model.")
+    num_hidden_layers: int = _setting(4, "Number of blocks.")
+    num_attention_heads: int = _setting(4, "Attention heads.")
+    num_key_value_heads: int | None = _setting(None, "Key/value heads; by default as many as attention heads.")
+    hidden_act: str = _setting("swiglu", "Feed-forward activation: swiglu or gelu.")
+    tie_word_embeddings: bool = _setting(False, "Use the embedding as the head.")
+    max_steps: int = _setting(400, "Optimizer steps.")
+    batch_size: int = _setting(32, "Sequences per step, over all processes.")
+    learning_rate: float = _setting(3e-3, "Peak learning rate; cosine decay to 0.")
+    warmup_steps: int = _setting(50, "Steps of linear warm-up.")
+    weight_decay: float = _setting(0.1, "AdamW's weight decay.")
+    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
+    seed: int = _setting(0, "Seed of initialization and data order.")
+    dtype: str = _setting("auto", "float32, bfloat16, or auto: bfloat16 where the machine computes in it.")
+    save_every: int = _setting(200, "Steps between checkpoints.")
+    log_every: int = _setting(10, "Steps between loss reports.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data))
-        for name in ("max_steps", "batch_size", "learning_rate", "save_every", "log_every", "training_length"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "learning_rate",
+            "save_every",
+            "log_every",
+            "training_length",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0; change {_flag(name)}")
         for name in ("position_offset", "warmup_steps", "seed", "weight_decay"):

@@ -13,14 +13,16 @@ Double = npt.NDArray[np.float64]
 
 def log_softmax(logits: Float) -> Double:
     """Return log probabilities of `logits` (…, V), float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted: Double = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    normalizer: Double = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted - normalizer
 
 
 def divergence(reference: Float, other: Float) -> Double:
     """Return KL(reference ‖ other) for logits (…, V), in nats, (…)."""
     expected, found = log_softmax(reference), log_softmax(other)
-    return (np.exp(expected) * (expected - found)).sum(axis=-1)
+    total: Double = (np.exp(expected) * (expected - found)).sum(axis=-1)
+    return total
 
 
 def ratio_of_sums(sums: Double, counts: Double) -> tuple[float, float]:

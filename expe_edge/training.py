@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,17 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from expe_edge.callbacks import SaveOnInterrupt, TrainingProgress
 from expe_edge.config import ExPEConfig
 from expe_edge.corpus import Corpus, load_corpus
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.modeling import ExPEForCausalLM
-from expe_edge.progress import TrainingProgress
 from expe_edge.settings import TrainSettings
 from expe_edge.tokenization import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
 
@@ -74,28 +70,6 @@ class WindowTrainer(Trainer):  # type: ignore[misc]  # transformers publishes no
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
-
-
-class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types
-    """Turns Ctrl-C into a checkpoint and a clean stop after the step under way; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.previous = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._interrupt)
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        signal.signal(signal.SIGINT, self.previous)
-
-    def _interrupt(self, *_: Any) -> None:
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.previous)
-
-    def on_step_end(self, _: TrainingArguments, __: TrainerState, control: TrainerControl, **___: Any) -> None:
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
 
 
 def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bool = False) -> dict[str, Any]:
@@ -243,7 +217,7 @@ def _training_arguments(settings: TrainSettings, out: Path, batch_size: int) -> 
 def computes_in_bfloat16() -> bool:
     """Tell whether this machine multiplies bfloat16 matrices in hardware."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 

@@ -91,12 +91,19 @@ class _Exporter:
     """Everything the packages of one checkpoint share: the float graph, the ranges, the validation's text."""
 
     def __init__(self, checkpoint: Checkpoint, positions: str, calibration: Calibration, corpus: Corpus) -> None:
-        self.checkpoint, self.positions, self.calibration, self.corpus = checkpoint, positions, calibration, corpus
+        self.checkpoint, self.positions, self.calibration, self.corpus = (
+            checkpoint,
+            positions,
+            calibration,
+            corpus,
+        )
         self.model, self.config = checkpoint.model, checkpoint.config
         parameters = self.config.encoding_parameters
         self.encoding = parameters if isinstance(parameters, ExPEParameters) else None
         if self.encoding is not None and self.encoding.where == "embedding" and positions == "folded":
-            raise ExportError("positions at the embedding pass through every norm and cannot be folded; use --positions inline")
+            raise ExportError(
+                "positions at the embedding pass through every norm and cannot be folded; use --positions inline"
+            )
         self.contract = graph_contract(self.config)
         self.plain = self._build(None)
         self._ranges: dict[str, Range] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,9 @@ def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:
             raise ExportError(f"weight {name!r} holds NaN or infinite values; train again, or export an earlier step")
     return ModelWeights(
         embedding=_array(model.embedding.weight),
-        layers=tuple(_layer_weights(block, model.positional if folded else None) for block in model.blocks),
+        layers=tuple(
+            _layer_weights(block, model.positional if folded else None) for block in cast("list[Block]", model.blocks)
+        ),
         norm=_array(model.norm.weight),
         head=_array(model.head.weight.T),
     )
@@ -99,18 +102,18 @@ def fold_positions(positional: ExPE, weight: Tensor) -> FoldedPositions:
     queries, values = slice(0, heads.query_rows), slice(heads.query_rows + heads.key_rows, None)
 
     def slope(rows: Tensor) -> Tensor:
-        """(…, H·D) query rows to (…, H·Gk) slopes over √D."""
-        query = rows.unflatten(-1, (heads.queries, heads.size)).movedim(-2, 0).unsqueeze(0)  # (1, H, …, D)
-        slopes = positional.slopes(query.flatten(2, -2), beta) / heads.size**0.5  # (1, H, n, Gk)
-        return slopes[0].movedim(0, 1).flatten(1)  # (n, H·Gk)
+        """Queries (n, H·D) to slopes (n, H·Gk), over √D."""
+        query = rows.view(-1, heads.queries, heads.size).transpose(0, 1)  # (H, n, D)
+        slopes: Tensor = positional.slopes(query, beta) / heads.size**0.5  # (H, n, Gk)
+        return slopes.transpose(0, 1).flatten(1)
 
-    in_values = positional.where == "query_key_value"
+    in_values = positional.parameters_.where == "query_key_value"
     return FoldedPositions(
         query_start=_array(alpha[queries]),
         query_limbs=_array(storage[:, queries]),
         value_start=_array(alpha[values]) if in_values else None,
         value_limbs=_array(storage[:, values]) if in_values else None,
-        slope_weight=_array(slope(content[queries].T)),
+        slope_weight=_array(slope(content[queries].T.contiguous())),
         slope_start=_array(slope(alpha[None, queries])[0]),
         slope_limbs=_array(slope(storage[:, queries])),
     )

@@ -65,7 +65,9 @@ class _Decoder:
         graph, contract = self.graph, graph_contract(self.config)
         self._lengths()
         self.positions.begin()
-        hidden = graph.op("Gather", graph.weight("embedding.weight", self.weights.embedding), "input_ids", name="embedding")
+        hidden = graph.op(
+            "Gather", graph.weight("embedding.weight", self.weights.embedding), "input_ids", name="embedding"
+        )
         hidden = self.positions.embed(hidden)
         for index, weights in enumerate(self.weights.layers):
             hidden = self._block(f"layers.{index}", index, hidden, weights)
@@ -145,9 +147,7 @@ class _DescribedLinear(LinearFormat):
     def rounds_activations(self) -> bool:  # type: ignore[override]  # the inner format's
         return self.inner.rounds_activations
 
-    def product(
-        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
-    ) -> str:
+    def product(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None) -> str:
         if hidden not in self.inputs.values():
             graph.describe(hidden, weight.shape[0])
         self.inputs[linear] = hidden

@@ -41,7 +41,14 @@ class GraphBuilder:
         return self.multi(kind, inputs, 1, name=name, domain=domain, **attributes)[0]
 
     def multi(
-        self, kind: str, inputs: Sequence[str], outputs: int, *, name: str = "", domain: str = "", **attributes: Any
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        outputs: int,
+        *,
+        name: str = "",
+        domain: str = "",
+        **attributes: Any,
     ) -> list[str]:
         """Append a node with several outputs."""
         base = self._name(name or kind)
@@ -50,7 +57,14 @@ class GraphBuilder:
         return names
 
     def emit(
-        self, kind: str, inputs: Sequence[str], outputs: Sequence[str], *, name: str, domain: str = "", **attributes: Any
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        name: str,
+        domain: str = "",
+        **attributes: Any,
     ) -> None:
         """Append a node whose outputs have given names."""
         self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes))
@@ -77,9 +91,7 @@ class GraphBuilder:
 
     def describe(self, name: str, width: int) -> None:
         """Record that tensor `name` is float32 (batch, sequence, width): shape inference stops at custom operators."""
-        self.value_infos.append(
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "sequence", width])
-        )
+        self.value_infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "sequence", width]))
 
     def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:
         """Return the finished model."""

@@ -14,7 +14,7 @@ from expe_edge.config import ExPEConfig, ExPEParameters, RelativeParameters, Rot
 from expe_edge.export.fold import FoldedPositions, LayerWeights
 from expe_edge.export.nodes import GraphBuilder
 from expe_edge.modeling import ExPEForCausalLM
-from expe_edge.positional import alibi_slopes, inverse_frequencies, relative_buckets
+from expe_edge.positional import Relative, alibi_slopes, inverse_frequencies, relative_buckets
 from expe_edge.quant.codes import PositionCode
 from expe_edge.quant.formats import Float, LinearFormat
 
@@ -92,7 +92,11 @@ class SinusoidalNodes(PositionNodes):
         both = self.graph.op("Concat", *waves, name="positions.waves", axis=-1)
         if self.config.hidden_size % 2:
             both = self.graph.op(
-                "Slice", both, self.graph.ints(0), self.graph.ints(self.config.hidden_size), self.graph.ints(2)
+                "Slice",
+                both,
+                self.graph.ints(0),
+                self.graph.ints(self.config.hidden_size),
+                self.graph.ints(2),
             )
         return self.graph.op("Add", hidden, both, name="embedding.positioned")
 
@@ -134,7 +138,9 @@ class RelativeNodes(PositionNodes):
         parameters = self.config.encoding_parameters
         assert isinstance(parameters, RelativeParameters)
         buckets = relative_buckets(torch.arange(parameters.max_distance + 1), parameters)
-        table = self.model.positional.table.weight.detach()[buckets].float().numpy()  # (max_distance+1, H)
+        assert isinstance(self.model.positional, Relative)
+        weight: torch.Tensor = self.model.positional.table.weight
+        table = weight.detach()[buckets].float().numpy()  # (max_distance+1, H)
         graph = self.graph
         back = graph.op("Neg", self.distances(), name="relative.back")
         limits = graph.scalar(0, np.int64), graph.scalar(parameters.max_distance, np.int64)
@@ -220,9 +226,7 @@ class ExPENodes(PositionNodes):
         value = self.linear.emit(self.graph, f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
         return Projection(query, key, value)
 
-    def project_folded(
-        self, layer: str, hidden: str, weights: LayerWeights, positions: FoldedPositions
-    ) -> Projection:
+    def project_folded(self, layer: str, hidden: str, weights: LayerWeights, positions: FoldedPositions) -> Projection:
         """One product over content; positions beside it, and in the scores' bias."""
         plain = super().project(layer, hidden, weights)
         query = self.affine(f"{layer}.query", plain.query, positions.query_start, positions.query_limbs)

@@ -68,7 +68,8 @@ class PositionCode:
 
     def decode(self, limbs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the positions of `limbs` (…, limbs); the inverse of `encode`."""
-        return (limbs * np.array(self.weights, dtype=np.int64)).sum(axis=-1)
+        positions: npt.NDArray[np.int64] = (limbs * np.array(self.weights, dtype=np.int64)).sum(axis=-1)
+        return positions
 
 
 #: The position itself: one unwrapped limb.

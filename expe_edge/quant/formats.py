@@ -84,9 +84,7 @@ class LinearFormat(ABC):
         return graph.op("Mul", self.product(graph, linear, rows, weight, within=UNIT), peak, name=f"{linear}.restored")
 
     @abstractmethod
-    def product(
-        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
-    ) -> str:
+    def product(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None) -> str:
         """Append the product itself. within: a range that `hidden` is known to stay in."""
 
 
@@ -97,9 +95,7 @@ class Float32(LinearFormat):
     name = "float32"
     rounds_activations = False
 
-    def product(
-        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
-    ) -> str:
+    def product(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None) -> str:
         del within
         return graph.op("MatMul", hidden, graph.weight(f"{linear}.weight", weight), name=linear)
 
@@ -110,9 +106,7 @@ class DynamicInt8(LinearFormat):
 
     name = "int8-dynamic"
 
-    def product(
-        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
-    ) -> str:
+    def product(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None) -> str:
         del within
         quantized = quantize_weight(weight)
         values = graph.weight(f"{linear}.weight", quantized.values)
@@ -132,9 +126,7 @@ class StaticInt8(LinearFormat):
     calibrated = True
     ranges: Mapping[str, Range]
 
-    def product(
-        self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None
-    ) -> str:
+    def product(self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, within: Range | None = None) -> str:
         if within is None and linear not in self.ranges:
             raise ExportError(f"calibration measured no range for {linear!r}")
         scale, zero = activation_scale(*(within or self.ranges[linear]))
@@ -150,9 +142,7 @@ class StaticInt8(LinearFormat):
 
 
 #: The registry of linear formats.
-LINEAR_FORMATS: dict[str, type[LinearFormat]] = {
-    kind.name: kind for kind in (Float32, DynamicInt8, StaticInt8)
-}
+LINEAR_FORMATS: dict[str, type[LinearFormat]] = {kind.name: kind for kind in (Float32, DynamicInt8, StaticInt8)}
 
 
 def make_format(name: str, ranges: Mapping[str, Range] | None = None) -> LinearFormat:

@@ -1,8 +1,8 @@
 """The light runtime: NumPy, onnxruntime and tokenizers, nothing else.
 
-    from expe_edge.runtime import Generator
-    generator = Generator.load("package/int8-dynamic")
-    print(generator.generate(["def main("], max_new_tokens=64)[0].text)
+from expe_edge.runtime import Generator
+generator = Generator.load("package/int8-dynamic")
+print(generator.generate(["def main("], max_new_tokens=64)[0].text)
 """
 
 from expe_edge.runtime.generator import Completion, Generator

@@ -137,11 +137,9 @@ class Generator:
 
     def _prefill(self, cache: Cache, row: _Row) -> npt.NDArray[np.float32]:
         began = time.perf_counter()
-        last = None
-        for logits in self.session.prefill(cache, row.ids, self.prefill_chunk):
-            last = logits[-1]
-        assert last is not None
+        *_, logits = self.session.prefill(cache, row.ids, self.prefill_chunk)
         row.result.prefill_seconds = time.perf_counter() - began
+        last: npt.NDArray[np.float32] = logits[-1]
         return last
 
 

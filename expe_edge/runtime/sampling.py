@@ -93,5 +93,6 @@ def filter_scores(scores: Scores, sampling: Sampling) -> Scores:
 
 def softmax(scores: Scores) -> npt.NDArray[np.float64]:
     """Return the probabilities of `scores` (V,), float64."""
-    exponentials = np.exp((scores - scores.max()).astype(np.float64))
-    return exponentials / exponentials.sum()
+    exponentials: npt.NDArray[np.float64] = np.exp((scores - scores.max()).astype(np.float64))
+    probabilities: npt.NDArray[np.float64] = exponentials / exponentials.sum()
+    return probabilities

@@ -1,0 +1,78 @@
+"""What happens beside the training steps: progress on the terminal, and a checkpoint on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+from rich.progress import TaskID
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from expe_edge.progress import console, progress_bar
+
+
+class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types
+    """Turns Ctrl-C into a checkpoint and a clean stop after the step under way; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.previous = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def on_step_end(self, _: TrainingArguments, __: TrainerState, control: TrainerControl, **___: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+
+class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types
+    """A bar with loss, tokens per second and time left; one line per tenth of the run without a terminal."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.progress = progress_bar("loss", "speed")
+        self.task: TaskID | None = None
+
+    def on_train_begin(self, _: TrainingArguments, state: TrainerState, __: TrainerControl, **___: Any) -> None:
+        self.first_step, self.began = state.global_step, time.perf_counter()
+        if not state.is_world_process_zero:
+            return
+        self.task = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss="", speed=""
+        )
+        if console.is_terminal:
+            self.progress.start()
+
+    def on_step_end(self, _: TrainingArguments, state: TrainerState, __: TrainerControl, **___: Any) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        _: TrainingArguments,
+        state: TrainerState,
+        __: TrainerControl,
+        logs: dict[str, float],
+        **___: Any,
+    ) -> None:
+        if self.task is None or "loss" not in logs:
+            return
+        steps = state.global_step - self.first_step
+        speed = steps * self.tokens_per_step / (time.perf_counter() - self.began)
+        loss, rate = f"loss {logs['loss']:.3f}", f"{speed:,.0f} tokens/s"
+        self.progress.update(self.task, loss=loss, speed=rate)
+        milestone = max(state.max_steps // 10, 1)
+        if not console.is_terminal and state.global_step % milestone < state.logging_steps:
+            console.print(f"step {state.global_step}/{state.max_steps}  {loss}  {rate}")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.progress.stop()

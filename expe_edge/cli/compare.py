@@ -1,0 +1,68 @@
+"""`expe-edge compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from expe_edge.cli.output import PATH, require_writable, write_json
+from expe_edge.errors import ConfigError
+
+
+@click.command(short_help="Measure quality by length.")
+@click.argument("models", nargs=-1, type=PATH, required=True, metavar="REFERENCE OTHER …")
+@click.option("--data", multiple=True, metavar="PATH", help="Text to score; else the reference's held-out documents.")
+@click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
+@click.option("--lengths", default="1,2,4,8,16", show_default=True, help="Ends of the buckets, in training lengths.")
+@click.option("--documents", default=24, show_default=True, help="Most documents to score.")
+@click.option("--threads", type=int, help="Threads of each package's session.")
+@click.option("--json", "json_file", type=PATH, help="Write all figures there.")
+@click.option("--plot", "plot_file", type=PATH, help="Draw perplexity and KL divergence by length there (.png, .svg).")
+def compare(
+    models: tuple[Path, ...],
+    data: tuple[str, ...],
+    text_field: str,
+    lengths: str,
+    documents: int,
+    threads: int | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Score the same long documents with every model, bucket by bucket of length.
+
+    REFERENCE and OTHER are checkpoints or packages, in any mix; KL divergence and top-1 agreement are taken against
+    the reference. Standard errors are over documents.
+    """
+    require_writable(json_file)
+    require_writable(plot_file)
+    from rich.console import Console
+
+    from expe_edge import comparison
+    from expe_edge.progress import counted
+    from expe_edge.reporting import comparison_table, plot_comparison
+    from expe_edge.scoring import open_scorer
+
+    ends = parse_lengths(lengths)
+    comparison.require_rising(ends)
+    comparison.unique_names(models)
+    if documents < 1:
+        raise ConfigError(f"--documents is {documents}; at least 1")
+    scorers = [open_scorer(path, threads) for path in models]
+    comparison.require_same_vocabulary(scorers)
+    tokens = ends[-1] * scorers[0].training_length + 1
+    chosen, byte_lengths = comparison.long_documents(scorers[0], data, text_field, tokens, documents)
+    with counted("comparing", len(chosen)) as advance:
+        result = comparison.compare(scorers, chosen, byte_lengths, ends, advance=advance)
+    Console().print(comparison_table(result))
+    write_json(json_file, result.to_dict())
+    if plot_file is not None:
+        plot_comparison(result, plot_file)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Parse comma-separated integers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--lengths {text}: expected comma-separated integers, such as 1,2,4,8,16") from error

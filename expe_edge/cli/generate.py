@@ -1,0 +1,80 @@
+"""`expe-edge generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expe_edge.cli.output import PATH
+from expe_edge.errors import GenerationError
+
+
+@click.command(short_help="Continue a text with a package.")
+@click.argument("package", type=PATH)
+@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt-file", type=PATH, help="File that holds it; without either, standard input.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="Keep the k best tokens; 0 for all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Keep the fewest tokens that reach this probability.")
+@click.option("--min-p", default=0.0, show_default=True, help="Keep tokens at least this times as likely as the best.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="1 is none.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option("--cache-length", type=int, help="Tokens to reserve a cache for; by default prompt and new tokens.")
+@click.option("--threads", type=int, help="By default one for each physical core.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+def generate(
+    package: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    cache_length: int | None,
+    threads: int | None,
+    device: str,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue a prompt with PACKAGE, printing the text as it comes."""
+    from expe_edge.runtime import Completion, Generator, Sampling
+
+    settings = Sampling(**sampling)
+    text = read_prompt(prompt, prompt_file)
+    generator = Generator.load(package, threads=threads, device=device)
+    completion = Completion()
+    pieces = generator.stream(
+        text,
+        max_new_tokens=max_new_tokens,
+        sampling=settings,
+        stop=stop,
+        cache_length=cache_length,
+        completion=completion,
+    )
+    for piece in pieces:
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    click.echo(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, indent=2) if as_json else "")
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """Return the prompt from the option, the file or standard input."""
+    if prompt is not None and prompt_file is not None:
+        raise GenerationError("both --prompt and --prompt-file are given; use one")
+    if prompt is not None:
+        return prompt
+    if prompt_file is None:
+        return "" if sys.stdin.isatty() else sys.stdin.read()
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"--prompt-file {prompt_file}: not UTF-8 text") from error
+    except OSError as error:
+        raise GenerationError(f"--prompt-file {prompt_file}: {error.strerror}") from error

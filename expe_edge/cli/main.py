@@ -1,0 +1,58 @@
+"""`expe-edge`: the group of commands, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import NoReturn
+
+import click
+
+from expe_edge import __version__
+from expe_edge.cli.compare import compare
+from expe_edge.cli.export import export
+from expe_edge.cli.generate import generate
+from expe_edge.cli.train import train
+from expe_edge.errors import ExPEEdgeError
+
+#: Exit codes: bad input, and Ctrl-C (128 + SIGINT).
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class CleanGroup(click.Group):
+    """A group whose commands turn the project's errors into one line on standard error."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except ExPEEdgeError as error:
+            self._fail(str(error))
+        except ModuleNotFoundError as error:
+            self._fail(f"{error.name} is not installed; pip install 'expe-edge[{_extra_for(ctx)}]'")
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self._fail("no space left on the device; free some or change --out")
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+    def _fail(self, message: str) -> NoReturn:
+        click.echo(f"Error: {message}", err=True)
+        sys.exit(BAD_INPUT)
+
+
+def _extra_for(ctx: click.Context) -> str:
+    return "export" if ctx.invoked_subcommand == "export" else "train"
+
+
+@click.group(cls=CleanGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="expe-edge")
+def main() -> None:
+    """Small language models with ExPE positions: train, export to int8 ONNX, generate and compare far past the
+    training length."""
+
+
+for command in (train, export, generate, compare):
+    main.add_command(command)

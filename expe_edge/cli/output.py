@@ -1,0 +1,26 @@
+"""What the commands share: paths as options, and JSON written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+#: A path option or argument; whether it exists is for the command to say, in its own words.
+PATH = click.Path(path_type=Path)
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write `value` to `path`, where one is given."""
+    if path is None:
+        return
+    require_writable(path)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def require_writable(path: Path | None) -> None:
+    """Raise a usage error before long work where `path` could not be written after it."""
+    if path is not None and not path.parent.is_dir():
+        raise click.UsageError(f"{path.parent} is not a directory; create it, or change where {path.name} goes")

@@ -1,0 +1,83 @@
+"""`expe-edge train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expe_edge.cli.output import PATH, require_writable, write_json
+from expe_edge.errors import ConfigError
+from expe_edge.settings import PRESETS, TrainSettings, make_settings
+
+
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for every setting; its default is the preset's, so None here."""
+    for setting in reversed(dataclasses.fields(TrainSettings)):
+        name, shown = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
+        if setting.name == "data":
+            option = click.option(name, multiple=True, metavar="PATH", help=shown)
+        elif setting.name == "positional_parameters":
+            option = click.option(
+                "--positional-parameter", setting.name, multiple=True, metavar="KEY=VALUE", help=shown
+            )
+        elif isinstance(setting.default, bool):
+            option = click.option(f"{name}/--no-{name[2:]}", setting.name, default=None, help=shown)
+        else:
+            kind = int if setting.default is None else type(setting.default)
+            option = click.option(name, type=kind, default=None, help=shown)
+        command = option(command)
+    return command
+
+
+@click.command(short_help="Train a model on text.")
+@click.option("--out", type=PATH, required=True, help="Directory of the checkpoint.")
+@click.option("--preset", default="tiny", show_default=True, metavar="|".join(PRESETS), help="Size of model and run.")
+@click.option(
+    "--config", "config_file", type=PATH, help="YAML file of settings; flags win over it, it over the preset."
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
+@click.option("--force", is_flag=True, help="Replace --out if it exists.")
+@click.option("--json", "json_file", type=PATH, help="Write settings, corpus and loss history there.")
+@setting_options
+def train(
+    out: Path,
+    preset: str,
+    config_file: Path | None,
+    resume: bool,
+    force: bool,
+    json_file: Path | None,
+    positional_parameters: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Train a model on text and write a checkpoint.
+
+    Without --data the text is the source code of Python's standard library. Settings come from the preset, the YAML
+    file and the flags; the later wins. The same command runs on several processes under torchrun or accelerate.
+    """
+    require_writable(json_file)
+    flags["positional_parameters"] = dict(map(parse_parameter, positional_parameters)) or None
+    make_settings(preset, config_file, flags)  # refuse a bad setting before the slow imports
+    from expe_edge.training import stored_settings
+    from expe_edge.training import train as run
+
+    stored = stored_settings(out) if resume else None
+    report = run(make_settings(preset, config_file, flags, stored), out, resume=resume, force=force)
+    write_json(json_file, report)
+    last = report["history"][-1]["loss"] if report["history"] else float("nan")
+    click.echo(f"{out}: {report['parameters']:,} parameters, last loss {last:.3f}")
+
+
+def parse_parameter(text: str) -> tuple[str, Any]:
+    """Split KEY=VALUE; the value is a number, a list of numbers, or a word."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--positional-parameter {text!r}: expected KEY=VALUE, such as step=0.0078125")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
