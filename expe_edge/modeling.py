@@ -95,7 +95,7 @@ class AttentionContext:
     def _block(self, begin: int, end: int) -> QueryBlock:
         keys, codes = self.past + end, None
         queries = self.query_positions[:, begin:end]
-        if self.positional.code is not None:
+        if self.positional.linear_bias:
             reference = self.positional.limbs(queries[:, :1])
             codes = (self.positional.limbs(self.key_positions[:, :keys]) - reference).unsqueeze(1)
         bias = self.positional.bias(queries, self.key_positions[:, :keys])

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expe_edge.config import ExPEConfig, ExPEParameters, NoParameters, RelativeParameters, RotaryParameters
-from expe_edge.quant.codes import PositionCode
+from expe_edge.quant.codes import WHOLE, PositionCode
 
 
 class FoldedProjection(NamedTuple):
@@ -90,10 +90,11 @@ class Heads:
 class PositionalEncoding(nn.Module):
     """No encoding at all, and the interface of the others.
 
-    `code` is the integer code that `slopes` multiply; None where scores get no linear bias.
+    `code` is the integer code of positions; `linear_bias` says whether the scores get a bias linear in it.
     """
 
     code: PositionCode | None = None
+    linear_bias = False
 
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__()
@@ -177,7 +178,8 @@ class Relative(PositionalEncoding):
 class ALiBi(PositionalEncoding):
     """A linear penalty on distance, one fixed slope a head (Press et al., 2022)."""
 
-    code = ExPEParameters().code
+    code = WHOLE
+    linear_bias = True
 
     def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
         query, key, value, _ = super().project(weight, hidden, positions)
@@ -194,11 +196,9 @@ class ExPE(PositionalEncoding):
         assert isinstance(parameters, ExPEParameters)
         self.parameters_ = parameters
         self.code = parameters.code
-
-    @property
-    def in_projection(self) -> bool:
-        """Whether positions enter at the projections, where they can be folded out."""
-        return self.parameters_.where != "embedding"
+        #: Whether positions enter at the projections, where they can be folded out.
+        self.in_projection = parameters.where != "embedding"
+        self.linear_bias = self.in_projection
 
     @property
     def positioned_rows(self) -> int:
