@@ -1,205 +1,17 @@
-"""What a model is: architecture and positional encoding, validated when made.
-
-`ExPEConfig` is a transformers config; the parameters of the encoding are one frozen dataclass per encoding, kept in
-`positional_parameters` as plain data.
-"""
+"""What a model is: its architecture and its positional encoding, validated when made."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import PretrainedConfig
 
+from expe_edge.encodings import NoParameters, encoding_parameters, require_choice, require_positive
 from expe_edge.errors import ConfigError, unknown_name
-from expe_edge.quant.codes import FLOAT32_EXACT, INT8_LIMIT, WHOLE, PositionCode, require_exact
 
-#: Where ExPE puts the position vector. `query_key` is the paper's choice.
-WHERE = ("query_key", "query_key_value", "embedding")
-#: How: `override` replaces the first dimensions, as in the paper; `add` adds to them.
-HOW = ("override", "add")
 ACTIVATIONS = ("swiglu", "gelu")
-
-
-def require_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise `ConfigError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(unknown_name(name, value, allowed))
-
-
-def require_positive(**values: float) -> None:
-    """Raise `ConfigError` unless every value is above zero."""
-    for name, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"{name} is {value}; it must be above 0")
-
-
-def per_dimension(name: str, value: float | Sequence[float], dims: int) -> tuple[float, ...]:
-    """Spread a scalar over `dims` dimensions, or check that a sequence has one value for each."""
-    if isinstance(value, int | float):
-        return (float(value),) * dims
-    if len(value) != dims:
-        raise ConfigError(f"{name} has {len(value)} values; give one number, or one for each of the {dims} dims")
-    return tuple(float(v) for v in value)
-
-
-@dataclass(frozen=True)
-class NoParameters:
-    """Encodings without settings: `sinusoidal`, `alibi`, `none`."""
-
-    #: The largest number of positions the encoding can represent exactly.
-    reach: ClassVar[int] = FLOAT32_EXACT
-
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
-        """Raise `ConfigError` where the settings do not fit the model. Nothing to check here."""
-
-
-@dataclass(frozen=True)
-class RotaryParameters(NoParameters):
-    """Rotary embedding (Su et al., 2021). `theta` is the base of the geometric frequencies."""
-
-    theta: float = 10000.0
-
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
-        require_positive(theta=self.theta)
-        if head_dim % 2:
-            raise ConfigError(f"rotary needs an even head_dim, got {head_dim}; change num_attention_heads")
-
-
-@dataclass(frozen=True)
-class RelativeParameters(NoParameters):
-    """T5's relative position bias (Raffel et al., 2020): logarithmic buckets of the distance back."""
-
-    buckets: int = 32
-    max_distance: int = 128
-
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
-        if self.buckets < 2 or self.max_distance <= self.buckets // 2:
-            raise ConfigError(
-                f"relative: buckets={self.buckets}, max_distance={self.max_distance}; "
-                "needs buckets >= 2 and max_distance > buckets / 2"
-            )
-
-
-@dataclass(frozen=True)
-class ExPEParameters(NoParameters):
-    """ExPE (arXiv 2509.19569): p_n = start + step·n in the first `dims` dimensions of a projection's input.
-
-    Attributes:
-        dims: l, the number of overridden dimensions.
-        start, step: one number, or one for each dimension.
-        where: one of `WHERE`. how: one of `HOW`.
-    """
-
-    dims: int = 16
-    start: float | tuple[float, ...] = 0.0
-    step: float | tuple[float, ...] = 0.0078125
-    where: str = "query_key"
-    how: str = "override"
-
-    def __post_init__(self) -> None:
-        require_positive(dims=self.dims)
-        require_choice("where", self.where, WHERE)
-        require_choice("how", self.how, HOW)
-        for name in ("start", "step"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-
-    @property
-    def code(self) -> PositionCode:
-        """The integer code that the encoding is linear in: the position itself."""
-        return WHOLE
-
-    @property
-    def starts(self) -> tuple[float, ...]:
-        """`start` for each dimension."""
-        return per_dimension("start", self.start, self.dims)
-
-    @property
-    def limb_steps(self) -> tuple[tuple[float, ...], ...]:
-        """What one unit of each limb adds to each dimension: (limbs, dims)."""
-        return (per_dimension("step", self.step, self.dims),)
-
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
-        if self.dims > hidden_size:
-            raise ConfigError(f"dims is {self.dims}, above hidden_size {hidden_size}; lower dims")
-        require_exact(self.starts, self.limb_steps[0], max_positions)
-
-
-@dataclass(frozen=True)
-class ExQPEParameters(ExPEParameters):
-    """ExQPE as this project defines it: the position's limbs, each in its own group of the `dims` dimensions.
-
-    `step` is the value of one unit of a limb; it is a power of two so that every limb value, an integer below 128,
-    is exact in int8 and bfloat16 up to that scale. The reach is the positions for which that holds.
-    """
-
-    dims: int = 24
-    step: float | tuple[float, ...] = 0.125
-    limb_bits: int = 4
-    limbs: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dims % self.limbs:
-            raise ConfigError(f"dims is {self.dims}, which {self.limbs} limbs do not divide; change dims or limbs")
-        if not self.code.int8_reach:
-            raise ConfigError(f"limb_bits is {self.limb_bits}; limbs must stay below 128, so allowed: 1 to 7")
-
-    @property
-    def code(self) -> PositionCode:
-        return PositionCode(self.limb_bits, self.limbs)
-
-    @property
-    def reach(self) -> int:  # type: ignore[override]  # a property of the limbs, where other encodings have a constant
-        """Positions below this have every limb exact in int8."""
-        return min(self.code.int8_reach, FLOAT32_EXACT)
-
-    @property
-    def limb_steps(self) -> tuple[tuple[float, ...], ...]:
-        steps = per_dimension("step", self.step, self.dims)
-        group = self.dims // self.limbs
-        return tuple(
-            tuple(step if dim // group == limb else 0.0 for dim, step in enumerate(steps)) for limb in range(self.limbs)
-        )
-
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
-        if self.dims > hidden_size:
-            raise ConfigError(f"dims is {self.dims}, above hidden_size {hidden_size}; lower dims")
-        if max_positions > self.reach:
-            raise ConfigError(
-                f"max_position_embeddings is {max_positions}, but {self.limbs} limbs of {self.limb_bits} bits are "
-                f"exact in int8 only below {self.reach}; add limbs or lower max_position_embeddings"
-            )
-        for steps in self.limb_steps:
-            require_exact(self.starts, steps, INT8_LIMIT)
-
-
-#: The registry of positional encodings: name to the type of its parameters. `positional.py` has the modules.
-POSITIONAL_PARAMETERS: dict[str, type[NoParameters]] = {
-    "expe": ExPEParameters,
-    "exqpe": ExQPEParameters,
-    "rotary": RotaryParameters,
-    "sinusoidal": NoParameters,
-    "relative": RelativeParameters,
-    "alibi": NoParameters,
-    "none": NoParameters,
-}
-
-
-def encoding_parameters(name: str, values: Mapping[str, Any]) -> NoParameters:
-    """Make the parameters of encoding `name`, refusing unknown keys and naming the nearest known one."""
-    require_choice("positional encoding", name, tuple(POSITIONAL_PARAMETERS))
-    kind = POSITIONAL_PARAMETERS[name]
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(unknown_name(f"parameter of positional encoding {name!r}", key, known))
-    return kind(**values)
-
 
 #: Keys that transformers itself writes into or passes through a config, beside the attributes of PretrainedConfig.
 _TRANSFORMERS_KEYS = frozenset(PretrainedConfig().to_dict()) | {
@@ -222,7 +34,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         num_attention_heads: H. num_key_value_heads: Hkv, divides H; None for H.
         intermediate_size: width of the feed-forward layer; None for 8/3 C (swiglu) or 4 C (gelu), in eights.
         hidden_act: `swiglu` or `gelu`.
-        positional: a name in `POSITIONAL_PARAMETERS`. positional_parameters: its settings, plain data.
+        positional: a name in `encodings.POSITIONAL_PARAMETERS`. positional_parameters: its settings, plain data.
         training_length: N, tokens per training sequence.
         max_position_embeddings: positions that the encoding must represent exactly; None for all it can.
 

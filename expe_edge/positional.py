@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expe_edge.config import ExPEConfig, ExPEParameters, NoParameters, RelativeParameters, RotaryParameters
+from expe_edge.config import ExPEConfig
+from expe_edge.encodings import ExPEParameters, RelativeParameters, RotaryParameters
 from expe_edge.quant.codes import WHOLE, PositionCode
 
 
@@ -123,9 +124,7 @@ class PositionalEncoding(nn.Module):
     def limbs(self, positions: Tensor) -> Tensor:
         """Return the integer code of `positions` (…), as (…, G) int64."""
         assert self.code is not None
-        bits, last = self.code.bits, self.code.limbs - 1
-        wrapped = [(positions >> (bits * g)) & ((1 << bits) - 1) for g in range(last)]
-        return torch.stack([*wrapped, positions >> (bits * last)], dim=-1)
+        return torch.stack(self.code.split(positions), dim=-1)
 
 
 class Sinusoidal(PositionalEncoding):
@@ -281,7 +280,7 @@ def relative_buckets(distance: Tensor, parameters: RelativeParameters) -> Tensor
     return torch.where(distance < exact, distance, far.clamp(max=parameters.buckets - 1))
 
 
-#: Name to module; `config.POSITIONAL_PARAMETERS` has their settings under the same names.
+#: Name to module; `encodings.POSITIONAL_PARAMETERS` has their settings under the same names.
 POSITIONAL_ENCODINGS: dict[str, type[PositionalEncoding]] = {
     "expe": ExPE,
     "exqpe": ExPE,
@@ -296,6 +295,3 @@ POSITIONAL_ENCODINGS: dict[str, type[PositionalEncoding]] = {
 def make_encoding(config: ExPEConfig) -> PositionalEncoding:
     """Return the encoding that `config` names; the config has checked the name."""
     return POSITIONAL_ENCODINGS[config.positional](config)
-
-
-__all__ = ["POSITIONAL_ENCODINGS", "NoParameters", "PositionalEncoding", "make_encoding"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from expe_edge.encodings import POSITIONAL_PARAMETERS, encoding_parameters
 from expe_edge.errors import ConfigError, unknown_name
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -33,7 +34,7 @@ class TrainSettings:
     position_offset: int = _setting(
         64, "Start every sequence at a random position below this many N; 0 as in the paper."
     )
-    positional: str = _setting("expe", "Positional encoding.")
+    positional: str = _setting("expe", f"Positional encoding: {', '.join(POSITIONAL_PARAMETERS)}.")
     positional_parameters: Mapping[str, Any] = _setting({}, "Parameter of the encoding, KEY=VALUE; repeatable.")
     hidden_size: int = _setting(128, "C, width of the model.")
     num_hidden_layers: int = _setting(4, "Number of blocks.")
@@ -69,6 +70,7 @@ class TrainSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative; change {_flag(name)}")
         if self.dtype not in DTYPES:
             raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change --dtype")
+        encoding_parameters(self.positional, self.positional_parameters)
 
 
 #: What differs from `tiny` in the other presets.

@@ -16,8 +16,8 @@ import onnx
 
 from expe_edge import __version__
 from expe_edge.checkpoint import Checkpoint, load_checkpoint
-from expe_edge.config import ExPEParameters
 from expe_edge.corpus import Corpus, load_corpus
+from expe_edge.encodings import ExPEParameters
 from expe_edge.errors import ExportError, unknown_name
 from expe_edge.export.graph import BuiltGraph, build_graph, graph_contract
 from expe_edge.export.hub import write_client_files

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from expe_edge.config import ExPEConfig, ExPEParameters, RelativeParameters, RotaryParameters
+from expe_edge.config import ExPEConfig
+from expe_edge.encodings import ExPEParameters, RelativeParameters, RotaryParameters
 from expe_edge.export.fold import FoldedPositions, LayerWeights
 from expe_edge.export.nodes import GraphBuilder
 from expe_edge.modeling import ExPEForCausalLM

@@ -4,7 +4,7 @@ A position is an integer n, so it has an exact integer code: its digits in base 
 limb is not wrapped, so that it keeps growing linearly and extrapolation stays linear. One limb is n itself, which
 is what ExPE uses; several limbs are ExQPE. (The paper's own text on ExQPE is not public: this definition is ours.)
 
-NumPy only: the checkpoint's config, the exporter and the manifest share it.
+Imports nothing heavy: settings, models, graphs and manifests share it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from expe_edge.errors import ConfigError
 
@@ -60,16 +58,15 @@ class PositionCode:
             return 0
         return INT8_LIMIT << (self.bits * (self.limbs - 1))
 
-    def encode(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the limbs, shape `positions.shape + (limbs,)`, int64, low limb first."""
-        shifted = [positions >> (self.bits * g) for g in range(self.limbs)]
+    def split(self, positions: Any) -> list[Any]:
+        """Return the limbs, low limb first, of an int or of an integer array or tensor of any library."""
         mask = (1 << self.bits) - 1
-        return np.stack([limb & mask for limb in shifted[:-1]] + [shifted[-1]], axis=-1)
+        wrapped = [(positions >> (self.bits * g)) & mask for g in range(self.limbs - 1)]
+        return [*wrapped, positions >> (self.bits * (self.limbs - 1))]
 
-    def decode(self, limbs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the positions of `limbs` (…, limbs); the inverse of `encode`."""
-        positions: npt.NDArray[np.int64] = (limbs * np.array(self.weights, dtype=np.int64)).sum(axis=-1)
-        return positions
+    def join(self, limbs: Sequence[Any]) -> Any:
+        """Return the positions of `limbs`; the inverse of `split`."""
+        return sum(limb * weight for limb, weight in zip(limbs, self.weights, strict=True))
 
 
 #: The position itself: one unwrapped limb.

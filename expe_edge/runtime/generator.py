@@ -87,8 +87,8 @@ class Generator:
         result = completion if completion is not None else Completion()
         ids = self.encode(prompt)
         cache = self.session.new_cache(1, _capacity(ids, max_new_tokens, cache_length))
-        row = _Row(self, ids, sampling or Sampling(), stop, result)
-        yield row.accept(self._prefill(cache, row))
+        row = Row(self, ids, sampling or Sampling(), stop, result)
+        yield row.accept(self.prefill(cache, row))
         step, began = Step(self.session, cache, 1), time.perf_counter()
         while not row.finished(max_new_tokens):
             logits = step.run(np.array([[result.tokens[-1]]], dtype=np.int64))
@@ -119,11 +119,11 @@ class Generator:
             len(prompts), max(_capacity(ids, max_new_tokens, cache_length) for ids in all_ids)
         )
         rows = [
-            _Row(self, ids, _seeded(sampling or Sampling(), index), stop, Completion())
+            Row(self, ids, _seeded(sampling or Sampling(), index), stop, Completion())
             for index, ids in enumerate(all_ids)
         ]
         for index, row in enumerate(rows):
-            row.accept(self._prefill(cache.row(index), row))
+            row.accept(self.prefill(cache.row(index), row))
         step, began = Step(self.session, cache, 1), time.perf_counter()
         while not all(row.finished(max_new_tokens) for row in rows):
             logits = step.run(np.array([[row.result.tokens[-1]] for row in rows], dtype=np.int64))
@@ -135,7 +135,8 @@ class Generator:
             row.close()
         return [row.result for row in rows]
 
-    def _prefill(self, cache: Cache, row: _Row) -> npt.NDArray[np.float32]:
+    def prefill(self, cache: Cache, row: Row) -> npt.NDArray[np.float32]:
+        """Fill a cache of one row with the row's prompt; return the last token's logits (V,)."""
         began = time.perf_counter()
         *_, logits = self.session.prefill(cache, row.ids, self.prefill_chunk)
         row.result.prefill_seconds = time.perf_counter() - began
@@ -143,7 +144,7 @@ class Generator:
         return last
 
 
-class _Row:
+class Row:
     """One sequence being generated: its sampler, its text, its completion."""
 
     def __init__(

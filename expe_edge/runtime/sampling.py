@@ -81,11 +81,11 @@ def filter_scores(scores: Scores, sampling: Sampling) -> Scores:
         threshold = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         scores = np.where(scores < threshold, -np.inf, scores)
     if sampling.top_p < 1:
-        order = np.argsort(-scores, kind="stable")
-        before = np.cumsum(softmax(scores[order]))
-        outside = np.concatenate([[False], before[:-1] >= sampling.top_p])
+        order = np.argsort(-scores)
+        reached = np.cumsum(softmax(scores[order]))
+        kept = 1 + int(np.searchsorted(reached, sampling.top_p))
         scores = scores.copy()
-        scores[order[outside]] = -np.inf
+        scores[order[kept:]] = -np.inf
     if sampling.min_p > 0:
         scores = np.where(scores < scores.max() + np.log(sampling.min_p), -np.inf, scores)
     return scores

@@ -1,0 +1,47 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: they make the virtual environment themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUT ?= demo
+
+.PHONY: demo test lint types bench docs clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+# Train, export three ways and the naive way, generate, compare: the table and plot of the README.
+demo: $(INSTALLED)
+	$(BIN)/expe-edge train --preset tiny --out $(OUT)/checkpoint --force
+	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force \
+		--precision float32 --precision int8-dynamic --precision int8-static
+	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/inline --positions inline --force \
+		--precision int8-dynamic --precision int8-static
+	$(BIN)/expe-edge generate $(OUT)/package/int8-dynamic --prompt 'def read_file(path):' \
+		--max-new-tokens 128 --temperature 0.7 --min-p 0.05 --seed 1
+	$(BIN)/expe-edge compare $(OUT)/package/float32 $(OUT)/package/int8-dynamic $(OUT)/package/int8-static \
+		$(OUT)/inline/int8-dynamic $(OUT)/inline/int8-static --json $(OUT)/comparison.json --plot $(OUT)/comparison.png
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# Long experiments; see the head of each file in benchmarks/.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.extrapolation
+	$(BIN)/python -m benchmarks.runtime_overhead
+
+# Pages generated from the code: docs/cli.md.
+docs: $(INSTALLED)
+	$(BIN)/python -m docs.generate
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(OUT)

@@ -1,0 +1,48 @@
+"""Fixtures made once a session: a small corpus, a checkpoint really trained on it, and its packages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a hub
+
+import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+
+from expe_edge.export.exporter import export
+from expe_edge.training import train
+from tests.small import small_settings, write_documents
+
+torch.set_num_threads(1)
+hypothesis_settings.register_profile("ci", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("ci")
+
+PRECISIONS = ("float32", "int8-dynamic", "int8-static")
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty documents, long enough for 16 training lengths of 32."""
+    folder = tmp_path_factory.mktemp("text")
+    write_documents(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    """A trained ExPE checkpoint with grouped key/value heads."""
+    out = tmp_path_factory.mktemp("checkpoint") / "model"
+    train(small_settings(text_folder), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """The checkpoint's folded packages, one directory for each of `PRECISIONS`."""
+    out = tmp_path_factory.mktemp("packages")
+    export(checkpoint, out, PRECISIONS)
+    return out
