@@ -7,9 +7,13 @@ see exactly the sequences that one uninterrupted process sees.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
@@ -40,6 +45,8 @@ from expe_edge.tokenization import END_OF_TEXT, encode_documents, load_tokenizer
 TRAINING_FILE = "training.json"
 #: Where Trainer keeps what resuming needs.
 TRAINER_DIRECTORY = "trainer"
+#: With less than this free, a failed write is taken for a full disk: not every library says so.
+LEAST_FREE_BYTES = 1 << 20
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):
@@ -110,7 +117,8 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         callbacks=[interrupt, TrainingProgress(settings.batch_size * settings.training_length)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last)
+    with disk_full_is_an_error(out):
+        trainer.train(resume_from_checkpoint=last)
     if interrupt.interrupted:
         raise KeyboardInterrupt
     report = {
@@ -126,8 +134,9 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     if state.is_main_process:
-        model.save_pretrained(out)
-        _write_json(out / TRAINING_FILE, report)
+        with disk_full_is_an_error(out):
+            _save_model(model, out)
+            _write_json(out / TRAINING_FILE, report)
     state.wait_for_everyone()
     return report
 
@@ -220,6 +229,26 @@ def computes_in_bfloat16() -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def _save_model(model: ExPEForCausalLM, out: Path) -> None:
+    """Write config and weights beside their places first, so that a failure leaves no half-written file."""
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as directory:
+        model.save_pretrained(directory)
+        for file in Path(directory).iterdir():
+            file.replace(out / file.name)
+
+
+@contextmanager
+def disk_full_is_an_error(out: Path) -> Iterator[None]:
+    """Turn the failures of the libraries that write checkpoints into `CheckpointError` where the disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full or (out.exists() and shutil.disk_usage(out).free < LEAST_FREE_BYTES):
+            raise CheckpointError(f"{out}: no space left on the device; free some or change --out") from error
+        raise
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -57,7 +57,7 @@ def measure_parity(
     check_contract(session, contract)
     with torch.inference_mode():
         expected = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
-    found = _run(session, contract, tokens)
+    found = run_graph(session, contract, tokens)
     difference = np.abs(found - expected)
     return Parity(
         tokens=len(tokens),
@@ -78,7 +78,7 @@ def require_parity(parity: Parity, precision: str, *, folded: bool) -> None:
         raise ExportError(f"float32: logits differ from PyTorch by {worst:.2g}, more than {allowed:.2g}")
 
 
-def _run(session: ort.InferenceSession, contract: GraphContract, tokens: npt.NDArray[np.int64]) -> Float:
+def run_graph(session: ort.InferenceSession, contract: GraphContract, tokens: npt.NDArray[np.int64]) -> Float:
     """Prefill all but the last tokens in chunks, decode the rest one by one; return logits (T, V)."""
     prefilled = len(tokens) - DECODED
     parts = [tokens[begin : min(begin + PREFILL_CHUNK, prefilled)] for begin in range(0, prefilled, PREFILL_CHUNK)]

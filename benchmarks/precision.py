@@ -1,0 +1,64 @@
+"""How far float32 logits are from float64 ones, by length, in each way of computing them.
+
+python -m benchmarks.precision demo/checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from expe_edge import modeling
+from expe_edge.checkpoint import load_checkpoint
+from expe_edge.export.graph import build_graph, graph_contract
+from expe_edge.export.parity import run_graph
+from expe_edge.quant.formats import Float32
+from expe_edge.tokenization import encode_documents
+
+
+def torch_logits(model: modeling.ExPEForCausalLM, tokens: np.ndarray, block: int) -> np.ndarray:
+    """Logits (T, V) of one forward pass with queries in blocks of `block`."""
+    before, modeling.QUERY_BLOCK = modeling.QUERY_BLOCK, block
+    try:
+        with torch.inference_mode():
+            return model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    finally:
+        modeling.QUERY_BLOCK = before
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--lengths", default="1,16,64", show_default=True, help="In training lengths.")
+def main(checkpoint: Path, lengths: str) -> None:
+    """Print, as JSON lines, the largest difference to float64 of PyTorch and of both graphs."""
+    opened = load_checkpoint(checkpoint)
+    model, contract = opened.model, graph_contract(opened.config)
+    stream = np.concatenate(encode_documents(opened.tokenizer, opened.corpus().held_out)).astype(np.int64)
+    sessions = {
+        name: ort.InferenceSession(
+            build_graph(model, Float32(), folded=folded).model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        for name, folded in (("graph, folded", True), ("graph, inline", False))
+    }
+    for length in (int(part) * opened.config.training_length for part in lengths.split(",")):
+        tokens = stream[:length]
+        exact = torch_logits(model.double(), tokens, modeling.QUERY_BLOCK)
+        model.float()
+        found = {
+            "torch, blocks of 256": torch_logits(model, tokens, 256),
+            "torch, one block": torch_logits(model, tokens, length),
+            **{name: run_graph(session, contract, tokens) for name, session in sessions.items()},
+        }
+        for name, logits in found.items():
+            print(
+                json.dumps({"way": name, "tokens": length, "largest_difference": float(np.abs(logits - exact).max())})
+            )
+
+
+if __name__ == "__main__":
+    main()
