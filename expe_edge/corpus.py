@@ -76,6 +76,8 @@ def load_corpus(sources: Sequence[str] = (), text_field: str = "text") -> Corpus
             raise CorpusError(f"--data {source}: no text of at least {SHORTEST_DOCUMENT} characters in it")
     training = tuple(document for document in documents.values() if not document.held_out)
     held_out = tuple(document for document in documents.values() if document.held_out)
+    if not training:  # one document, or a few that chance puts on one side: there is nothing to hold out
+        training, held_out = held_out, ()
     return Corpus(sources, training, held_out)
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,10 @@ def export(
     if positions not in POSITIONS:
         raise ExportError(unknown_name("positions", positions, POSITIONS) + "; change --positions")
     checkpoint = load_checkpoint(source)
-    exporter = _Exporter(
-        checkpoint,
-        positions,
-        calibration or Calibration(),
-        load_corpus(calibration_data, text_field) if calibration_data else checkpoint.corpus(),
-    )
+    corpus = load_corpus(calibration_data, text_field) if calibration_data else checkpoint.corpus()
+    if calibration_data:  # text given for this purpose is used whole
+        corpus = dataclasses.replace(corpus, training=corpus.training + corpus.held_out)
+    exporter = _Exporter(checkpoint, positions, calibration or Calibration(), corpus)
     return [exporter.write(precision, out / precision, force=force, progress=progress) for precision in precisions]
 
 
@@ -107,8 +106,6 @@ class _Exporter:
         self.contract = graph_contract(self.config)
         self.plain = self._build(None)
         self._ranges: dict[str, Range] | None = None
-        tokens = encode_documents(checkpoint.tokenizer, corpus.training + corpus.held_out)
-        self.stream = np.concatenate(tokens)
 
     def _build(self, precision: str | None) -> BuiltGraph:
         linear = Float32() if precision is None else make_format(precision, self._ranges)
@@ -122,7 +119,7 @@ class _Exporter:
         progress(f"{precision}: building")
         graph = self._build(precision)
         progress(f"{precision}: validating against PyTorch")
-        parity = measure_parity(self.model, graph.model, self.contract, self._parity_tokens())
+        parity = measure_parity(self.model, graph.model, self.contract, self._parity_tokens)
         require_parity(parity, precision, folded=self.positions == "folded")
         with write_package(path, force=force) as directory:
             self._fill(directory, graph.model, self._manifest(precision, graph, parity))
@@ -130,13 +127,17 @@ class _Exporter:
         return ExportedPackage(path, precision, size, parity)
 
     def _measure_ranges(self) -> dict[str, Range]:
-        windows = sample_windows(self.stream, self.config.training_length, self.calibration)
+        stream = np.concatenate(encode_documents(self.checkpoint.tokenizer, self.corpus.training))
+        windows = sample_windows(stream, self.config.training_length, self.calibration)
         return measure_ranges(self.plain.model, self.contract, self.plain.linear_inputs, windows, self.calibration)
 
+    @cached_property
     def _parity_tokens(self) -> npt.NDArray[np.int64]:
-        """The end of the text (held-out documents stand last), repeated where it is short."""
+        """The longest document, held-out if there is one, repeated where it is short."""
+        longest = max(self.corpus.held_out or self.corpus.training, key=lambda document: len(document.text))
+        (tokens,) = encode_documents(self.checkpoint.tokenizer, [longest])
         length = min(PARITY_LENGTHS * self.config.training_length, self.config.max_position_embeddings)
-        return np.resize(self.stream[-length:], max(length, 2 * DECODED)).astype(np.int64)
+        return np.resize(tokens[:length], max(length, 2 * DECODED)).astype(np.int64)
 
     def _manifest(self, precision: str, graph: BuiltGraph, parity: Parity) -> Manifest:
         code = self.encoding.code.stored if self.encoding else None

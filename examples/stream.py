@@ -1,0 +1,15 @@
+"""Stream text from a package: `python examples/stream.py demo/package/int8-dynamic 'def read_file(path):'`."""
+
+import sys
+
+from expe_edge.runtime import Completion, Generator, Sampling
+
+package, prompt = sys.argv[1:3]
+completion = Completion()
+generator = Generator.load(package)
+for piece in generator.stream(
+    prompt, max_new_tokens=200, sampling=Sampling(temperature=0.7, top_p=0.95, seed=0), completion=completion
+):
+    print(piece, end="", flush=True)
+speed = len(completion.tokens) / max(completion.decode_seconds, 1e-9)
+print(f"\n[{completion.finish_reason}, {speed:.0f} tokens/s]", file=sys.stderr)

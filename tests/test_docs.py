@@ -1,0 +1,51 @@
+"""Documentation that could drift from the code is generated from it or run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from docs.generate import TARGET, page
+from expe_edge.cli.main import main as cli
+from expe_edge.settings import make_settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_command_line_is_current():
+    assert TARGET.read_text(encoding="utf-8") == page(), "run `make docs`"
+
+
+def test_the_python_example_of_the_readme_runs(packages: Path, capsys: pytest.CaptureFixture[str]):
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert "demo/package/int8-dynamic" in example
+    exec(example.replace("demo/package/int8-dynamic", str(packages / "int8-dynamic")), {})  # noqa: S102
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ {4}expe-edge (.*)$", README, flags=re.MULTILINE))
+def test_the_commands_of_the_readme_parse(line: str):
+    name, *arguments = shlex.split(line)
+    command = cli.commands[name]
+    with click.Context(command, info_name=name) as context:
+        command.parse_args(context, arguments)
+
+
+@pytest.mark.parametrize("target", re.findall(r"^ {4}make (\w+)", README, flags=re.MULTILINE))
+def test_the_make_targets_of_the_readme_exist(target: str):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_example_settings_are_valid(path: Path):
+    make_settings(config_file=path)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
+def test_what_the_readme_links_to_exists(link: str):
+    assert (ROOT / link).exists()
