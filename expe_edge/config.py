@@ -80,7 +80,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         self.positional = positional
         self.training_length = training_length
         self.use_cache = use_cache
-        self._check_sizes()
+        self._check_sizes(intermediate_size=intermediate_size, max_position_embeddings=max_position_embeddings)
         self.intermediate_size = intermediate_size or self._default_intermediate_size()
         parameters = encoding_parameters(positional, positional_parameters or {})
         self.max_position_embeddings = max_position_embeddings or parameters.reach
@@ -99,13 +99,15 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         code = cls.__init__.__code__
         return list(code.co_varnames[1 : code.co_argcount])
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, **optional: int | None) -> None:
         require_positive(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             training_length=self.training_length,
+            num_key_value_heads=self.num_key_value_heads,
+            **{name: value for name, value in optional.items() if value is not None},
         )
         require_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.hidden_size % self.num_attention_heads:

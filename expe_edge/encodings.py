@@ -7,6 +7,7 @@ refuse a bad setting at once; `positional.py` has the modules under the same nam
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -35,11 +36,12 @@ def require_positive(**values: float) -> None:
 
 def per_dimension(name: str, value: float | Sequence[float], dims: int) -> tuple[float, ...]:
     """Spread a scalar over `dims` dimensions, or check that a sequence has one value for each."""
-    if isinstance(value, int | float):
-        return (float(value),) * dims
-    if len(value) != dims:
-        raise ConfigError(f"{name} has {len(value)} values; give one number, or one for each of the {dims} dims")
-    return tuple(float(v) for v in value)
+    values = (float(value),) * dims if isinstance(value, int | float) else tuple(map(float, value))
+    if len(values) != dims:
+        raise ConfigError(f"{name} has {len(values)} values; give one number, or one for each of the {dims} dims")
+    if not all(map(math.isfinite, values)):
+        raise ConfigError(f"{name} is {value}; it must be finite")
+    return values
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,8 @@ class ExPE(PositionalEncoding):
     def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
         if not self.in_projection:
             return super().project(weight, hidden, positions)
-        content, alpha, beta = self.fold(weight)
+        with torch.autocast(hidden.device.type, enabled=False):  # α and β must not be rounded to half precision
+            content, alpha, beta = self.fold(weight)
         query, key, value = self.heads.split(F.linear(hidden, content))
         with torch.autocast(hidden.device.type, enabled=False):
             query_term, _, value_term = self.heads.split(alpha + self.limbs(positions).to(beta.dtype) @ beta.T)

@@ -12,6 +12,7 @@ import onnx
 
 from expe_edge import __version__
 from expe_edge.config import ExPEConfig
+from expe_edge.errors import ExportError
 from expe_edge.export.fold import LayerWeights, ModelWeights, extract_weights
 from expe_edge.export.nodes import MICROSOFT, GraphBuilder
 from expe_edge.export.positions import POSITION_NODES, PositionNodes, Projection
@@ -21,6 +22,8 @@ from expe_edge.quant.formats import Float, LinearFormat, Range
 
 #: The name of the head among the linears.
 HEAD = "head"
+#: GroupQueryAttention takes head sizes in these units.
+HEAD_SIZE_UNIT = 8
 
 
 def graph_contract(config: ExPEConfig) -> GraphContract:
@@ -47,7 +50,15 @@ def build_graph(model: ExPEForCausalLM, linear: LinearFormat, *, folded: bool = 
         linear: the format of every linear, the head's included.
         folded: positions folded out of the products; False leaves them inside, as an exporter would that knows
             nothing of the encoding.
+
+    Raises:
+        ExportError: a head size that the attention operator does not take, or weights that are not finite.
     """
+    if model.config.head_dim % HEAD_SIZE_UNIT:
+        raise ExportError(
+            f"head size {model.config.head_dim} is not a multiple of {HEAD_SIZE_UNIT}, which onnxruntime's attention "
+            "needs; train with another --num-attention-heads or --hidden-size"
+        )
     return _Decoder(model, linear, folded=folded).build()
 
 
@@ -90,7 +101,8 @@ class _Decoder:
         normed = self._norm(f"{name}.attention.norm", hidden, weights.attention_norm)
         projection = self.positions.project(f"{name}.attention", normed, weights)
         mixed = self._attention(f"{name}.attention.mix", index, projection)
-        written = linear.emit(graph, f"{name}.attention.out", mixed, weights.out)
+        peaked = projection.positioned_values
+        written = linear.emit(graph, f"{name}.attention.out", mixed, weights.out, peaked=peaked)
         hidden = graph.op("Add", hidden, written, name=f"{name}.attention.residual")
         normed = self._norm(f"{name}.feed_forward.norm", hidden, weights.feed_forward_norm)
         written = self._feed_forward(f"{name}.feed_forward", normed, weights)

@@ -22,12 +22,16 @@ from expe_edge.quant.formats import Float, LinearFormat
 
 @dataclass(frozen=True)
 class Projection:
-    """Tensor names: query (B, T, H·D), key and value (B, T, Hkv·D), bias (B or 1, H or 1, T, S) or empty."""
+    """Tensor names: query (B, T, H·D), key and value (B, T, Hkv·D), bias (B or 1, H or 1, T, S) or empty.
+
+    positioned_values: whether values carry positions, and so the attention's output grows with them.
+    """
 
     query: str
     key: str
     value: str
     bias: str = ""
+    positioned_values: bool = False
 
 
 @dataclass
@@ -91,14 +95,6 @@ class SinusoidalNodes(PositionNodes):
         angles = self.graph.op("Mul", self.float_positions(), frequencies, name="positions.angles")
         waves = [self.graph.op(kind, angles, name=f"positions.{kind.lower()}") for kind in ("Sin", "Cos")]
         both = self.graph.op("Concat", *waves, name="positions.waves", axis=-1)
-        if self.config.hidden_size % 2:
-            both = self.graph.op(
-                "Slice",
-                both,
-                self.graph.ints(0),
-                self.graph.ints(self.config.hidden_size),
-                self.graph.ints(2),
-            )
         return self.graph.op("Add", hidden, both, name="embedding.positioned")
 
 
@@ -231,10 +227,11 @@ class ExPENodes(PositionNodes):
         """One product over content; positions beside it, and in the scores' bias."""
         plain = super().project(layer, hidden, weights)
         query = self.affine(f"{layer}.query", plain.query, positions.query_start, positions.query_limbs)
-        value = plain.value
-        if positions.value_start is not None and positions.value_limbs is not None:
-            value = self.affine(f"{layer}.value", value, positions.value_start, positions.value_limbs)
-        return Projection(query, plain.key, value, self.bias(layer, hidden, positions))
+        bias = self.bias(layer, hidden, positions)
+        if positions.value_start is None or positions.value_limbs is None:
+            return Projection(query, plain.key, plain.value, bias)
+        value = self.affine(f"{layer}.value", plain.value, positions.value_start, positions.value_limbs)
+        return Projection(query, plain.key, value, bias, positioned_values=True)
 
     def affine(self, name: str, states: str, start: Float, limbs: Float) -> str:
         """states + start + codes · limbs."""

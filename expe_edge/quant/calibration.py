@@ -5,9 +5,10 @@ Every window is run as a real prefill and, for its last token, as a real cached 
 
 from __future__ import annotations
 
-import logging
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from expe_edge.package import GraphContract
 from expe_edge.quant.formats import Range
 
 Ids = npt.NDArray[np.int64]
+#: Inputs of a graph by name.
+Feeds = dict[str, npt.NDArray[Any]]
 
 #: `--calibration-method` to onnxruntime's calibrator.
 CALIBRATION_METHODS = {
@@ -87,10 +90,13 @@ def measure_ranges(
             augmented_model_path=str(augmented),
             calibrate_method=CALIBRATION_METHODS[calibration.method],
         )
-        calibrator.collect_data(_WindowReader(plain, contract, windows))
-        # The histogram methods find a threshold per tensor and print what they do.
-        logging.getLogger("root").setLevel(logging.WARNING)
-        data = calibrator.compute_data().data
+        session = ort.InferenceSession(str(plain), providers=["CPUExecutionProvider"])
+        with redirect_stdout(sys.stderr):  # the histogram methods print what they do
+            # They also stack what one call collects, so each call gets feeds of one shape.
+            calibrator.collect_data(_Reader(graph_feeds(contract, window[None]) for window in windows))
+            if len(windows[0]) > 1:
+                calibrator.collect_data(_Reader(_decode_feeds(session, contract, window) for window in windows))
+            data = calibrator.compute_data().data
     return {linear: _bounds(data[tensor]) for linear, tensor in linear_inputs.items()}
 
 
@@ -99,22 +105,17 @@ def _bounds(tensor: Any) -> Range:
     return float(np.asarray(low).item()), float(np.asarray(high).item())
 
 
-class _WindowReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime publishes no types
-    """Feeds of one prefill and one cached decode for each window."""
+def _decode_feeds(session: ort.InferenceSession, contract: GraphContract, window: Ids) -> Feeds:
+    """Feeds of the last token of `window` (T,), the others in the cache."""
+    cache = session.run(list(contract.present_names), graph_feeds(contract, window[None, :-1]))
+    return graph_feeds(contract, window[None, -1:], cache)
 
-    def __init__(self, model: Path, contract: GraphContract, windows: list[Ids]) -> None:
-        self.session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-        self.contract, self.windows = contract, windows
-        self.feeds = self._make()
 
-    def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime publishes no types
+    """Feeds through the interface that the calibrators ask for."""
+
+    def __init__(self, feeds: Iterator[Feeds]) -> None:
+        self.feeds = feeds
+
+    def get_next(self) -> Feeds | None:
         return next(self.feeds, None)
-
-    def _make(self) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        for window in self.windows:
-            prefill = graph_feeds(self.contract, window[None])
-            yield prefill
-            if len(window) > 1:
-                before = graph_feeds(self.contract, window[None, :-1])
-                cache = self.session.run(list(self.contract.present_names), before)
-                yield graph_feeds(self.contract, window[None, -1:], cache)

@@ -18,6 +18,8 @@ from expe_edge.errors import ConfigError
 
 #: Integers up to here, and no further, are all exact in float32 (24 bits of significand).
 FLOAT32_EXACT = 2**24
+#: Smallest positive float32: finer values do not exist.
+SMALLEST_FLOAT32 = Fraction(1, 2**149)
 #: Values a limb may take and stay exact in int8; bfloat16, with its 8 bits of significand, holds them too.
 INT8_LIMIT = 128
 
@@ -39,6 +41,10 @@ class PositionCode:
             raise ConfigError(f"limb_bits is {self.bits}; allowed: 1 to 24")
         if not 1 <= self.limbs <= 24:
             raise ConfigError(f"limbs is {self.limbs}; allowed: 1 to 24")
+        if self.bits * (self.limbs - 1) > 24:
+            raise ConfigError(
+                f"{self.limbs} limbs of {self.bits} bits exceed the 24 bits of a position; use fewer limbs"
+            )
 
     @property
     def weights(self) -> tuple[int, ...]:
@@ -91,6 +97,8 @@ def is_exact(start: float, step: float, count: int) -> bool:
     if not terms:
         return True
     unit = Fraction(2) ** min(_power_of_two_part(term) for term in terms)
+    if unit < SMALLEST_FLOAT32:
+        return False
     last = Fraction(start) + Fraction(step) * (count - 1)
     return max(abs(Fraction(start)), abs(last)) / unit <= FLOAT32_EXACT
 

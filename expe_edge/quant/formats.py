@@ -54,7 +54,7 @@ def quantize_weight(weight: Float) -> QuantizedWeight:
 def activation_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:
     """Return scale and zero point of uint8 for values in [low, high], with 0 exact."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = np.float32((high - low) / ACTIVATION_LEVELS or 1.0)
+    scale = np.float32((high - low) / ACTIVATION_LEVELS) or np.float32(1)
     return scale, np.uint8(np.clip(np.rint(-low / scale), 0, ACTIVATION_LEVELS))
 
 

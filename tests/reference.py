@@ -1,0 +1,178 @@
+"""The model in float64 NumPy, written the plain way: one sequence, one head at a time, no rewrite of any kind.
+
+ExPE really overrides the first dimensions by p_n, keys carry their positions, nothing is folded, cached or blocked.
+Nothing here is shared with the package but the names of weights and settings.
+
+Notation: T tokens · C hidden size · H heads · Hkv key/value heads · D head size · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from expe_edge.config import ExPEConfig
+from expe_edge.modeling import ExPEForCausalLM
+
+Double = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+Weights = Mapping[str, Double]
+
+
+def model_weights(model: ExPEForCausalLM) -> dict[str, Double]:
+    """The state dict as float64."""
+    return {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+
+
+def reference_logits(config: ExPEConfig, weights: Weights, tokens: Ids, positions: Ids | None = None) -> Double:
+    """Logits (T, V) of one sequence (T,), at `positions` (T,), by default 0, 1, 2, …"""
+    positions = np.arange(len(tokens)) if positions is None else positions
+    hidden = embed(config, weights["embedding.weight"][tokens], positions)
+    for layer in range(config.num_hidden_layers):
+        block = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
+        normed = rms_norm(hidden, block["attention_norm.weight"], config.rms_norm_eps)
+        mixed = attention(config, weights, block["attention.qkv.weight"], normed, positions)
+        hidden = hidden + mixed @ block["attention.out.weight"].T
+        normed = rms_norm(hidden, block["feed_forward_norm.weight"], config.rms_norm_eps)
+        hidden = hidden + feed_forward(config, block, normed)
+    return rms_norm(hidden, weights["norm.weight"], config.rms_norm_eps) @ weights["head.weight"].T
+
+
+def rms_norm(hidden: Double, gain: Double, epsilon: float) -> Double:
+    return hidden / np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + epsilon) * gain
+
+
+def feed_forward(config: ExPEConfig, block: Weights, hidden: Double) -> Double:
+    wide = hidden @ block["feed_forward.up.weight"].T
+    if config.hidden_act == "gelu":
+        active = wide * (1 + np.vectorize(math.erf)(wide / math.sqrt(2))) / 2
+    else:
+        gate, up = np.split(wide, 2, axis=-1)
+        active = gate / (1 + np.exp(-gate)) * up
+    return active @ block["feed_forward.down.weight"].T
+
+
+def softmax(scores: Double) -> Double:
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def attention(config: ExPEConfig, weights: Weights, fused: Double, hidden: Double, positions: Ids) -> Double:
+    """Causal attention of (T, C) with the fused weight (H·D + 2·Hkv·D, C): (T, H·D)."""
+    heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    query_weight, key_weight, value_weight = np.split(fused, [heads * size, (heads + shared) * size])
+    positioned, value_input = attention_inputs(config, hidden, positions)
+    queries, keys, values = positioned @ query_weight.T, positioned @ key_weight.T, value_input @ value_weight.T
+    hidden_future = np.triu(np.full((len(hidden), len(hidden)), -np.inf), k=1)
+    mixed = []
+    for head in range(heads):
+        own, group = _head(head, size), _head(head * shared // heads, size)
+        query, key = queries[:, own], keys[:, group]
+        if config.positional == "rotary":
+            query, key = rotate(config, query, positions), rotate(config, key, positions)
+        scores = query @ key.T / math.sqrt(size) + score_bias(config, weights, head, positions)
+        mixed.append(softmax(scores + hidden_future) @ values[:, group])
+    return np.concatenate(mixed, axis=-1)
+
+
+def _head(index: int, size: int) -> slice:
+    return slice(index * size, (index + 1) * size)
+
+
+def embed(config: ExPEConfig, embeddings: Double, positions: Ids) -> Double:
+    """The embeddings (T, C) with what an encoding does to them."""
+    if config.positional == "sinusoidal":
+        return embeddings + waves(config.hidden_size, positions)
+    if config.positional in ("expe", "exqpe") and config.positional_parameters["where"] == "embedding":
+        return with_positions(config, embeddings, positions)
+    return embeddings
+
+
+def attention_inputs(config: ExPEConfig, hidden: Double, positions: Ids) -> tuple[Double, Double]:
+    """What enters the query and key products, and what enters the value product, both (T, C)."""
+    where = config.positional_parameters.get("where")
+    positioned = with_positions(config, hidden, positions) if where in ("query_key", "query_key_value") else hidden
+    return positioned, positioned if where == "query_key_value" else hidden
+
+
+def with_positions(config: ExPEConfig, hidden: Double, positions: Ids) -> Double:
+    """Override, or add to, the first l dimensions of (T, C)."""
+    vectors, changed = position_vectors(config, positions), hidden.copy()
+    dims = vectors.shape[-1]
+    if config.positional_parameters["how"] == "override":
+        changed[:, :dims] = vectors
+    else:
+        changed[:, :dims] += vectors
+    return changed
+
+
+def position_vectors(config: ExPEConfig, positions: Ids) -> Double:
+    """p_n = start + step·n (T, l); for ExQPE n is replaced, in each group of dimensions, by a digit of n."""
+    parameters = config.positional_parameters
+    dims = parameters["dims"]
+    start, step = (np.broadcast_to(np.array(parameters[name], dtype=np.float64), dims) for name in ("start", "step"))
+    counts = np.broadcast_to(positions[:, None], (len(positions), dims))
+    if config.positional == "exqpe":
+        counts = np.array([digits(int(n), parameters["limb_bits"], parameters["limbs"]) for n in positions])
+        counts = counts.repeat(dims // parameters["limbs"], axis=1)
+    return start + step * counts
+
+
+def digits(number: int, bits: int, limbs: int) -> list[int]:
+    """Digits in base 2^bits, low first; what is left over stays in the last."""
+    found = []
+    for _ in range(limbs - 1):
+        number, digit = divmod(number, 2**bits)
+        found.append(digit)
+    return [*found, number]
+
+
+def waves(width: int, positions: Ids) -> Double:
+    """Sines, then cosines, at the wavelengths of Vaswani et al.; for an odd width the last cosine is dropped."""
+    angles = np.outer(positions, [10000.0 ** (-2 * pair / width) for pair in range((width + 1) // 2)])
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width]
+
+
+def rotate(config: ExPEConfig, states: Double, positions: Ids) -> Double:
+    """Turn (T, D): dimension k and k + D/2 are one complex number."""
+    size, theta = config.head_dim, config.positional_parameters["theta"]
+    first, second = np.split(states, 2, axis=-1)
+    angles = np.outer(positions, [theta ** (-2 * pair / size) for pair in range(size // 2)])
+    turned = (first + 1j * second) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def score_bias(config: ExPEConfig, weights: Weights, head: int, positions: Ids) -> Double | float:
+    """What is added to the scores (T, T) of one head."""
+    back = positions[:, None] - positions[None, :]
+    if config.positional == "alibi":
+        return -press_slopes(config.num_attention_heads)[head] * back
+    if config.positional == "relative":
+        parameters = config.positional_parameters
+        buckets = [
+            t5_bucket(distance, parameters["buckets"], parameters["max_distance"]) for distance in range(back.max() + 1)
+        ]
+        rows = np.array(buckets)[back.clip(min=0)]
+        return weights["positional.table.weight"][rows, head]
+    return 0.0
+
+
+def press_slopes(heads: int) -> list[float]:
+    """ALiBi's slopes by the recursion its authors published."""
+    if math.log2(heads).is_integer():
+        ratio = 2 ** (-8 / heads)
+        return [ratio ** (head + 1) for head in range(heads)]
+    closest = 2 ** int(math.log2(heads))
+    return press_slopes(closest) + press_slopes(2 * closest)[::2][: heads - closest]
+
+
+def t5_bucket(back: int, buckets: int, farthest: int) -> int:
+    """T5's causal bucket of a distance back: half exact, half logarithmic."""
+    exact = buckets // 2
+    if back < exact:
+        return back
+    part = math.log(back / exact) / math.log(farthest / exact)
+    return min(exact + int(part * (buckets - exact)), buckets - 1)

@@ -1,0 +1,114 @@
+"""Who imports what: the runtime stays light, help is instant, and every module can be imported by itself."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import expe_edge
+
+ROOT = Path(expe_edge.__file__).parent
+MODULES = sorted(module.name for module in pkgutil.walk_packages(expe_edge.__path__, "expe_edge."))
+#: What the base install does not have, or has only for the command line.
+HEAVY = {"torch", "transformers", "onnx", "optimum", "matplotlib", "accelerate", "datasets", "safetensors", "pyarrow"}
+RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "tokenizers"}
+
+
+def top_level_modules(code: str, *arguments: str) -> set[str]:
+    """Run `code` in a fresh interpreter; return the names of the top-level modules it has loaded at its end."""
+    ending = "\nimport json, sys\nprint()\nprint(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + ending, *arguments], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Yield the full name of every module that the source at `path` imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def foreign_names(path: Path) -> set[str]:
+    """Return what `path` imports beside the standard library."""
+    return {name for name in imported_names(path) if name.partition(".")[0] not in sys.stdlib_module_names}
+
+
+def test_importing_the_runtime_loads_nothing_heavy() -> None:
+    loaded = top_level_modules("import expe_edge.runtime")
+
+    assert {"numpy", "onnxruntime", "tokenizers", "expe_edge"} <= loaded
+    assert not loaded & (HEAVY | {"click", "rich", "yaml"})
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8-static"])
+def test_generating_loads_nothing_heavy_either(packages: Path, precision: str) -> None:
+    code = (
+        "import sys\n"
+        "from expe_edge.runtime import Generator, Sampling\n"
+        "generator = Generator.load(sys.argv[1])\n"
+        "sampling = Sampling(temperature=1.0, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=0)\n"
+        "assert len(generator.generate(['the', 'a tree'], max_new_tokens=4, sampling=sampling)) == 2\n"
+        "assert ''.join(generator.stream('the', max_new_tokens=4))"
+    )
+
+    assert not top_level_modules(code, str(packages / precision)) & HEAVY
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"]])
+def test_help_loads_neither_numpy_nor_anything_heavier(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from expe_edge.cli.main import main\n"
+        "try:\n"
+        "    main(sys.argv[1:], prog_name='expe-edge')\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0, end.code\n"
+    )
+
+    loaded = top_level_modules(code, *arguments)
+
+    assert "click" in loaded
+    assert not loaded & (HEAVY | {"numpy", "onnxruntime", "tokenizers", "rich", "yaml"})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports(name: str) -> None:
+    assert importlib.import_module(name).__name__ == name
+
+
+def test_every_source_file_is_among_the_modules() -> None:
+    sources = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")}
+
+    assert {name.removesuffix(".__init__") for name in sources} == {"expe_edge", *MODULES}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runtime").glob("*.py")), ids=lambda path: path.name)
+def test_runtime_sources_import_only_what_the_base_install_has(path: Path) -> None:
+    for name in foreign_names(path):
+        ours = name.startswith(("expe_edge.errors.", "expe_edge.package.", "expe_edge.runtime."))
+        assert ours or name.partition(".")[0] in RUNTIME_MAY_IMPORT, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("errors.py", ()),
+        ("package.py", ("expe_edge.errors.",)),
+        ("settings.py", ("expe_edge.errors.", "expe_edge.encodings.", "yaml")),
+    ],
+)
+def test_shared_modules_import_only_the_standard_library(module: str, allowed: tuple[str, ...]) -> None:
+    assert all(name.startswith(allowed) for name in foreign_names(ROOT / module))

@@ -1,0 +1,456 @@
+"""The package on disk: complete or absent, verified when opened, and the contract of its graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+
+from expe_edge.errors import ExportError, PackageError
+from expe_edge.package import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    GraphContract,
+    Manifest,
+    Package,
+    file_hash,
+    is_package,
+    read_package,
+    seal_package,
+    write_package,
+)
+from expe_edge.runtime import PackageSession
+from tests.conftest import PRECISIONS
+
+DAMAGED = "export the package again"
+
+
+@pytest.fixture
+def package(packages: Path, tmp_path: Path) -> Path:
+    """A copy of a package, to be damaged."""
+    return Path(shutil.copytree(packages / "float32", tmp_path / "package"))
+
+
+def edit_manifest(package: Path, without: str = "", **changes: Any) -> None:
+    """Change entries of the manifest, or remove one."""
+    path = package / MANIFEST_FILE
+    values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    values.pop(without, None)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def refusal(path: Path, opener: Callable[[Path], Any] = read_package) -> str:
+    """Return the message of the `PackageError` that opening `path` raises."""
+    with pytest.raises(PackageError) as caught:
+        opener(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_package_is_complete_and_verified(packages: Path, precision: str) -> None:
+    package = read_package(packages / precision)
+
+    assert is_package(package.path)
+    assert package.manifest.precision == precision
+    assert set(package.manifest.files) == {file.name for file in package.path.iterdir()} - {MANIFEST_FILE}
+    assert {"model.onnx", "config.json", "generation_config.json", "genai_config.json", "tokenizer.json"} <= set(
+        package.manifest.files
+    )
+    assert all(len(digest) == 64 for digest in package.manifest.files.values())
+    assert (package.model_path.name, package.tokenizer_path.name) == ("model.onnx", "tokenizer.json")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_manifest_survives_json(packages: Path, precision: str) -> None:
+    path = packages / precision / MANIFEST_FILE
+    manifest = read_package(packages / precision).manifest
+
+    assert Manifest.from_json(manifest.to_json(), path) == manifest
+    assert manifest.to_json() == path.read_text(encoding="utf-8")
+    assert manifest.format_version == FORMAT_VERSION == 1
+    assert (manifest.calibration is not None) is (precision == "int8-static")
+
+
+def test_missing_package(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none") == f"{tmp_path}/none: no such package directory"
+
+
+def test_file_in_place_of_a_package(package: Path) -> None:
+    model = package / MODEL_FILE
+
+    assert refusal(model) == f"{model}: no such package directory"
+
+
+def test_directory_that_is_no_package(tmp_path: Path, checkpoint: Path) -> None:
+    for path in (tmp_path, checkpoint):
+        assert not is_package(path)
+        assert refusal(path) == f"{path}: no expe_edge.json in it, so not a package; make one with export"
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "genai_config.json"])
+def test_missing_file(package: Path, name: str) -> None:
+    (package / name).unlink()
+
+    assert refusal(package) == f"{package}: {name} is missing; the package is incomplete, export it again"
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "genai_config.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-1], lambda data: data[: len(data) // 2], lambda _: b"", lambda data: data + b"\0"],
+    ids=["last byte", "half", "empty", "longer"],
+)
+def test_truncated_or_longer_file(package: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
+    (package / name).write_bytes(damage((package / name).read_bytes()))
+
+    assert refusal(package) == f"{package}: {name} differs from its hash in expe_edge.json; {DAMAGED}"
+
+
+@pytest.mark.parametrize("place", [0, 100_000, -1])
+def test_one_changed_bit(package: Path, place: int) -> None:
+    data = bytearray((package / MODEL_FILE).read_bytes())
+    data[place] ^= 1
+    (package / MODEL_FILE).write_bytes(data)
+
+    assert refusal(package) == f"{package}: model.onnx differs from its hash in expe_edge.json; {DAMAGED}"
+
+
+def test_model_that_no_runtime_can_open(package: Path) -> None:
+    """A hash tells what was written, not that it was good: onnxruntime has the last word, in one line."""
+    manifest = read_package(package).manifest
+    (package / MODEL_FILE).write_bytes((package / MODEL_FILE).read_bytes()[:1000])
+    (package / MANIFEST_FILE).unlink()
+    seal_package(package, manifest)
+
+    message = refusal(package, PackageSession.load)
+
+    assert message.startswith(f"{package}/model.onnx: onnxruntime {ort.__version__} cannot open it (")
+
+
+@pytest.mark.parametrize("version", [2, 99, 2.5, "2"])
+def test_newer_format(package: Path, version: object) -> None:
+    edit_manifest(package, format_version=version, something_new={"that": "old releases do not know"})
+
+    assert refusal(package) == (
+        f"{package}/expe_edge.json: format version {version}, newer than 1, the newest this release reads; "
+        "upgrade expe-edge"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '"text"', "{}", '{"files": {}}'])
+def test_manifest_that_is_none(package: Path, text: str) -> None:
+    (package / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+    assert refusal(package) == f"{package}/expe_edge.json: not a manifest of expe-edge; {DAMAGED}"
+
+
+def test_manifest_that_is_cut_short(package: Path) -> None:
+    text = (package / MANIFEST_FILE).read_text(encoding="utf-8")
+    for kept in range(0, len(text) - 2, 97):
+        (package / MANIFEST_FILE).write_text(text[:kept], encoding="utf-8")
+
+        assert refusal(package) == f"{package}/expe_edge.json: not a manifest of expe-edge; {DAMAGED}"
+
+
+def test_manifest_that_is_not_text(package: Path) -> None:
+    (package / MANIFEST_FILE).write_bytes(b"\xff\xfe\x00")
+
+    assert refusal(package).startswith(f"{package}: no expe_edge.json in it, so not a package")
+
+
+@pytest.mark.parametrize("name", ["contract", "model", "precision", "files", "training_length", "corpus"])
+def test_manifest_without_an_entry(package: Path, name: str) -> None:
+    edit_manifest(package, without=name)
+
+    assert refusal(package).startswith(f"{package}/expe_edge.json: damaged manifest (")
+    assert refusal(package).endswith(f"); {DAMAGED}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"surprise": 1},
+        {"contract": 3},
+        {"contract": {"layers": 2}},
+        {"contract": {"layers": 2, "key_value_heads": 2, "head_size": 16, "vocab_size": 300, "surprise": 1}},
+        {"files": 5},
+        {"files": ["model.onnx", "tokenizer.json"]},
+        {"files": {}},
+        {"model": [1]},
+        {"model": "expe"},
+        {"corpus": "text"},
+    ],
+    ids=str,
+)
+def test_manifest_with_entries_of_another_kind(package: Path, changes: dict[str, Any]) -> None:
+    edit_manifest(package, **changes)
+
+    assert refusal(package).startswith(f"{package}/expe_edge.json: damaged manifest (")
+    assert refusal(package).endswith(f"); {DAMAGED}")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "sub/../../secret", "sub/inside", ""])
+def test_manifest_that_names_files_elsewhere(package: Path, name: str) -> None:
+    """Even with the right hash, a file outside the package is never read as one of its own."""
+    (package.parent / "secret").write_text("secret", encoding="utf-8")
+    (package / "sub").mkdir()
+    (package / "sub" / "inside").write_text("secret", encoding="utf-8")
+    files = json.loads((package / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    edit_manifest(package, files={**files, name: file_hash(package.parent / "secret")})
+
+    assert refusal(package) == f"{package}: {name} is missing; the package is incomplete, export it again"
+
+
+def test_file_beside_those_of_the_manifest_is_no_damage(package: Path) -> None:
+    (package / "README.md").write_text("ours", encoding="utf-8")
+
+    assert isinstance(read_package(package), Package)
+
+
+# Writing
+
+
+def write_whole(path: Path, text: str, *, force: bool = False) -> None:
+    """Write a directory of two files through `write_package`."""
+    with write_package(path, force=force) as directory:
+        (directory / "a").write_text(text, encoding="utf-8")
+        (directory / "b").write_text(text, encoding="utf-8")
+
+
+def content(path: Path) -> dict[str, str]:
+    """Name to text of every file below `path`, hidden ones too."""
+    return {str(file.relative_to(path)): file.read_text() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def interrupt(_: Path) -> None:
+    """A real Ctrl-C, also where the shell that started the tests ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def fill_the_disk(directory: Path) -> None:
+    """Write to the device that is always full."""
+    (directory / "b").symlink_to("/dev/full")
+    (directory / "b").write_text("more", encoding="utf-8")
+
+
+def raise_error(_: Path) -> None:
+    raise ZeroDivisionError
+
+
+#: What goes wrong while a package is being filled, and what the caller sees of it.
+FAILURES: list[tuple[Callable[[Path], None], type[BaseException]]] = [
+    (raise_error, ZeroDivisionError),
+    (interrupt, KeyboardInterrupt),
+    (fill_the_disk, ExportError),
+    (lambda directory: (directory / "missing" / "file").touch(), FileNotFoundError),
+]
+failures = pytest.mark.parametrize(("fail", "seen"), FAILURES, ids=["error", "Ctrl-C", "disk full", "OSError"])
+
+
+def test_package_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "package"
+    with write_package(path) as directory:
+        (directory / "a").write_text("1", encoding="utf-8")
+        assert not path.exists()
+        assert directory.parent == path.parent  # so that the rename cannot cross devices
+
+    assert content(tmp_path) == {"deep/er/package/a": "1"}
+    assert [entry.name for entry in path.parent.iterdir()] == ["package"]
+    assert path.stat().st_mode & 0o777 == 0o755  # readable by others, as mkdtemp's directories are not
+
+
+def write_and_fail(path: Path, fail: Callable[[Path], None], *, force: bool = False) -> None:
+    """Write half a package, then fail."""
+    with write_package(path, force=force) as directory:
+        (directory / "a").write_text("new", encoding="utf-8")
+        fail(directory)
+
+
+@failures
+def test_failure_leaves_nothing(tmp_path: Path, fail: Callable[[Path], None], seen: type[BaseException]) -> None:
+    with pytest.raises(seen):
+        write_and_fail(tmp_path / "package", fail)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_leaves_no_folders_either(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "before").touch()
+
+    for folder in ("new", "new/er", "there", "there/too"):
+        with pytest.raises(ZeroDivisionError):
+            write_and_fail(tmp_path / folder / "package", raise_error)
+
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["there", "there/before"]
+
+
+@failures
+def test_failure_leaves_the_old_package(
+    tmp_path: Path, fail: Callable[[Path], None], seen: type[BaseException]
+) -> None:
+    write_whole(tmp_path / "package", "old")
+
+    with pytest.raises(seen):
+        write_and_fail(tmp_path / "package", fail, force=True)
+
+    assert content(tmp_path) == {"package/a": "old", "package/b": "old"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["package"]
+
+
+def test_full_disk_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        write_and_fail(tmp_path / "package", fill_the_disk)
+
+    assert str(caught.value) == f"{tmp_path}/package: no space left on the device; free some or change --out"
+
+
+def test_existing_package_is_replaced_only_by_force(tmp_path: Path) -> None:
+    path = tmp_path / "package"
+    write_whole(path, "old")
+    (path / "only-old").write_text("old", encoding="utf-8")
+
+    with pytest.raises(ExportError) as caught:
+        write_whole(path, "new")
+    assert str(caught.value) == f"{path} exists; use --force to replace it, or another --out"
+    assert content(path) == {"a": "old", "b": "old", "only-old": "old"}
+
+    write_whole(path, "new", force=True)
+    assert content(tmp_path) == {"package/a": "new", "package/b": "new"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["package"]
+
+
+def test_file_is_never_replaced_by_a_package(tmp_path: Path) -> None:
+    (tmp_path / "package").write_text("a file of the user's", encoding="utf-8")
+
+    with pytest.raises(ExportError):
+        write_whole(tmp_path / "package", "new", force=True)
+
+    assert content(tmp_path) == {"package": "a file of the user's"}
+
+
+def test_ctrl_c_at_any_line_of_the_replacement_leaves_a_whole_package(tmp_path: Path) -> None:
+    """Interrupt `write_package` at its first line after the filling, its second, … until it ends uninterrupted."""
+    outcomes = []
+    for line in range(100):
+        path = tmp_path / str(line) / "package"
+        write_whole(path, "old")
+        finished = replace_interrupted(path, line)
+        assert content(path) in ({"a": "old", "b": "old"}, {"a": "new", "b": "new"}), f"interrupted at line {line}"
+        outcomes.append((path / "a").read_text())
+        if finished:
+            break
+
+    assert finished
+    assert outcomes[0] == "old"
+    assert outcomes[-1] == "new"
+
+
+def replace_interrupted(path: Path, line: int) -> bool:
+    """Replace `path`, raising KeyboardInterrupt before the given line that runs once it is filled.
+
+    Lines of `write_package` and of the standard library's `shutil` count. Returns whether it ended before that line.
+    """
+    places = {write_package.__wrapped__.__code__.co_filename, shutil.__file__}
+    left = line
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in places:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    try:
+        with write_package(path, force=True) as directory:
+            for name in ("a", "b"):
+                (directory / name).write_text("new", encoding="utf-8")
+            sys.settrace(trace)
+    except (KeyboardInterrupt, OSError):  # interrupted after closing a directory, `shutil` fails to close it again
+        return False
+    finally:
+        sys.settrace(previous)
+    return True
+
+
+def test_sealing_hashes_every_file(packages: Path, tmp_path: Path) -> None:
+    manifest = dataclasses.replace(read_package(packages / "float32").manifest, files={})
+    for name in ("model.onnx", "tokenizer.json", "extra"):
+        (tmp_path / name).write_bytes(os.urandom(10))
+
+    seal_package(tmp_path, manifest)
+
+    found = read_package(tmp_path).manifest
+    assert set(found.files) == {"model.onnx", "tokenizer.json", "extra"}
+    assert dataclasses.replace(found, files={}) == manifest
+
+
+# The contract
+
+
+def test_contract_has_the_agreed_names_dtypes_and_axes() -> None:
+    contract = GraphContract(layers=2, key_value_heads=3, head_size=8, vocab_size=300)
+    kinds = {spec.name: (spec.dtype, spec.shape) for spec in (*contract.inputs, *contract.outputs)}
+
+    assert kinds == {
+        "input_ids": ("int64", ("batch", "sequence")),
+        "attention_mask": ("int64", ("batch", "total_sequence")),
+        "position_ids": ("int64", ("batch", "sequence")),
+        "past_key_values.0.key": ("float32", ("batch", 3, "past", 8)),
+        "past_key_values.0.value": ("float32", ("batch", 3, "past", 8)),
+        "past_key_values.1.key": ("float32", ("batch", 3, "past", 8)),
+        "past_key_values.1.value": ("float32", ("batch", 3, "past", 8)),
+        "logits": ("float32", ("batch", "sequence", 300)),
+        "present.0.key": ("float32", ("batch", 3, "total_sequence", 8)),
+        "present.0.value": ("float32", ("batch", 3, "total_sequence", 8)),
+        "present.1.key": ("float32", ("batch", 3, "total_sequence", 8)),
+        "present.1.value": ("float32", ("batch", 3, "total_sequence", 8)),
+    }
+    assert contract.past_names == tuple(spec.name for spec in contract.inputs[3:])
+    assert contract.present_names == tuple(spec.name for spec in contract.outputs[1:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_cache_dtype_is_the_caches_alone(dtype: str) -> None:
+    contract = GraphContract(layers=1, key_value_heads=1, head_size=4, vocab_size=8, cache_dtype=dtype)
+
+    for spec in (*contract.inputs, *contract.outputs):
+        cached = spec.name.startswith(("past_key_values.", "present."))
+        assert spec.dtype == (dtype if cached else "float32" if spec.name == "logits" else "int64")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_graph_keeps_the_contract_of_its_manifest(packages: Path, precision: str) -> None:
+    package = read_package(packages / precision)
+    session = ort.InferenceSession(str(package.model_path), providers=["CPUExecutionProvider"])
+    types = {"int64": "tensor(int64)", "float32": "tensor(float)"}
+    contract = package.manifest.contract
+
+    for found, agreed in ((session.get_inputs(), contract.inputs), (session.get_outputs(), contract.outputs)):
+        assert [(node.name, node.type, tuple(node.shape)) for node in found] == [
+            (spec.name, types[spec.dtype], spec.shape) for spec in agreed
+        ]
