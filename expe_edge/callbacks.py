@@ -18,7 +18,9 @@ class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers pu
     def __init__(self) -> None:
         self.interrupted = False
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        # A resumed state brings the intervals of the run it is from; the settings of this run win.
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         self.previous = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, self._interrupt)
 

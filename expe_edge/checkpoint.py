@@ -23,24 +23,18 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model with its tokenizer and the record of its training."""
+    """A trained model with its tokenizer, and what `load_corpus` needs to find its training text again."""
 
     path: Path
     model: ExPEForCausalLM
     tokenizer: Tokenizer
-    training: dict[str, Any]
+    sources: dict[str, Any]
 
     @property
     def config(self) -> ExPEConfig:
         """The model's config."""
         config: ExPEConfig = self.model.config
         return config
-
-    @property
-    def sources(self) -> dict[str, Any]:
-        """What `load_corpus` needs to find the training text again."""
-        settings = self.training["settings"]
-        return {"sources": list(settings["data"]), "text_field": settings["text_field"]}
 
     def corpus(self) -> Corpus:
         """Load the text the model was trained on, with its held-out part."""
@@ -66,8 +60,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or --resume it")
     try:
         values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        training = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(values, dict):
+            raise TypeError(f"{CONFIG_FILE} is no mapping")
+        settings = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))["settings"]
+        sources = {"sources": list(settings["data"]), "text_field": settings["text_field"]}
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged {CONFIG_FILE} or {TRAINING_FILE} ({error})") from error
     if values.get("model_type") != ExPEConfig.model_type:
         raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}, not 'expe'; not made by expe-edge")
@@ -79,7 +76,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model's vocabulary "
             f"{config.vocab_size}; they do not belong together"
         )
-    return Checkpoint(path, model.eval(), tokenizer, training)
+    return Checkpoint(path, model.eval(), tokenizer, sources)
 
 
 def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:

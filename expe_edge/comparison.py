@@ -208,9 +208,9 @@ def require_rising(lengths: Sequence[int]) -> None:
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
     """Name each path by as few of its last parts as tell it from the others."""
-    if len(set(paths)) < len(paths):
-        raise ConfigError("the same model is given twice")
     parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise ConfigError("the same model is given twice")
     depth = next(
         depth for depth in range(1, max(map(len, parts)) + 1) if len({part[-depth:] for part in parts}) == len(parts)
     )

@@ -68,11 +68,12 @@ def load_corpus(sources: Sequence[str] = (), text_field: str = "text") -> Corpus
     sources = tuple(sources) or (STDLIB,)
     documents: dict[str, Document] = {}
     for source in sources:
-        before = len(documents)
+        found = False
         for document in read_source(source, text_field):
             if len(document.text) >= SHORTEST_DOCUMENT:
+                found = True
                 documents.setdefault(document.text, document)
-        if len(documents) == before:
+        if not found:
             raise CorpusError(f"--data {source}: no text of at least {SHORTEST_DOCUMENT} characters in it")
     training = tuple(document for document in documents.values() if not document.held_out)
     held_out = tuple(document for document in documents.values() if document.held_out)
@@ -135,12 +136,14 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[text_field]
+                text = str(json.loads(line)[text_field])
             except (ValueError, KeyError, TypeError) as error:
                 raise CorpusError(
                     f"--data {path}: line {number} is not a JSON object with a {text_field!r} field; set --text-field"
                 ) from error
-            yield Document(f"{path}:{number}", str(text))
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise CorpusError(f"--data {path}: line {number} holds half a surrogate pair, which is no text")
+            yield Document(f"{path}:{number}", text)
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[Document]:

@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,9 @@ class Manifest:
             )
         try:
             contract = GraphContract(**values.pop("contract"))
+            for name in ("model", "linears", "parity", "corpus", "files"):
+                if not isinstance(values.get(name, {}), dict):
+                    raise TypeError(f"{name} is no mapping")
             return cls(contract=contract, **values)
         except (KeyError, TypeError) as error:
             raise PackageError(f"{where}: damaged manifest ({error}); export the package again") from error
@@ -199,26 +202,42 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
         ExportError: `path` exists and `force` is not set, or the disk is full.
     """
     require_absent(path, force=force)
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    replaced = partial.with_name(f"{partial.name}-old")
     try:
         yield partial
         partial.chmod(0o755)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(replaced)
         partial.rename(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ExportError(f"{path}: no space left on the device; free some or change --out") from error
         raise
     finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if not path.exists():
+            for parent in made:
+                with suppress(OSError):  # something else has been put there
+                    parent.rmdir()
 
 
 def require_absent(path: Path, *, force: bool) -> None:
-    """Raise `ExportError` where `path` exists and may not be replaced."""
+    """Raise `ExportError` where `path` exists and may not be replaced, or cannot be made."""
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ExportError(f"{place} is a file, not a directory; choose another --out")
+            break
     if path.exists() and not force:
         raise ExportError(f"{path} exists; use --force to replace it, or another --out")
+    if path.exists() and any(path.iterdir()) and not is_package(path):
+        raise ExportError(f"{path} holds something else than a package; --force will not delete it")
 
 
 def seal_package(directory: Path, manifest: Manifest) -> None:

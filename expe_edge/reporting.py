@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from expe_edge.comparison import BucketResult, Comparison
+
+#: What the table needs; a narrower terminal breaks its lines rather than its numbers.
+TABLE_WIDTH = 116
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """Lay a comparison out as a section for each measure, a row for each model, a column for each bucket."""
     n = comparison.training_length
-    table = Table(title=f"Quality by length, N = {n} tokens; KL and top-1 against {comparison.models[0]}")
-    table.add_column("")
+    title = f"Quality by length, N = {n} tokens; KL and top-1 against {comparison.models[0]}; ± standard error"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
+    table.add_column("", no_wrap=True)
     for result in comparison.of(comparison.models[0]):
-        table.add_column(f"≤ {result.bucket_end // n} N", justify="right")
+        table.add_column(f"≤ {result.bucket_end // n} N", justify="right", no_wrap=True)
     others = comparison.models[1:]
     sections: list[tuple[str, tuple[str, ...], Callable[[BucketResult], str]]] = [
-        ("perplexity", comparison.models, lambda r: f"{r.perplexity:.3f} ± {r.perplexity_stderr:.2f}"),
-        ("bits per byte", comparison.models, lambda r: f"{r.bits_per_byte:.4f}"),
-        ("KL divergence, nats/token", others, lambda r: f"{r.kl:.5f} ± {r.kl_stderr:.5f}"),
-        ("top-1 agreement", others, lambda r: f"{r.top1:.2%}"),
+        ("perplexity", comparison.models, lambda r: f"{r.perplexity:.3f} ±{r.perplexity_stderr:.2f}"),
+        ("bits per byte", comparison.models, lambda r: f"{r.bits_per_byte:.4f} ±{r.bits_per_byte_stderr:.2f}"),
+        ("KL, nats/token", others, lambda r: f"{r.kl:.5f} ±{r.kl_stderr:.5f}"),
+        ("top-1 agreement", others, lambda r: f"{r.top1:.1%} ±{r.top1_stderr:.1%}"),
     ]
     for title, models, cell in sections:
         if not models:

@@ -54,7 +54,8 @@ class TrainSettings:
     log_every: int = _setting(10, "Steps between loss reports.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", tuple(self.data))
+        object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) else tuple(self.data))
+        self._require_types()
         for name in (
             "max_steps",
             "batch_size",
@@ -71,6 +72,15 @@ class TrainSettings:
         if self.dtype not in DTYPES:
             raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change --dtype")
         encoding_parameters(self.positional, self.positional_parameters)
+
+    def _require_types(self) -> None:
+        """Raise `TypeError` for a value of another kind than its default; YAML reads 3e-3 as text, for one."""
+        for setting in dataclasses.fields(self):
+            value, default = getattr(self, setting.name), setting.default
+            allowed = (int, float) if isinstance(default, float) else type(default)
+            wrong = not isinstance(value, allowed) or isinstance(value, bool) is not isinstance(default, bool)
+            if isinstance(default, bool | int | float | str) and wrong:
+                raise TypeError(f"{setting.name} is {value!r}, not {type(default).__name__}")
 
 
 #: What differs from `tiny` in the other presets.

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
@@ -35,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from expe_edge.callbacks import SaveOnInterrupt, TrainingProgress
 from expe_edge.config import ExPEConfig
-from expe_edge.corpus import Corpus, load_corpus
+from expe_edge.corpus import load_corpus
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.settings import TrainSettings
@@ -99,13 +99,17 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         )
     config = _model_config(settings)
     last = _last_checkpoint(out, resume=resume, force=force)
+    if resume:
+        _require_same_model(settings, out)
     corpus = load_corpus(settings.data, settings.text_field)
     with state.main_process_first():
-        if state.is_main_process and not resume:
-            _prepare(out, corpus, settings)
-        tokenizer = load_tokenizer(out)
-    stream = np.concatenate(encode_documents(tokenizer, corpus.training))
-    dataset = WindowDataset(stream, settings)
+        fresh = state.is_main_process and not resume
+        tokenizer = train_tokenizer(corpus.training, settings.vocab_size) if fresh else load_tokenizer(out)
+        stream = np.concatenate(encode_documents(tokenizer, corpus.training))
+        dataset = WindowDataset(stream, settings)
+        if fresh:  # only now that nothing is left to refuse
+            with disk_full_is_an_error(out):
+                _prepare(out, tokenizer, settings)
     set_seed(settings.seed)
     config.vocab_size = tokenizer.get_vocab_size()
     model = ExPEForCausalLM(config)
@@ -151,6 +155,22 @@ def stored_settings(out: Path) -> dict[str, Any]:
     return dict(settings)
 
 
+#: Settings that the weights of a run depend on.
+MODEL_SETTINGS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "tie_word_embeddings", "positional", "positional_parameters", "training_length"),
+)
+
+
+def _require_same_model(settings: TrainSettings, out: Path) -> None:
+    stored, wanted = stored_settings(out), json.loads(json.dumps(dataclasses.asdict(settings)))
+    for name in MODEL_SETTINGS:
+        if stored.get(name) != wanted[name]:
+            raise ConfigError(
+                f"{name} is {wanted[name]}, but {stored.get(name)} in the run of {out}; drop the option, or --resume"
+            )
+
+
 def _model_config(settings: TrainSettings) -> ExPEConfig:
     config = ExPEConfig(
         vocab_size=settings.vocab_size,
@@ -179,14 +199,18 @@ def _last_checkpoint(out: Path, *, resume: bool, force: bool) -> str | None:
         if last is None:
             raise CheckpointError(f"{out}: no checkpoint to resume from; drop --resume")
         return str(last)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not force:
-        raise ConfigError(f"{out} exists; use --force to replace it, --resume to continue it, or another --out")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, not a directory; choose another --out")
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise ConfigError(f"{out} exists; use --force to replace it, --resume to continue it, or another --out")
+        if not (out / TRAINING_FILE).is_file():
+            raise ConfigError(f"{out} holds something else than a training run; --force will not delete it")
     return None
 
 
-def _prepare(out: Path, corpus: Corpus, settings: TrainSettings) -> None:
+def _prepare(out: Path, tokenizer: Tokenizer, settings: TrainSettings) -> None:
     """Make `out` anew with its tokenizer and the settings that resuming reads."""
-    tokenizer = train_tokenizer(corpus.training, settings.vocab_size)
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
@@ -244,7 +268,7 @@ def disk_full_is_an_error(out: Path) -> Iterator[None]:
     """Turn the failures of the libraries that write checkpoints into `CheckpointError` where the disk is full."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # the libraries that write share no narrower base
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full or (out.exists() and shutil.disk_usage(out).free < LEAST_FREE_BYTES):
             raise CheckpointError(f"{out}: no space left on the device; free some or change --out") from error

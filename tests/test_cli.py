@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -78,7 +79,13 @@ def test_export_writes_a_package_for_each_precision(checkpoint: Path, tmp_path: 
     calibration = read_package(Path("out/int8-static")).manifest.calibration
     assert calibration is not None
     assert (calibration["method"], calibration["windows"]) == (method, 4)
-    assert all(PROGRESS.fullmatch(line) for line in result.stderr.splitlines())
+    assert [line for line in result.stderr.splitlines() if PROGRESS.fullmatch(line)] == [
+        "float32: building",
+        "float32: validating against PyTorch",
+        "calibrating 4 windows of 32 tokens",
+        "int8-static: building",
+        "int8-static: validating against PyTorch",
+    ]
 
 
 @pytest.mark.parametrize("positions", ["folded", "inline"])
@@ -144,6 +151,19 @@ def test_generate_streams_through_a_real_pipe(packages: Path) -> None:
 
     assert done.stdout.decode() == expected.text + "\n"
     assert done.stderr == b""
+
+
+def test_text_comes_while_it_is_generated(packages: Path) -> None:
+    arguments = command(
+        "generate", packages / "float32", "--prompt", "the", "--max-new-tokens", "2500", "--threads", "1"
+    )
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 1 << 20)
+        rest = process.stdout.read()
+
+    assert process.returncode == 0
+    assert 0 < len(first) < len(rest)
 
 
 def test_compare_writes_figures_and_plot(checkpoint: Path, packages: Path, tmp_path: Path) -> None:

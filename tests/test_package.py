@@ -229,7 +229,7 @@ def write_whole(path: Path, text: str, *, force: bool = False) -> None:
     """Write a directory of two files through `write_package`."""
     with write_package(path, force=force) as directory:
         (directory / "a").write_text(text, encoding="utf-8")
-        (directory / "b").write_text(text, encoding="utf-8")
+        (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
 def content(path: Path) -> dict[str, str]:
@@ -313,8 +313,19 @@ def test_failure_leaves_the_old_package(
     with pytest.raises(seen):
         write_and_fail(tmp_path / "package", fail, force=True)
 
-    assert content(tmp_path) == {"package/a": "old", "package/b": "old"}
+    assert content(tmp_path) == {"package/a": "old", f"package/{MANIFEST_FILE}": "old"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["package"]
+
+
+def test_force_deletes_packages_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday").touch()
+
+    with pytest.raises(ExportError) as caught:
+        write_whole(tmp_path / "photos", "new", force=True)
+
+    assert str(caught.value) == f"{tmp_path}/photos holds something else than a package; --force will not delete it"
+    assert (tmp_path / "photos" / "holiday").exists()
 
 
 def test_full_disk_says_so(tmp_path: Path) -> None:
@@ -332,10 +343,10 @@ def test_existing_package_is_replaced_only_by_force(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         write_whole(path, "new")
     assert str(caught.value) == f"{path} exists; use --force to replace it, or another --out"
-    assert content(path) == {"a": "old", "b": "old", "only-old": "old"}
+    assert content(path) == {"a": "old", MANIFEST_FILE: "old", "only-old": "old"}
 
     write_whole(path, "new", force=True)
-    assert content(tmp_path) == {"package/a": "new", "package/b": "new"}
+    assert content(tmp_path) == {"package/a": "new", f"package/{MANIFEST_FILE}": "new"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["package"]
 
 
@@ -355,7 +366,9 @@ def test_ctrl_c_at_any_line_of_the_replacement_leaves_a_whole_package(tmp_path: 
         path = tmp_path / str(line) / "package"
         write_whole(path, "old")
         finished = replace_interrupted(path, line)
-        assert content(path) in ({"a": "old", "b": "old"}, {"a": "new", "b": "new"}), f"interrupted at line {line}"
+        assert content(path) in ({"a": "old", MANIFEST_FILE: "old"}, {"a": "new", MANIFEST_FILE: "new"}), (
+            f"interrupted at line {line}"
+        )
         outcomes.append((path / "a").read_text())
         if finished:
             break
@@ -387,7 +400,7 @@ def replace_interrupted(path: Path, line: int) -> bool:
     previous = sys.gettrace()
     try:
         with write_package(path, force=True) as directory:
-            for name in ("a", "b"):
+            for name in ("a", MANIFEST_FILE):
                 (directory / name).write_text("new", encoding="utf-8")
             sys.settrace(trace)
     except (KeyboardInterrupt, OSError):  # interrupted after closing a directory, `shutil` fails to close it again

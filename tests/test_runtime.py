@@ -306,6 +306,19 @@ def test_ends_before_a_stop_string(any_generator: Generator) -> None:
     assert len(completion.tokens) < 40
 
 
+def test_text_that_might_have_begun_a_stop_string_comes_at_the_end(any_generator: Generator) -> None:
+    (whole,) = any_generator.generate(["the tree"], max_new_tokens=40)
+    stop = whole.text[-3:] + "!"
+
+    (completion,) = any_generator.generate(["the tree"], max_new_tokens=40, stop=[stop])
+    *_, last = any_generator.stream("the tree", max_new_tokens=40, stop=[stop])
+
+    assert completion == dataclasses.replace(
+        whole, prefill_seconds=completion.prefill_seconds, decode_seconds=completion.decode_seconds
+    )
+    assert last == whole.text[-3:]
+
+
 def test_ends_at_end_of_text(packages: Path, tmp_path: Path) -> None:
     """A package whose closing token is one that this model is known to choose."""
     (whole,) = Generator.load(packages / "float32").generate(["the tree"], max_new_tokens=40)

@@ -109,3 +109,8 @@ def test_refuses_to_replace_or_resume_what_it_should_not(tmp_path: Path, checkpo
     with pytest.raises(CheckpointError, match="no checkpoint to resume from; drop --resume"):
         train(settings, tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday").touch()
+    with pytest.raises(ConfigError, match="holds something else than a training run; --force will not delete it"):
+        train(settings, tmp_path / "photos", force=True)
+    assert (tmp_path / "photos" / "holiday").exists()

@@ -9,6 +9,9 @@ import click
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.errors import ConfigError
 
+#: Formats of `--plot`.
+PLOT_SUFFIXES = (".png", ".svg")
+
 
 @click.command(short_help="Measure quality by length.")
 @click.argument("models", nargs=-1, type=PATH, required=True, metavar="REFERENCE OTHER …")
@@ -36,11 +39,13 @@ def compare(
     """
     require_writable(json_file)
     require_writable(plot_file)
+    if plot_file is not None and plot_file.suffix not in PLOT_SUFFIXES:
+        raise ConfigError(f"--plot {plot_file}: expected a name that ends in {' or '.join(PLOT_SUFFIXES)}")
     from rich.console import Console
 
     from expe_edge import comparison
     from expe_edge.progress import counted
-    from expe_edge.reporting import comparison_table, plot_comparison
+    from expe_edge.reporting import TABLE_WIDTH, comparison_table, plot_comparison
     from expe_edge.scoring import open_scorer
 
     ends = parse_lengths(lengths)
@@ -54,7 +59,7 @@ def compare(
     chosen, byte_lengths = comparison.long_documents(scorers[0], data, text_field, tokens, documents)
     with counted("comparing", len(chosen)) as advance:
         result = comparison.compare(scorers, chosen, byte_lengths, ends, advance=advance)
-    Console().print(comparison_table(result))
+    Console(width=TABLE_WIDTH).print(comparison_table(result))
     write_json(json_file, result.to_dict())
     if plot_file is not None:
         plot_comparison(result, plot_file)

@@ -69,9 +69,14 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise GenerationError("both --prompt and --prompt-file are given; use one")
     if prompt is not None:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are no text
+            raise GenerationError("--prompt: not UTF-8 text")
         return prompt
     if prompt_file is None:
-        return "" if sys.stdin.isatty() else sys.stdin.read()
+        try:
+            return "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise GenerationError("standard input: not UTF-8 text") from error
     try:
         return prompt_file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

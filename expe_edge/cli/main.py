@@ -31,9 +31,11 @@ class CleanGroup(click.Group):
         except ModuleNotFoundError as error:
             self._fail(f"{error.name} is not installed; pip install 'expe-edge[{_extra_for(ctx)}]'")
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno == errno.EPIPE:  # the reader has seen enough; click ends quietly
                 raise
-            self._fail("no space left on the device; free some or change --out")
+            if error.errno == errno.ENOSPC:
+                self._fail("no space left on the device; free some or change --out")
+            self._fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)

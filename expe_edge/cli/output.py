@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from expe_edge.errors import ConfigError
+
 #: A path option or argument; whether it exists is for the command to say, in its own words.
 PATH = click.Path(path_type=Path)
 
@@ -21,6 +23,8 @@ def write_json(path: Path | None, value: Any) -> None:
 
 
 def require_writable(path: Path | None) -> None:
-    """Raise a usage error before long work where `path` could not be written after it."""
+    """Raise `ConfigError` before long work where `path` could not be written after it."""
     if path is not None and not path.parent.is_dir():
-        raise click.UsageError(f"{path.parent} is not a directory; create it, or change where {path.name} goes")
+        raise ConfigError(f"{path.parent} is not a directory; create it, or change where {path.name} goes")
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{path} is a directory; name a file in it")

@@ -83,6 +83,8 @@ def export(
     if calibration_data:  # text given for this purpose is used whole
         corpus = dataclasses.replace(corpus, training=corpus.training + corpus.held_out)
     exporter = _Exporter(checkpoint, positions, calibration or Calibration(), corpus)
+    if any(LINEAR_FORMATS[precision].calibrated for precision in precisions):
+        _ = exporter.windows  # refuses text that is too short before anything is written
     return [exporter.write(precision, out / precision, force=force, progress=progress) for precision in precisions]
 
 
@@ -126,10 +128,14 @@ class _Exporter:
         size = sum(file.stat().st_size for file in path.iterdir())
         return ExportedPackage(path, precision, size, parity)
 
-    def _measure_ranges(self) -> dict[str, Range]:
+    @cached_property
+    def windows(self) -> list[npt.NDArray[np.int64]]:
+        """The text that static ranges are measured on."""
         stream = np.concatenate(encode_documents(self.checkpoint.tokenizer, self.corpus.training))
-        windows = sample_windows(stream, self.config.training_length, self.calibration)
-        return measure_ranges(self.plain.model, self.contract, self.plain.linear_inputs, windows, self.calibration)
+        return sample_windows(stream, self.config.training_length, self.calibration)
+
+    def _measure_ranges(self) -> dict[str, Range]:
+        return measure_ranges(self.plain.model, self.contract, self.plain.linear_inputs, self.windows, self.calibration)
 
     @cached_property
     def _parity_tokens(self) -> npt.NDArray[np.int64]:
