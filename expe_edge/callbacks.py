@@ -77,4 +77,5 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers p
             console.print(f"step {state.global_step}/{state.max_steps}  {loss}  {rate}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.progress.stop()
+        if console.is_terminal:
+            self.progress.stop()

@@ -165,12 +165,12 @@ class Relative(PositionalEncoding):
         super().__init__(config)
         parameters = config.encoding_parameters
         assert isinstance(parameters, RelativeParameters)
-        self.parameters_ = parameters
+        self.spec = parameters
         self.table = nn.Embedding(parameters.buckets, config.num_attention_heads)
 
     def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
         distance = (query_positions[:, :, None] - key_positions[:, None, :]).clamp(min=0)
-        table: Tensor = self.table(relative_buckets(distance, self.parameters_))
+        table: Tensor = self.table(relative_buckets(distance, self.spec))
         return table.permute(0, 3, 1, 2).float()
 
 
@@ -193,7 +193,7 @@ class ExPE(PositionalEncoding):
         super().__init__(config)
         parameters = config.encoding_parameters
         assert isinstance(parameters, ExPEParameters)
-        self.parameters_ = parameters
+        self.spec = parameters
         self.code = parameters.code
         #: Whether positions enter at the projections, where they can be folded out.
         self.in_projection = parameters.where != "embedding"
@@ -202,15 +202,11 @@ class ExPE(PositionalEncoding):
     @property
     def positioned_rows(self) -> int:
         """Rows of the fused weight whose input carries positions: queries and keys, or all."""
-        return (
-            self.heads.rows
-            if self.parameters_.where == "query_key_value"
-            else self.heads.query_rows + self.heads.key_rows
-        )
+        return self.heads.rows if self.spec.where == "query_key_value" else self.heads.query_rows + self.heads.key_rows
 
     def start_and_steps(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return start (l,) and limb steps (G, l), exact: made anew, since a cast of the model would round a buffer."""
-        return like.new_tensor(self.parameters_.starts), like.new_tensor(self.parameters_.limb_steps)
+        return like.new_tensor(self.spec.starts), like.new_tensor(self.spec.limb_steps)
 
     def vectors(self, positions: Tensor) -> Tensor:
         """Return the exact position vectors p_n, (…, l) float32, for `positions` (…)."""
@@ -221,19 +217,19 @@ class ExPE(PositionalEncoding):
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         if self.in_projection:
             return hidden
-        dims = self.parameters_.dims
+        dims = self.spec.dims
         vectors = self.vectors(positions).to(hidden.dtype)
-        if self.parameters_.how == "add":
+        if self.spec.how == "add":
             vectors = hidden[..., :dims] + vectors
         return torch.cat([vectors, hidden[..., dims:]], dim=-1)
 
     def fold(self, weight: Tensor) -> FoldedProjection:
         """Take the positions out of the fused weight (C_out, C). Exact; α and β in float32 or wider."""
-        rows, dims = self.positioned_rows, self.parameters_.dims
+        rows, dims = self.positioned_rows, self.spec.dims
         position = weight[:, :dims].to(torch.promote_types(weight.dtype, torch.float32))
         position = F.pad(position[:rows], (0, 0, 0, len(weight) - rows))  # zero where no position enters
         content = weight
-        if self.parameters_.how == "override":
+        if self.spec.how == "override":
             kept = torch.ones_like(weight)
             kept[:rows, :dims] = 0
             content = weight * kept
@@ -249,7 +245,7 @@ class ExPE(PositionalEncoding):
         with torch.autocast(hidden.device.type, enabled=False):
             query_term, _, value_term = self.heads.split(alpha + self.limbs(positions).to(beta.dtype) @ beta.T)
             query = query.to(beta.dtype) + query_term
-            if self.parameters_.where == "query_key_value":
+            if self.spec.where == "query_key_value":
                 value = value.to(beta.dtype) + value_term
             return Projected(query, key, value, self.slopes(query, beta))
 

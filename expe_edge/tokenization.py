@@ -11,12 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from expe_edge.corpus import Document
 from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.package import TOKENIZER_FILE
 
 #: Separates documents; opens a text and ends it. Always id 0.
 END_OF_TEXT = "<|endoftext|>"
 #: 256 bytes and the separator.
 BYTE_VOCABULARY = 257
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def train_tokenizer(documents: Sequence[Document], vocab_size: int, *, progress: bool = False) -> Tokenizer:

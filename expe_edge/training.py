@@ -35,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from expe_edge.callbacks import SaveOnInterrupt, TrainingProgress
 from expe_edge.config import ExPEConfig
-from expe_edge.corpus import load_corpus
+from expe_edge.corpus import Corpus, load_corpus
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.settings import TrainSettings
@@ -91,35 +91,20 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         KeyboardInterrupt: after Ctrl-C, once a checkpoint that `resume` continues is on disk.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
-    batch_size, remainder = divmod(settings.batch_size, state.num_processes)
-    if remainder:
-        raise ConfigError(
-            f"batch_size {settings.batch_size} does not divide over {state.num_processes} processes; "
-            "change --batch-size"
-        )
+    arguments = _training_arguments(settings, out, state.num_processes)
     config = _model_config(settings)
     last = _last_checkpoint(out, resume=resume, force=force)
     if resume:
         _require_same_model(settings, out)
     corpus = load_corpus(settings.data, settings.text_field)
     with state.main_process_first():
-        fresh = state.is_main_process and not resume
-        tokenizer = train_tokenizer(corpus.training, settings.vocab_size) if fresh else load_tokenizer(out)
-        stream = np.concatenate(encode_documents(tokenizer, corpus.training))
-        dataset = WindowDataset(stream, settings)
-        if fresh:  # only now that nothing is left to refuse
-            with disk_full_is_an_error(out):
-                _prepare(out, tokenizer, settings)
+        dataset = _prepare(corpus, settings, out, fresh=state.is_main_process and not resume)
     set_seed(settings.seed)
-    config.vocab_size = tokenizer.get_vocab_size()
+    config.vocab_size = load_tokenizer(out).get_vocab_size()
     model = ExPEForCausalLM(config)
     interrupt = SaveOnInterrupt()
-    trainer = WindowTrainer(
-        model=model,
-        args=_training_arguments(settings, out, batch_size),
-        train_dataset=dataset,
-        callbacks=[interrupt, TrainingProgress(settings.batch_size * settings.training_length)],
-    )
+    progress = TrainingProgress(settings.batch_size * settings.training_length)
+    trainer = WindowTrainer(model=model, args=arguments, train_dataset=dataset, callbacks=[interrupt, progress])
     trainer.remove_callback(PrinterCallback)
     with disk_full_is_an_error(out):
         trainer.train(resume_from_checkpoint=last)
@@ -127,12 +112,7 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         raise KeyboardInterrupt
     report = {
         "settings": dataclasses.asdict(settings),
-        "corpus": {
-            "sources": list(corpus.sources),
-            "training_documents": len(corpus.training),
-            "held_out_documents": len(corpus.held_out),
-            "training_tokens": len(stream),
-        },
+        "corpus": _corpus_record(corpus, dataset),
         "parameters": model.num_parameters(),
         "processes": state.num_processes,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -143,6 +123,35 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
             _write_json(out / TRAINING_FILE, report)
     state.wait_for_everyone()
     return report
+
+
+def _prepare(corpus: Corpus, settings: TrainSettings, out: Path, *, fresh: bool) -> WindowDataset:
+    """Return the run's sequences; where the run is `fresh`, make `out` anew once nothing is left to refuse."""
+    tokenizer = train_tokenizer(corpus.training, settings.vocab_size) if fresh else load_tokenizer(out)
+    dataset = WindowDataset(np.concatenate(encode_documents(tokenizer, corpus.training)), settings)
+    if fresh:
+        with disk_full_is_an_error(out):
+            _make_directory(out, tokenizer, settings)
+    return dataset
+
+
+def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings) -> None:
+    """Make `out` anew with its tokenizer and the settings that resuming reads."""
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    wrapped.save_pretrained(out)
+    _write_json(out / TRAINING_FILE, {"settings": dataclasses.asdict(settings)})
+
+
+def _corpus_record(corpus: Corpus, dataset: WindowDataset) -> dict[str, Any]:
+    return {
+        "sources": list(corpus.sources),
+        "training_documents": len(corpus.training),
+        "held_out_documents": len(corpus.held_out),
+        "training_tokens": len(dataset.stream),
+    }
 
 
 def stored_settings(out: Path) -> dict[str, Any]:
@@ -172,18 +181,7 @@ def _require_same_model(settings: TrainSettings, out: Path) -> None:
 
 
 def _model_config(settings: TrainSettings) -> ExPEConfig:
-    config = ExPEConfig(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        hidden_act=settings.hidden_act,
-        tie_word_embeddings=settings.tie_word_embeddings,
-        positional=settings.positional,
-        positional_parameters=settings.positional_parameters,
-        training_length=settings.training_length,
-    )
+    config = ExPEConfig(**{name: getattr(settings, name) for name in MODEL_SETTINGS})
     farthest = max(settings.position_offset, 1) * settings.training_length + settings.training_length
     if farthest > config.max_position_embeddings:
         raise ConfigError(
@@ -209,17 +207,12 @@ def _last_checkpoint(out: Path, *, resume: bool, force: bool) -> str | None:
     return None
 
 
-def _prepare(out: Path, tokenizer: Tokenizer, settings: TrainSettings) -> None:
-    """Make `out` anew with its tokenizer and the settings that resuming reads."""
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    wrapped.save_pretrained(out)
-    _write_json(out / TRAINING_FILE, {"settings": dataclasses.asdict(settings)})
-
-
-def _training_arguments(settings: TrainSettings, out: Path, batch_size: int) -> TrainingArguments:
+def _training_arguments(settings: TrainSettings, out: Path, processes: int) -> TrainingArguments:
+    batch_size, remainder = divmod(settings.batch_size, processes)
+    if remainder:
+        raise ConfigError(
+            f"batch_size {settings.batch_size} does not divide over {processes} processes; change --batch-size"
+        )
     on_cpu = not torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(out / TRAINER_DIRECTORY),

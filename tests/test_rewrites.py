@@ -216,7 +216,7 @@ class PlainExPE(ExPE):
         self.linear_bias = False
 
     def project(self, weight: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> Projected:
-        rows, dims = self.positioned_rows, self.parameters_.dims
+        rows, dims = self.positioned_rows, self.spec.dims
         positioned = torch.cat([self.vectors(positions).to(hidden.dtype), hidden[..., dims:]], dim=-1)
         fused = torch.cat([functional.linear(positioned, weight[:rows]), functional.linear(hidden, weight[rows:])], -1)
         return Projected(*self.heads.split(fused), None)
@@ -276,7 +276,7 @@ def positions_alone(name: str, *, autocast: bool, step: float) -> ExPEForCausalL
     model = random_model(small_config(positional=name, positional_parameters={"step": step}))
     positional = model.positional
     for block in model.blocks:
-        block.attention.qkv.weight[: positional.positioned_rows, positional.parameters_.dims :] = 0
+        block.attention.qkv.weight[: positional.positioned_rows, positional.spec.dims :] = 0
     return model if autocast else model.bfloat16()
 
 

@@ -23,7 +23,7 @@ from expe_edge.errors import ExportError, unknown_name
 from expe_edge.export.graph import BuiltGraph, build_graph, graph_contract
 from expe_edge.export.hub import write_client_files
 from expe_edge.export.parity import DECODED, Parity, measure_parity, require_parity
-from expe_edge.package import MODEL_FILE, Manifest, require_absent, seal_package, write_package
+from expe_edge.package import MODEL_FILE, TOKENIZER_FILE, Manifest, require_absent, seal_package, write_package
 from expe_edge.quant.calibration import Calibration, measure_ranges, sample_windows
 from expe_edge.quant.formats import LINEAR_FORMATS, Float32, Range, make_format
 from expe_edge.tokenization import encode_documents
@@ -33,7 +33,7 @@ POSITIONS = ("folded", "inline")
 PARITY_LENGTHS = 16
 CONTEXT_LENGTHS = 64
 #: Files of the checkpoint's tokenizer that a package carries.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def fold_positions(positional: ExPE, weight: Tensor) -> FoldedPositions:
         slopes: Tensor = positional.slopes(query, beta) / heads.size**0.5  # (H, n, Gk)
         return slopes.transpose(0, 1).flatten(1)
 
-    in_values = positional.parameters_.where == "query_key_value"
+    in_values = positional.spec.where == "query_key_value"
     return FoldedPositions(
         query_start=_array(alpha[queries]),
         query_limbs=_array(storage[:, queries]),
