@@ -29,10 +29,10 @@ def comparison_table(comparison: Comparison) -> Table:
         ("KL, nats/token", others, lambda r: f"{r.kl:.5f} ±{r.kl_stderr:.5f}"),
         ("top-1 agreement", others, lambda r: f"{r.top1:.1%} ±{r.top1_stderr:.1%}"),
     ]
-    for title, models, cell in sections:
+    for heading, models, cell in sections:
         if not models:
             continue
-        table.add_row(f"[bold]{title}")
+        table.add_row(f"[bold]{heading}")
         for model in models:
             table.add_row(f"  {model}", *(cell(result) for result in comparison.of(model)))
         table.add_section()
