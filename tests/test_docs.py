@@ -6,7 +6,6 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 
 from docs.generate import TARGET, page
@@ -31,9 +30,8 @@ def test_the_python_example_of_the_readme_runs(packages: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("line", re.findall(r"^ {4}expe-edge (.*)$", README, flags=re.MULTILINE))
 def test_the_commands_of_the_readme_parse(line: str):
     name, *arguments = shlex.split(line)
-    command = cli.commands[name]
-    with click.Context(command, info_name=name) as context:
-        command.parse_args(context, arguments)
+    parent = cli.make_context("expe-edge", [name])
+    cli.commands[name].make_context(name, arguments, parent)
 
 
 @pytest.mark.parametrize("target", re.findall(r"^ {4}make (\w+)", README, flags=re.MULTILINE))
