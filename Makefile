@@ -23,6 +23,7 @@ demo: $(INSTALLED)
 		--max-new-tokens 128 --temperature 0.7 --min-p 0.05 --seed 1
 	$(BIN)/expe-edge compare $(OUT)/package/float32 $(OUT)/package/int8-dynamic $(OUT)/package/int8-static \
 		$(OUT)/inline/int8-dynamic $(OUT)/inline/int8-static --json $(OUT)/comparison.json --plot $(OUT)/comparison.png
+	@echo "the model is in $(OUT)/checkpoint, its packages in $(OUT)/package; run $(BIN)/expe-edge --help for more"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -81,8 +82,8 @@ def main(
         by_variant[variant].append(values)
     table = Table(title=f"perplexity by length, mean ± standard deviation over seeds {seeds}")
     table.add_column("")
-    for end in ends:
-        table.add_column(f"≤ {end} N", justify="right")
+    for begin, end in pairwise([0, *ends]):
+        table.add_column(f"{begin}–{end} N", justify="right")
     for variant, values in by_variant.items():
         perplexity = np.exp(np.array(values))
         spread = perplexity.std(axis=0, ddof=1) if len(values) > 1 else np.full(len(ends), math.nan)

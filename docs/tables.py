@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def quality_table(comparison: dict) -> str:
     results = {model: [r for r in comparison["results"] if r["model"] == model] for model in comparison["models"]}
     reference, *others = comparison["models"]
     n = comparison["training_length"]
-    rows = [row("", [f"≤ {result['bucket_end'] // n} N" for result in results[reference]])]
+    rows = [row("position", [f"{r['bucket_start'] // n}–{r['bucket_end'] // n} N" for r in results[reference]])]
     rows.append("|---" * (len(results[reference]) + 1) + "|")
     cells = [f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}" for r in results[reference]]
     rows.append(row(f"**perplexity**, {reference}", cells))
@@ -38,7 +39,10 @@ def quality_table(comparison: dict) -> str:
 
 def extrapolation_table(report: dict) -> str:
     """Perplexity by length of every variant, mean ± standard deviation over seeds."""
-    rows = [row("", [f"≤ {end} N" for end in report["lengths"]]), "|---" * (len(report["lengths"]) + 1) + "|"]
+    rows = [
+        row("position", [f"{a}–{b} N" for a, b in pairwise([0, *report["lengths"]])]),
+        "|---" * (len(report["lengths"]) + 1) + "|",
+    ]
     for variant, values in report["nll"].items():
         perplexity = np.exp(np.array(values))
         spread = perplexity.std(axis=0, ddof=1)

@@ -4,7 +4,9 @@ import sys
 
 from expe_edge.runtime import Completion, Generator, Sampling
 
-package, prompt = sys.argv[1:3]
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
+package, prompt = sys.argv[1:]
 completion = Completion()
 generator = Generator.load(package)
 for piece in generator.stream(

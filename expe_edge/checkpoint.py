@@ -14,6 +14,7 @@ from expe_edge.config import ExPEConfig
 from expe_edge.corpus import Corpus, load_corpus
 from expe_edge.errors import CheckpointError
 from expe_edge.modeling import ExPEForCausalLM
+from expe_edge.package import is_package
 from expe_edge.tokenization import load_tokenizer
 from expe_edge.training import TRAINING_FILE
 
@@ -55,6 +56,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
+    if is_package(path):
+        raise CheckpointError(f"{path} is a package, not a checkpoint; give the directory that train wrote")
     for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE):
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or --resume it")

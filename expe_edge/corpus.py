@@ -82,6 +82,13 @@ def load_corpus(sources: Sequence[str] = (), text_field: str = "text") -> Corpus
     return Corpus(sources, training, held_out)
 
 
+def absolute_source(source: str) -> str:
+    """Return a path or glob made absolute, so that it is found again from elsewhere; other sources as they are."""
+    if source in (STDLIB, STDLIB_WITH_TESTS):
+        return source
+    return str(Path(source).absolute()) if Path(source).exists() or glob.has_magic(source) else source
+
+
 def read_source(source: str, text_field: str) -> Iterator[Document]:
     """Yield the documents of one source, in a fixed order."""
     if source in (STDLIB, STDLIB_WITH_TESTS):
@@ -96,7 +103,7 @@ def read_source(source: str, text_field: str) -> Iterator[Document]:
     elif glob.has_magic(source):
         names = sorted(glob.glob(source, recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
         yield from _files([Path(name) for name in names], text_field)
-    elif path.suffix or source.startswith(("/", "./", "../", "~")):
+    elif path.suffix or source.startswith(("/", "./", "../", "~")) or source.endswith("/"):
         raise CorpusError(f"--data {source}: no such file or folder")
     else:
         yield from _hub_dataset(source, text_field)

@@ -11,22 +11,29 @@ from rich.table import Table
 from expe_edge.comparison import BucketResult, Comparison
 
 #: What the table needs; a narrower terminal breaks its lines rather than its numbers.
-TABLE_WIDTH = 116
+TABLE_WIDTH = 100
+
+
+def bucket_name(result: BucketResult, training_length: int) -> str:
+    """Name a bucket by the positions it holds, in training lengths N."""
+    return f"{result.bucket_start // training_length}–{result.bucket_end // training_length} N"
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """Lay a comparison out as a section for each measure, a row for each model, a column for each bucket."""
     n = comparison.training_length
-    title = f"Quality by length, N = {n} tokens; KL and top-1 against {comparison.models[0]}; ± standard error"
+    title = f"Quality by position, N = {n} tokens, {comparison.results[0].documents} documents, ± standard error"
+    if len(comparison.models) > 1:
+        title += f"\nKL divergence and top-1 agreement against {comparison.models[0]}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
     table.add_column("", no_wrap=True)
     for result in comparison.of(comparison.models[0]):
-        table.add_column(f"≤ {result.bucket_end // n} N", justify="right", no_wrap=True)
+        table.add_column(bucket_name(result, n), justify="right", no_wrap=True)
     others = comparison.models[1:]
     sections: list[tuple[str, tuple[str, ...], Callable[[BucketResult], str]]] = [
-        ("perplexity", comparison.models, lambda r: f"{r.perplexity:.3f} ±{r.perplexity_stderr:.2f}"),
-        ("bits per byte", comparison.models, lambda r: f"{r.bits_per_byte:.4f} ±{r.bits_per_byte_stderr:.2f}"),
-        ("KL, nats/token", others, lambda r: f"{r.kl:.5f} ±{r.kl_stderr:.5f}"),
+        ("perplexity", comparison.models, lambda r: f"{r.perplexity:.2f} ±{r.perplexity_stderr:.2f}"),
+        ("bits per byte", comparison.models, lambda r: f"{r.bits_per_byte:.3f} ±{r.bits_per_byte_stderr:.3f}"),
+        ("KL, nats/token", others, lambda r: f"{r.kl:.1e} ±{r.kl_stderr:.0e}"),
         ("top-1 agreement", others, lambda r: f"{r.top1:.1%} ±{r.top1_stderr:.1%}"),
     ]
     for heading, models, cell in sections:

@@ -35,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from expe_edge.callbacks import SaveOnInterrupt, TrainingProgress
 from expe_edge.config import ExPEConfig
-from expe_edge.corpus import Corpus, load_corpus
+from expe_edge.corpus import Corpus, absolute_source, load_corpus
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.settings import TrainSettings
@@ -90,6 +90,7 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
             resumed nor forced. Nothing is written then.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint that `resume` continues is on disk.
     """
+    settings = dataclasses.replace(settings, data=tuple(map(absolute_source, settings.data)))
     state = PartialState(cpu=not torch.cuda.is_available())
     arguments = _training_arguments(settings, out, state.num_processes)
     config = _model_config(settings)
@@ -140,7 +141,12 @@ def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings) ->
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_input_names=["input_ids", "attention_mask"],
+    )
     wrapped.save_pretrained(out)
     _write_json(out / TRAINING_FILE, {"settings": dataclasses.asdict(settings)})
 
@@ -226,6 +232,7 @@ def _training_arguments(settings: TrainSettings, out: Path, processes: int) -> T
         adam_beta2=0.95,
         seed=settings.seed,
         bf16=computes_in_bfloat16() if settings.dtype == "auto" else settings.dtype == "bfloat16",
+        logging_first_step=True,
         logging_steps=settings.log_every,
         save_steps=settings.save_every,
         save_total_limit=2,
@@ -253,6 +260,7 @@ def _save_model(model: ExPEForCausalLM, out: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as directory:
         model.save_pretrained(directory)
         for file in Path(directory).iterdir():
+            file.chmod(0o644)
             file.replace(out / file.name)
 
 

@@ -178,7 +178,7 @@ def test_compare_writes_figures_and_plot(checkpoint: Path, packages: Path, tmp_p
     ]
     assert [r["kl"] for r in figures["results"][:2]] == [0, 0]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "Quality by length" in result.stdout
+    assert "Quality by position" in result.stdout
     assert "int8-static" in result.stdout
 
 
@@ -219,7 +219,7 @@ def test_interrupted_training_resumes(text_folder: Path) -> None:
     succeed("train", "--resume", "--out", "out", "--max-steps", step + 3, "--log-every", "1")
 
     history = json.loads(Path("out/training.json").read_text())["history"]
-    assert [entry["step"] for entry in history] == [400, *range(step + 1, step + 4)]
+    assert [entry["step"] for entry in history] == [1, 400, *range(step + 1, step + 4)]
     assert history[-1]["loss"] < history[0]["loss"] + 0.5
     assert all(torch.isfinite(weight).all() for weight in load_file("out/model.safetensors").values())
 

@@ -9,6 +9,7 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
 
 from expe_edge.checkpoint import load_checkpoint
 from expe_edge.runtime import Generator
@@ -63,6 +64,16 @@ def test_other_clients_choose_the_tokens_our_generator_chooses(packages, prompt,
     ours = our_tokens(packages / precision, prompt)
     assert len(ours) == NEW_TOKENS
     assert theirs(packages / precision, prompt) == ours
+
+
+def test_the_usual_optimum_snippet_runs(packages):
+    tokenizer = AutoTokenizer.from_pretrained(packages / "int8-dynamic")
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = ORTModelForCausalLM.from_pretrained(packages / "int8-dynamic").generate(
+        **inputs, max_new_tokens=20, max_length=None, do_sample=False
+    )
+    ours = Generator.load(packages / "int8-dynamic").generate(PROMPT, max_new_tokens=20)
+    assert output[0, inputs["input_ids"].shape[1] :].tolist() == ours[0].tokens
 
 
 def test_float32_chooses_the_tokens_pytorch_chooses(packages, checkpoint, prompt):

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -208,12 +209,13 @@ def test_table_shows_every_model_and_bucket(scored: tuple[Comparison, list[np.nd
     console.print(comparison_table(scored[0]))
     text = console.file.getvalue()
 
-    assert all(f"≤ {length} N" in text for length in LENGTHS)
-    assert "N = 32 tokens; KL and top-1 against model" in text
+    assert all(f"{begin}–{end} N" in text for begin, end in pairwise([0, *LENGTHS]))
+    assert "N = 32 tokens" in text
+    assert "KL divergence and top-1 agreement against model" in text
     assert [text.count(f"  {model} ") for model in scored[0].models] == [2, 4, 4]  # the reference has no KL
     first = scored[0].of("int8-dynamic")[0]
-    assert f"{first.perplexity:.3f} ±{first.perplexity_stderr:.2f}" in text
-    assert f"{first.kl:.5f} ±{first.kl_stderr:.5f}" in text
+    assert f"{first.perplexity:.2f} ±{first.perplexity_stderr:.2f}" in text
+    assert f"{first.kl:.1e} ±{first.kl_stderr:.0e}" in text
 
 
 @pytest.mark.parametrize("models", [1, 3])

@@ -63,6 +63,9 @@ def compare(
     write_json(json_file, result.to_dict())
     if plot_file is not None:
         plot_comparison(result, plot_file)
+    for file in (json_file, plot_file):
+        if file is not None:
+            click.echo(f"wrote {file}", err=True)
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -112,6 +112,8 @@ class Generator:
         With int8-dynamic the activations' range is shared by the batch, so that a completion can differ from the
         one the same prompt gets alone. Arguments as for `stream`; row i samples with seed + i.
         """
+        if isinstance(prompts, str):
+            prompts = [prompts]
         if not prompts:
             return []
         all_ids = [self.encode(prompt) for prompt in prompts]
