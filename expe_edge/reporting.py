@@ -11,12 +11,17 @@ from rich.table import Table
 from expe_edge.comparison import BucketResult, Comparison
 
 #: What the table needs; a narrower terminal breaks its lines rather than its numbers.
-TABLE_WIDTH = 100
+TABLE_WIDTH = 104
 
 
 def bucket_name(result: BucketResult, training_length: int) -> str:
     """Name a bucket by the positions it holds, in training lengths N."""
     return f"{result.bucket_start // training_length}–{result.bucket_end // training_length} N"
+
+
+def short(value: float, digits: int) -> str:
+    """Write a small number in scientific notation without padding its exponent: 3.8e-4."""
+    return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -26,14 +31,14 @@ def comparison_table(comparison: Comparison) -> Table:
     if len(comparison.models) > 1:
         title += f"\nKL divergence and top-1 agreement against {comparison.models[0]}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
-    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=max(map(len, comparison.models)) + 2)
     for result in comparison.of(comparison.models[0]):
         table.add_column(bucket_name(result, n), justify="right", no_wrap=True)
     others = comparison.models[1:]
     sections: list[tuple[str, tuple[str, ...], Callable[[BucketResult], str]]] = [
         ("perplexity", comparison.models, lambda r: f"{r.perplexity:.2f} ±{r.perplexity_stderr:.2f}"),
         ("bits per byte", comparison.models, lambda r: f"{r.bits_per_byte:.3f} ±{r.bits_per_byte_stderr:.3f}"),
-        ("KL, nats/token", others, lambda r: f"{r.kl:.1e} ±{r.kl_stderr:.0e}"),
+        ("KL, nats/token", others, lambda r: f"{short(r.kl, 1)} ±{short(r.kl_stderr, 0)}"),
         ("top-1 agreement", others, lambda r: f"{r.top1:.1%} ±{r.top1_stderr:.1%}"),
     ]
     for heading, models, cell in sections:

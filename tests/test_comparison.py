@@ -26,7 +26,7 @@ from expe_edge.comparison import (
 )
 from expe_edge.corpus import Document, load_corpus
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError, ExPEEdgeError, PackageError
-from expe_edge.reporting import comparison_table, plot_comparison
+from expe_edge.reporting import comparison_table, plot_comparison, short
 from expe_edge.scoring import PREFILL_CHUNK, CheckpointScorer, PackageScorer, Scorer, open_scorer
 from expe_edge.tokenization import encode_documents, load_tokenizer, token_byte_lengths, train_tokenizer
 
@@ -215,7 +215,7 @@ def test_table_shows_every_model_and_bucket(scored: tuple[Comparison, list[np.nd
     assert [text.count(f"  {model} ") for model in scored[0].models] == [2, 4, 4]  # the reference has no KL
     first = scored[0].of("int8-dynamic")[0]
     assert f"{first.perplexity:.2f} ±{first.perplexity_stderr:.2f}" in text
-    assert f"{first.kl:.1e} ±{first.kl_stderr:.0e}" in text
+    assert f"{short(first.kl, 1)} ±{short(first.kl_stderr, 0)}" in text
 
 
 @pytest.mark.parametrize("models", [1, 3])
@@ -386,3 +386,8 @@ def test_missing_path_is_neither(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path}/none: neither a package (no expe_edge.json) nor a checkpoint (no config.json)"
     )
+
+
+@pytest.mark.parametrize(("value", "digits", "text"), [(0.00038, 1, "3.8e-4"), (0.00001, 0, "1e-5"), (1.2, 1, "1.2e0")])
+def test_small_numbers_are_written_short(value: float, digits: int, text: str) -> None:
+    assert short(value, digits) == text

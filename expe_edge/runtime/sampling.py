@@ -10,6 +10,8 @@ import numpy.typing as npt
 from expe_edge.errors import GenerationError
 
 Scores = npt.NDArray[np.float32]
+#: Best tokens that top-p looks among before it sorts them all.
+NUCLEUS_GUESS = 64
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class Sampler:
         return token
 
     def _draw(self, logits: Scores) -> int:
-        probabilities = np.cumsum(softmax(filter_scores(logits / self.sampling.temperature, self.sampling)))
-        return int(np.searchsorted(probabilities, self.random.random() * probabilities[-1], side="right"))
+        scores = filter_scores(logits / np.float32(self.sampling.temperature), self.sampling)
+        reached = np.cumsum(softmax(scores), dtype=np.float64)
+        return int(np.searchsorted(reached, self.random.random() * reached[-1], side="right"))
 
 
 def penalize(logits: Scores, seen: npt.NDArray[np.bool_], penalty: float) -> Scores:
@@ -81,18 +84,27 @@ def filter_scores(scores: Scores, sampling: Sampling) -> Scores:
         threshold = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         scores = np.where(scores < threshold, -np.inf, scores)
     if sampling.top_p < 1:
-        order = np.argsort(-scores)
-        reached = np.cumsum(softmax(scores[order]))
-        kept = 1 + int(np.searchsorted(reached, sampling.top_p))
-        scores = scores.copy()
-        scores[order[kept:]] = -np.inf
+        scores = np.where(scores < nucleus_threshold(scores, sampling.top_p), -np.inf, scores)
     if sampling.min_p > 0:
         scores = np.where(scores < scores.max() + np.log(sampling.min_p), -np.inf, scores)
     return scores
 
 
-def softmax(scores: Scores) -> npt.NDArray[np.float64]:
-    """Return the probabilities of `scores` (V,), float64."""
-    exponentials: npt.NDArray[np.float64] = np.exp((scores - scores.max()).astype(np.float64))
-    probabilities: npt.NDArray[np.float64] = exponentials / exponentials.sum()
-    return probabilities
+def nucleus_threshold(scores: Scores, top_p: float) -> np.float32:
+    """Return the score of the last of the fewest best tokens whose probabilities reach `top_p`."""
+    probabilities = softmax(scores)
+    for candidates in (NUCLEUS_GUESS, len(scores)):  # sorting all is the cost; most nuclei are small
+        best = -np.sort(-np.partition(probabilities, -min(candidates, len(scores)))[-candidates:])
+        reached = np.cumsum(best, dtype=np.float64)
+        if reached[-1] >= top_p:
+            break
+    last = best[min(int(np.searchsorted(reached, top_p)), len(best) - 1)]
+    threshold: np.float32 = scores[probabilities >= last].min()
+    return threshold
+
+
+def softmax(scores: Scores) -> Scores:
+    """Return the probabilities of `scores` (V,)."""
+    exponentials: Scores = np.exp(scores - scores.max())
+    exponentials /= exponentials.sum()
+    return exponentials

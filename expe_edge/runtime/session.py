@@ -81,6 +81,7 @@ class Step:
         self.logits = np.zeros((cache.batch, tokens, session.contract.vocab_size), dtype=np.float32)
         self.offsets = np.arange(tokens, dtype=np.int64)
         self.columns = np.arange(cache.capacity, dtype=np.int64)
+        self.ones = np.ones((1, cache.capacity), dtype=np.int64)
         self.binding = self.session.io_binding()
         for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -90,17 +91,23 @@ class Step:
     def run(self, tokens: Ids) -> Logits:
         """Append `tokens` (B, T) to every row; return logits (B, T, V), valid until the next run."""
         cache = self.cache
-        lengths = cache.lengths + self.tokens
-        longest = int(lengths.max())
+        longest = max(cache.lengths.tolist()) + self.tokens
         if longest > cache.capacity:
             raise GenerationError(f"the cache holds {cache.capacity} tokens; {longest} are needed")
         self.input_ids[:] = tokens
         np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
-        mask = (self.columns[:longest] < lengths[:, None]).astype(np.int64)
-        self.binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
+        mask = ort.OrtValue.ortvalue_from_numpy(self._mask(longest))
+        self.binding.bind_ortvalue_input("attention_mask", mask)
         self.session.run_with_iobinding(self.binding)
-        cache.lengths[:] = lengths
+        cache.lengths += self.tokens
         return self.logits
+
+    def _mask(self, longest: int) -> Ids:
+        """Ones up to each row's new length, (B, longest)."""
+        if self.cache.batch == 1:  # nothing to compute where each token's microseconds count
+            return self.ones[:, :longest]
+        mask: Ids = (self.columns[:longest] < self.cache.lengths[:, None] + self.tokens).astype(np.int64)
+        return mask
 
 
 def _open_session(package: Package, threads: int | None, device: str) -> ort.InferenceSession:

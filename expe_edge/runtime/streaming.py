@@ -40,6 +40,8 @@ class TextStream:
         return piece + ("" if self.stopped else rest)
 
     def _release(self, piece: str) -> str:
+        if not self.stop:
+            return piece
         text = self.held + piece
         found = [index for index in (text.find(stop) for stop in self.stop) if index >= 0]
         if found:
