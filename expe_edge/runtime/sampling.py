@@ -69,8 +69,9 @@ class Sampler:
 
     def _draw(self, logits: Scores) -> int:
         scores = filter_scores(logits / np.float32(self.sampling.temperature), self.sampling)
-        reached = np.cumsum(softmax(scores), dtype=np.float64)
-        return int(np.searchsorted(reached, self.random.random() * reached[-1], side="right"))
+        kept = np.flatnonzero(scores > -np.inf)
+        reached = np.cumsum(softmax(scores[kept]), dtype=np.float64)
+        return int(kept[np.searchsorted(reached, self.random.random() * reached[-1], side="right")])
 
 
 def penalize(logits: Scores, seen: npt.NDArray[np.bool_], penalty: float) -> Scores:
