@@ -42,11 +42,6 @@ class Checkpoint:
         return load_corpus(**self.sources)
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Tell whether `path` looks like a checkpoint."""
-    return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
     """Load config, weights (safetensors alone, never a pickle), tokenizer and training record.
 

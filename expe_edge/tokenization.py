@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 BYTE_VOCABULARY = 257
 
 
-def train_tokenizer(documents: Sequence[Document], vocab_size: int, *, progress: bool = False) -> Tokenizer:
+def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE of `vocab_size` tokens; with 257 it is plain bytes. Every text opens with the separator.
 
     Raises:
@@ -34,7 +34,7 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int, *, progress:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=progress,
+        show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     separator = (END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
