@@ -10,8 +10,17 @@ from rich.table import Table
 
 from expe_edge.comparison import BucketResult, Comparison
 
-#: What the table needs; a narrower terminal breaks its lines rather than its numbers.
-TABLE_WIDTH = 104
+#: Columns of text that one bucket's figure needs, and those of the widest heading.
+FIGURE_WIDTH, HEADING_WIDTH = 17, 16
+
+
+def table_width(comparison: Comparison) -> int:
+    """Return the width at which no name and no figure is cut; a narrower terminal breaks lines instead."""
+    return _name_width(comparison) + FIGURE_WIDTH * len(comparison.lengths)
+
+
+def _name_width(comparison: Comparison) -> int:
+    return max(HEADING_WIDTH, *(len(model) + 2 for model in comparison.models))
 
 
 def bucket_name(result: BucketResult, training_length: int) -> str:
@@ -31,7 +40,7 @@ def comparison_table(comparison: Comparison) -> Table:
     if len(comparison.models) > 1:
         title += f"\nKL divergence and top-1 agreement against {comparison.models[0]}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
-    table.add_column("", no_wrap=True, min_width=max(map(len, comparison.models)) + 2)
+    table.add_column("", no_wrap=True, min_width=_name_width(comparison))
     for result in comparison.of(comparison.models[0]):
         table.add_column(bucket_name(result, n), justify="right", no_wrap=True)
     others = comparison.models[1:]
