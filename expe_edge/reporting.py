@@ -6,21 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from expe_edge.comparison import BucketResult, Comparison
 
-#: Columns of text that one bucket's figure needs, and those of the widest heading.
-FIGURE_WIDTH, HEADING_WIDTH = 17, 16
 
-
-def table_width(comparison: Comparison) -> int:
-    """Return the width at which no name and no figure is cut; a narrower terminal breaks lines instead."""
-    return _name_width(comparison) + FIGURE_WIDTH * len(comparison.lengths)
-
-
-def _name_width(comparison: Comparison) -> int:
-    return max(HEADING_WIDTH, *(len(model) + 2 for model in comparison.models))
+def print_whole(table: Table, console: Console) -> None:
+    """Print `table` with no name and no figure cut: a terminal that is too narrow breaks its lines instead."""
+    console.width = max(console.width, Console(width=10_000).measure(table).maximum)
+    console.print(table)
 
 
 def bucket_name(result: BucketResult, training_length: int) -> str:
@@ -40,7 +35,7 @@ def comparison_table(comparison: Comparison) -> Table:
     if len(comparison.models) > 1:
         title += f"\nKL divergence and top-1 agreement against {comparison.models[0]}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
-    table.add_column("", no_wrap=True, min_width=_name_width(comparison))
+    table.add_column("", no_wrap=True)
     for result in comparison.of(comparison.models[0]):
         table.add_column(bucket_name(result, n), justify="right", no_wrap=True)
     others = comparison.models[1:]

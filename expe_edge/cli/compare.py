@@ -45,7 +45,7 @@ def compare(
 
     from expe_edge import comparison
     from expe_edge.progress import counted
-    from expe_edge.reporting import comparison_table, plot_comparison, table_width
+    from expe_edge.reporting import comparison_table, plot_comparison, print_whole
     from expe_edge.scoring import open_scorer
 
     ends = parse_lengths(lengths)
@@ -59,7 +59,7 @@ def compare(
     chosen, byte_lengths = comparison.long_documents(scorers[0], data, text_field, tokens, documents)
     with counted("comparing", len(chosen)) as advance:
         result = comparison.compare(scorers, chosen, byte_lengths, ends, advance=advance)
-    Console(width=table_width(result)).print(comparison_table(result))
+    print_whole(comparison_table(result), Console())
     write_json(json_file, result.to_dict())
     if plot_file is not None:
         plot_comparison(result, plot_file)
