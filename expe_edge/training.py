@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,8 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     progress = TrainingProgress(settings.batch_size * settings.training_length)
     trainer = WindowTrainer(model=model, args=arguments, train_dataset=dataset, callbacks=[interrupt, progress])
     trainer.remove_callback(PrinterCallback)
-    with disk_full_is_an_error(out):
+    with disk_full_is_an_error(out), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="mtime may not be reliable")  # it then orders by number, rightly
         trainer.train(resume_from_checkpoint=last)
     if interrupt.interrupted:
         raise KeyboardInterrupt
