@@ -15,7 +15,7 @@ import numpy.typing as npt
 from expe_edge.corpus import load_corpus
 from expe_edge.errors import ConfigError, CorpusError
 from expe_edge.scoring import Scorer, tokenizer_path
-from expe_edge.statistics import log_softmax, ratio_of_sums
+from expe_edge.statistics import log_divergence, log_softmax, ratio_of_sums
 from expe_edge.tokenization import encode_documents, load_tokenizer, token_byte_lengths
 
 Ids = npt.NDArray[np.int64]
@@ -129,7 +129,7 @@ def _measure(scorers: Sequence[Scorer], tokens: Ids, targets: Ids) -> list[dict[
                 {
                     "tokens": np.ones(len(wanted)),
                     "nll": -predicted[np.arange(len(wanted)), wanted],
-                    "kl": (np.exp(reference) * (reference - predicted)).sum(axis=-1),
+                    "kl": log_divergence(reference, predicted),
                     "top1": (predicted.argmax(axis=-1) == reference.argmax(axis=-1)).astype(np.float64),
                 }
             )

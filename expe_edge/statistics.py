@@ -20,7 +20,11 @@ def log_softmax(logits: Float) -> Double:
 
 def divergence(reference: Float, other: Float) -> Double:
     """Return KL(reference ‖ other) for logits (…, V), in nats, (…)."""
-    expected, found = log_softmax(reference), log_softmax(other)
+    return log_divergence(log_softmax(reference), log_softmax(other))
+
+
+def log_divergence(expected: Double, found: Double) -> Double:
+    """Return KL(expected ‖ found) for log probabilities (…, V), in nats, (…)."""
     total: Double = (np.exp(expected) * (expected - found)).sum(axis=-1)
     return total
 

@@ -100,9 +100,9 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         _require_same_model(settings, out)
     corpus = load_corpus(settings.data, settings.text_field)
     with state.main_process_first():
-        dataset = _prepare(corpus, settings, out, fresh=state.is_main_process and not resume)
+        tokenizer, dataset = _prepare(corpus, settings, out, fresh=state.is_main_process and not resume)
     set_seed(settings.seed)
-    config.vocab_size = load_tokenizer(out).get_vocab_size()
+    config.vocab_size = tokenizer.get_vocab_size()
     model = ExPEForCausalLM(config)
     interrupt = SaveOnInterrupt()
     progress = TrainingProgress(settings.batch_size * settings.training_length)
@@ -128,14 +128,14 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     return report
 
 
-def _prepare(corpus: Corpus, settings: TrainSettings, out: Path, *, fresh: bool) -> WindowDataset:
-    """Return the run's sequences; where the run is `fresh`, make `out` anew once nothing is left to refuse."""
+def _prepare(corpus: Corpus, settings: TrainSettings, out: Path, *, fresh: bool) -> tuple[Tokenizer, WindowDataset]:
+    """Return tokenizer and sequences; where the run is `fresh`, make `out` anew once nothing is left to refuse."""
     tokenizer = train_tokenizer(corpus.training, settings.vocab_size) if fresh else load_tokenizer(out)
     dataset = WindowDataset(np.concatenate(encode_documents(tokenizer, corpus.training)), settings)
     if fresh:
         with disk_full_is_an_error(out):
             _make_directory(out, tokenizer, settings)
-    return dataset
+    return tokenizer, dataset
 
 
 def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings) -> None:

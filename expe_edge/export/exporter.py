@@ -92,12 +92,8 @@ class _Exporter:
     """Everything the packages of one checkpoint share: the float graph, the ranges, the validation's text."""
 
     def __init__(self, checkpoint: Checkpoint, positions: str, calibration: Calibration, corpus: Corpus) -> None:
-        self.checkpoint, self.positions, self.calibration, self.corpus = (
-            checkpoint,
-            positions,
-            calibration,
-            corpus,
-        )
+        self.checkpoint, self.positions = checkpoint, positions
+        self.calibration, self.corpus = calibration, corpus
         self.model, self.config = checkpoint.model, checkpoint.config
         parameters = self.config.encoding_parameters
         self.encoding = parameters if isinstance(parameters, ExPEParameters) else None
@@ -106,12 +102,11 @@ class _Exporter:
                 "positions at the embedding pass through every norm and cannot be folded; use --positions inline"
             )
         self.contract = graph_contract(self.config)
-        self.plain = self._build(None)
         self._ranges: dict[str, Range] | None = None
+        self.plain = self._build(Float32.name)
 
-    def _build(self, precision: str | None) -> BuiltGraph:
-        linear = Float32() if precision is None else make_format(precision, self._ranges)
-        return build_graph(self.model, linear, folded=self.positions == "folded")
+    def _build(self, precision: str) -> BuiltGraph:
+        return build_graph(self.model, make_format(precision, self._ranges), folded=self.positions == "folded")
 
     def write(self, precision: str, path: Path, *, force: bool, progress: Callable[[str], None]) -> ExportedPackage:
         """Build, validate and write one package."""
@@ -119,7 +114,7 @@ class _Exporter:
             progress(f"calibrating {self.calibration.windows} windows of {self.config.training_length} tokens")
             self._ranges = self._measure_ranges()
         progress(f"{precision}: building")
-        graph = self._build(precision)
+        graph = self.plain if precision == Float32.name else self._build(precision)
         progress(f"{precision}: validating against PyTorch")
         parity = measure_parity(self.model, graph.model, self.contract, self._parity_tokens)
         require_parity(parity, precision, folded=self.positions == "folded")

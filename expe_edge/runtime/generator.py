@@ -140,9 +140,9 @@ class Generator:
     def prefill(self, cache: Cache, row: Row) -> npt.NDArray[np.float32]:
         """Fill a cache of one row with the row's prompt; return the last token's logits (V,)."""
         began = time.perf_counter()
-        *_, logits = self.session.prefill(cache, row.ids, self.prefill_chunk)
+        for logits in self.session.prefill(cache, row.ids, self.prefill_chunk):
+            last: npt.NDArray[np.float32] = logits[-1]  # one chunk's logits at a time: all of them could fill memory
         row.result.prefill_seconds = time.perf_counter() - began
-        last: npt.NDArray[np.float32] = logits[-1]
         return last
 
 
