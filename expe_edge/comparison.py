@@ -26,8 +26,11 @@ Double = npt.NDArray[np.float64]
 class BucketResult:
     """One model's quality over the tokens predicted at positions [bucket_start, bucket_end).
 
-    nll: nats per token. kl: KL(reference ‖ model), nats per token. top1: share of tokens whose likeliest prediction
-    is the reference's. Each with its standard error over documents; NaN is written as null.
+    nll: nats per token. perplexity_change: against the reference, relative; its error is that of the paired
+    difference. kl: KL(reference ‖ model), nats per token. top1: share of tokens whose likeliest prediction is the
+    reference's; top1_clear: the same where the reference itself is not nearly undecided. Each with its standard error
+    over documents; NaN is written as null. near_ties: share of tokens where the reference is undecided: its two
+    likeliest predictions are less than `NEAR_TIE` nats apart.
     """
 
     model: str
@@ -39,12 +42,17 @@ class BucketResult:
     nll_stderr: float
     perplexity: float
     perplexity_stderr: float
+    perplexity_change: float
+    perplexity_change_stderr: float
     bits_per_byte: float
     bits_per_byte_stderr: float
     kl: float
     kl_stderr: float
     top1: float
     top1_stderr: float
+    top1_clear: float
+    top1_clear_stderr: float
+    near_ties: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -112,7 +120,9 @@ def compare(
 
 
 #: What is summed over the tokens of a document and bucket.
-_MEASURES = ("tokens", "bytes", "nll", "kl", "top1")
+_MEASURES = ("tokens", "bytes", "nll", "change", "kl", "top1", "clear", "clear_top1")
+#: Two predictions closer than this, in nats, are as good as tied: the order of them is no one's merit.
+NEAR_TIE = 0.05
 
 
 def _measure(scorers: Sequence[Scorer], tokens: Ids, targets: Ids) -> list[dict[str, Double]]:
@@ -122,15 +132,22 @@ def _measure(scorers: Sequence[Scorer], tokens: Ids, targets: Ids) -> list[dict[
     for chunks in zip(*(scorer.logits(tokens) for scorer in scorers), strict=True):
         wanted = targets[begin : begin + len(chunks[0])]
         begin += len(wanted)
-        reference = log_softmax(chunks[0])
+        reference, every = log_softmax(chunks[0]), np.arange(len(wanted))
+        best = reference.argmax(axis=-1)
+        second, first = np.sort(np.partition(reference, -2, axis=-1)[:, -2:], axis=-1).T
+        clear = (first - second >= NEAR_TIE).astype(np.float64)
         for model, logits in enumerate(chunks):
             predicted = reference if model == 0 else log_softmax(logits)
+            agreed = (predicted.argmax(axis=-1) == best).astype(np.float64)
             parts[model].append(
                 {
                     "tokens": np.ones(len(wanted)),
-                    "nll": -predicted[np.arange(len(wanted)), wanted],
+                    "nll": -predicted[every, wanted],
+                    "change": reference[every, wanted] - predicted[every, wanted],
                     "kl": log_divergence(reference, predicted),
-                    "top1": (predicted.argmax(axis=-1) == reference.argmax(axis=-1)).astype(np.float64),
+                    "top1": agreed,
+                    "clear": clear,
+                    "clear_top1": clear * agreed,
                 }
             )
     return [{name: np.concatenate([part[name] for part in of]) for name in of[0]} for of in parts]
@@ -138,11 +155,13 @@ def _measure(scorers: Sequence[Scorer], tokens: Ids, targets: Ids) -> list[dict[
 
 def _result(model: str, start: int, end: int, sums: Double) -> BucketResult:
     """Reduce sums (documents, measures) to one bucket's figures."""
-    tokens, size, nll, kl, top1 = sums.T
+    tokens, size, nll, change, kl, top1, clear, clear_top1 = sums.T
     mean_nll, nll_error = ratio_of_sums(nll, tokens)
     bits, bits_error = ratio_of_sums(nll / math.log(2), size)
+    mean_change, change_error = ratio_of_sums(change, tokens)
     mean_kl, kl_error = ratio_of_sums(kl, tokens)
     mean_top1, top1_error = ratio_of_sums(top1, tokens)
+    mean_clear, clear_error = ratio_of_sums(clear_top1, clear)
     perplexity = math.exp(mean_nll)
     return BucketResult(
         model=model,
@@ -154,12 +173,17 @@ def _result(model: str, start: int, end: int, sums: Double) -> BucketResult:
         nll_stderr=nll_error,
         perplexity=perplexity,
         perplexity_stderr=perplexity * nll_error,
+        perplexity_change=math.expm1(mean_change),
+        perplexity_change_stderr=math.exp(mean_change) * change_error,
         bits_per_byte=bits,
         bits_per_byte_stderr=bits_error,
         kl=mean_kl,
         kl_stderr=kl_error,
         top1=mean_top1,
         top1_stderr=top1_error,
+        top1_clear=mean_clear,
+        top1_clear_stderr=clear_error,
+        near_ties=1 - ratio_of_sums(clear, tokens)[0],
     )
 
 

@@ -124,6 +124,10 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         widest = self.hidden_size * 8 // 3 if self.hidden_act == "swiglu" else self.hidden_size * 4
         return -(-widest // 8) * 8
 
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that make this config, without what transformers adds."""
+        return {name: getattr(self, name) for name in self._known_keys()}
+
     @property
     def head_dim(self) -> int:
         """D, the size of one head."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +42,12 @@ class TensorSpec:
 class GraphContract:
     """The inputs and outputs of an exported graph, in order.
 
-    Position n of a row is the n-th token of that row: `position_ids` count from 0, and cached keys stand at
-    0, 1, 2, …; rows of a batch are padded on the right. `attention_mask` has 1 for every token up to and including
-    the new ones.
+    Position n of a row is the n-th token of that row: `position_ids` count from 0. `attention_mask` has 1 for every
+    token up to and including the new ones.
+
+    growing_cache: false where past and present are one buffer, written in place: cached keys stand at 0, 1, 2, …, and
+        rows of a batch are padded on the right. True where present is past with all new keys appended, those of
+        padding too: the mask says which are tokens, and padding may stand anywhere.
     """
 
     layers: int
@@ -52,6 +55,7 @@ class GraphContract:
     head_size: int
     vocab_size: int
     cache_dtype: str = "float32"
+    growing_cache: bool = False
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -96,11 +100,16 @@ class Manifest:
         model: the model's config as plain data, encoding included.
         contract: the graph's inputs and outputs.
         training_length: N, tokens. context_length: positions that clients should reserve a cache for by default.
-        precision: name of the linear format. linears: the format of every linear by its name.
+        precision: name of the linears' format, or `auto`. linears: the format of every linear by its name.
+            embedding: that of the embedding. recipe: all that was asked for. rounding: the precision and block size
+            that the weights were trained for; None where they were not.
         positions: `folded` or `inline`. position_code: bits and limbs of the integer codes in the graph; None
             where the encoding has none.
-        calibration: source, method and ranges of a static format; None for others.
+        calibration: source and method, with the ranges, cache scales and smoothing that were measured; None where
+            nothing was.
         parity: the validation's figures: maximum absolute differences of logits.
+        parts: name, format and bytes of every part of the graph. operators: how often each occurs in the graph, and
+            kernels: in what onnxruntime makes of it. requires_onnxruntime: the oldest release that has them.
         corpus: where the training text came from, so that held-out text can be found again.
         files: name to sha256, every file of the package but the manifest.
     """
@@ -116,13 +125,25 @@ class Manifest:
     calibration: Mapping[str, Any] | None
     parity: Mapping[str, Any]
     corpus: Mapping[str, Any]
+    embedding: str
+    recipe: Mapping[str, Any]
+    parts: Sequence[Mapping[str, Any]]
+    operators: Mapping[str, int]
+    kernels: Mapping[str, int]
+    requires_onnxruntime: str
     created_by: str
+    rounding: Mapping[str, Any] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """Return the manifest as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """Return the manifest as JSON text, closed by the digest of all before."""
+        values = self.to_dict()
+        return json.dumps({**values, "digest": _digest(values)}, indent=1) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
@@ -137,14 +158,22 @@ class Manifest:
                 f"{where}: format version {version}, newer than {FORMAT_VERSION}, the newest this release reads; "
                 "upgrade expe-edge"
             )
+        digest = values.pop("digest", None)
+        if digest != _digest(values):
+            raise PackageError(f"{where}: changed since it was written (its digest differs); export the package again")
         try:
             contract = GraphContract(**values.pop("contract"))
-            for name in ("model", "linears", "parity", "corpus", "files"):
+            for name in ("model", "linears", "parity", "corpus", "recipe", "operators", "kernels", "files"):
                 if not isinstance(values.get(name, {}), dict):
                     raise TypeError(f"{name} is no mapping")
             return cls(contract=contract, **values)
         except (KeyError, TypeError) as error:
             raise PackageError(f"{where}: damaged manifest ({error}); export the package again") from error
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest's content, however it is laid out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

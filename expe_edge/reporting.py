@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from expe_edge.comparison import BucketResult, Comparison
+from expe_edge.comparison import NEAR_TIE, BucketResult, Comparison
+
+if TYPE_CHECKING:
+    from expe_edge.quant.sensitivity import Sensitivity
 
 
 def print_whole(table: Table, console: Console) -> None:
@@ -33,7 +37,10 @@ def comparison_table(comparison: Comparison) -> Table:
     n = comparison.training_length
     title = f"Quality by position, N = {n} tokens, {comparison.results[0].documents} documents, ± standard error"
     if len(comparison.models) > 1:
-        title += f"\nKL divergence and top-1 agreement against {comparison.models[0]}"
+        title += (
+            f"\nKL divergence and top-1 agreement against {comparison.models[0]}; near-ties are tokens where its two "
+            f"best are less than {NEAR_TIE} nats apart"
+        )
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
     table.add_column("", no_wrap=True)
     for result in comparison.of(comparison.models[0]):
@@ -41,9 +48,16 @@ def comparison_table(comparison: Comparison) -> Table:
     others = comparison.models[1:]
     sections: list[tuple[str, tuple[str, ...], Callable[[BucketResult], str]]] = [
         ("perplexity", comparison.models, lambda r: f"{r.perplexity:.2f} ±{r.perplexity_stderr:.2f}"),
+        (
+            "its change",
+            others,
+            lambda r: f"{r.perplexity_change:+.2%} ±{r.perplexity_change_stderr:.2%}",
+        ),
         ("bits per byte", comparison.models, lambda r: f"{r.bits_per_byte:.3f} ±{r.bits_per_byte_stderr:.3f}"),
         ("KL, nats/token", others, lambda r: f"{short(r.kl, 1)} ±{short(r.kl_stderr, 0)}"),
         ("top-1 agreement", others, lambda r: f"{r.top1:.1%} ±{r.top1_stderr:.1%}"),
+        ("the same but for near-ties", others, lambda r: f"{r.top1_clear:.2%} ±{r.top1_clear_stderr:.2%}"),
+        ("share of near-ties", comparison.models[:1] if others else (), lambda r: f"{r.near_ties:.1%}"),
     ]
     for heading, models, cell in sections:
         if not models:
@@ -81,5 +95,49 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
         axes.axvline(comparison.training_length, color="grey", linewidth=1, linestyle=":")
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def sensitivity_table(results: Sequence[Sensitivity]) -> Table:
+    """Lay sensitivities out as a row for each weight, its divergence and bytes for each format."""
+    formats = list(dict.fromkeys(result.format for result in results))
+    table = Table(title="KL divergence to float32 of one weight quantized, nats per token, ± standard error; bytes")
+    table.add_column("weight", no_wrap=True)
+    for name in formats:
+        table.add_column(name, justify="right", no_wrap=True)
+    for weight in dict.fromkeys(result.weight for result in results):
+        found = {result.format: result for result in results if result.weight == weight}
+        cells = [_sensitivity_cell(found.get(name)) for name in formats]
+        table.add_row(weight, *cells)
+    return table
+
+
+def _sensitivity_cell(result: Sensitivity | None) -> str:
+    if result is None:
+        return ""
+    return f"{short(result.kl, 1)} ±{short(result.kl_stderr, 0)}  {result.bytes:>9,}"
+
+
+def plot_sensitivity(results: Sequence[Sensitivity], path: Path) -> None:
+    """Draw a bar for each weight and format into `path`."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    weights = list(dict.fromkeys(result.weight for result in results))
+    formats = list(dict.fromkeys(result.format for result in results))
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * len(weights)), layout="constrained")
+    height = 0.8 / len(formats)
+    for index, name in enumerate(formats):
+        found = [result for result in results if result.format == name]
+        places = [weights.index(result.weight) + (index - (len(formats) - 1) / 2) * height for result in found]
+        axes.barh(places, [result.kl for result in found], height, label=name)
+    axes.set_yticks(range(len(weights)), weights, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="KL divergence to float32 with this weight alone quantized, nats per token")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

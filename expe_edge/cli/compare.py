@@ -6,11 +6,8 @@ from pathlib import Path
 
 import click
 
-from expe_edge.cli.output import PATH, require_writable, write_json
+from expe_edge.cli.output import PATH, require_plot, require_writable, write_json
 from expe_edge.errors import ConfigError
-
-#: Formats of `--plot`.
-PLOT_SUFFIXES = (".png", ".svg")
 
 
 @click.command(short_help="Measure quality by length.")
@@ -38,9 +35,7 @@ def compare(
     the reference. Standard errors are over documents.
     """
     require_writable(json_file)
-    require_writable(plot_file)
-    if plot_file is not None and plot_file.suffix not in PLOT_SUFFIXES:
-        raise ConfigError(f"--plot {plot_file}: expected a name that ends in {' or '.join(PLOT_SUFFIXES)}")
+    require_plot(plot_file)
     from rich.console import Console
 
     from expe_edge import comparison

@@ -12,6 +12,9 @@ from expe_edge import __version__
 from expe_edge.cli.compare import compare
 from expe_edge.cli.export import export
 from expe_edge.cli.generate import generate
+from expe_edge.cli.inspect import inspect
+from expe_edge.cli.quantize import quantize
+from expe_edge.cli.sensitivity import sensitivity
 from expe_edge.cli.train import train
 from expe_edge.errors import ExPEEdgeError
 
@@ -46,7 +49,7 @@ class CleanGroup(click.Group):
 
 
 def _extra_for(ctx: click.Context) -> str:
-    return "export" if ctx.invoked_subcommand == "export" else "train"
+    return "export" if ctx.invoked_subcommand in ("export", "quantize", "sensitivity") else "train"
 
 
 @click.group(cls=CleanGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -56,5 +59,5 @@ def main() -> None:
     training length."""
 
 
-for command in (train, export, generate, compare):
+for command in (train, export, quantize, sensitivity, inspect, generate, compare):
     main.add_command(command)

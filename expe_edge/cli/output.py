@@ -14,6 +14,10 @@ from expe_edge.errors import ConfigError
 PATH = click.Path(path_type=Path)
 
 
+#: Formats of `--plot`.
+PLOT_SUFFIXES = (".png", ".svg")
+
+
 def write_json(path: Path | None, value: Any) -> None:
     """Write `value` to `path`, where one is given."""
     if path is None:
@@ -28,3 +32,10 @@ def require_writable(path: Path | None) -> None:
         raise ConfigError(f"{path.parent} is not a directory; create it, or change where {path.name} goes")
     if path is not None and path.is_dir():
         raise ConfigError(f"{path} is a directory; name a file in it")
+
+
+def require_plot(path: Path | None) -> None:
+    """Raise `ConfigError` before long work where no plot could be drawn to `path` after it."""
+    require_writable(path)
+    if path is not None and path.suffix not in PLOT_SUFFIXES:
+        raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(PLOT_SUFFIXES)}")

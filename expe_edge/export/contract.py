@@ -12,7 +12,7 @@ import onnxruntime as ort
 from expe_edge.errors import ExportError
 from expe_edge.package import GraphContract, TensorSpec
 
-_ORT_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)"}
+_ORT_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "int8": "tensor(int8)"}
 
 
 def graph_feeds(

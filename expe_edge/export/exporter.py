@@ -1,10 +1,10 @@
-"""Checkpoint to packages: build, validate, write."""
+"""Checkpoint, or float32 package, to packages: choose formats, build, verify, validate, write."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,36 +14,57 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 
 from expe_edge import __version__
-from expe_edge.checkpoint import Checkpoint, load_checkpoint
-from expe_edge.corpus import Corpus, load_corpus
+from expe_edge.corpus import load_corpus
 from expe_edge.encodings import ExPEParameters
 from expe_edge.errors import ExportError, unknown_name
-from expe_edge.export.graph import BuiltGraph, build_graph, graph_contract
+from expe_edge.export.graph import BuiltGraph
 from expe_edge.export.hub import write_client_files
+from expe_edge.export.kernels import optimized_operators, require_kernels
 from expe_edge.export.parity import DECODED, Parity, measure_parity, require_parity
-from expe_edge.package import MODEL_FILE, TOKENIZER_FILE, Manifest, require_absent, seal_package, write_package
-from expe_edge.quant.calibration import Calibration, measure_ranges, sample_windows
-from expe_edge.quant.formats import LINEAR_FORMATS, Float32, Range, make_format
-from expe_edge.tokenization import encode_documents
+from expe_edge.export.plan import Plan, oldest_onnxruntime, release
+from expe_edge.export.portable import require_portable
+from expe_edge.export.sizes import measure_parts
+from expe_edge.export.source import Source, open_source
+from expe_edge.export.text import CalibrationText
+from expe_edge.package import (
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    read_package,
+    require_absent,
+    seal_package,
+    write_package,
+)
+from expe_edge.progress import counted
+from expe_edge.quant.auto import LINEAR_CANDIDATES, Choice, candidates_of, choose
+from expe_edge.quant.calibration import Calibration
+from expe_edge.quant.channels import Range
+from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.quant.formats import LINEAR_FORMATS, needs_moments
+from expe_edge.quant.recipe import DEFAULT_SOLVER, Recipe
 
 POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.
 PARITY_LENGTHS = 16
 CONTEXT_LENGTHS = 64
-#: Files of the checkpoint's tokenizer that a package carries.
+#: Files of the source's tokenizer that a package carries.
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
 class ExportedPackage:
-    """One package written: where, in which precision, how large, and how well it agreed with PyTorch."""
+    """One package written: where, in which precision, how large, and how well it agreed with its source."""
 
     path: Path
     precision: str
     size_bytes: int
     parity: Parity
+    validated_against: str
+    linears: dict[str, str]
+    choice: Choice | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -53,122 +74,219 @@ class ExportedPackage:
 def export(
     source: Path,
     out: Path,
-    precisions: Sequence[str],
+    recipes: Sequence[Recipe | str],
     *,
     positions: str = "folded",
     calibration: Calibration | None = None,
     calibration_data: Sequence[str] = (),
     text_field: str = "text",
+    ranges_from: Path | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[ExportedPackage]:
-    """Export the checkpoint `source` to `out/PRECISION` for each precision.
+    """Export `source`, a checkpoint or a float32 package, to `out/NAME` for each recipe.
 
     Args:
+        recipes: or names of precisions.
         positions: `folded` out of the products, or left `inline`, as an exporter would that knows nothing of ExPE.
-        calibration_data: sources of text for static ranges and for the validation; the training text by default.
+        calibration_data: sources of text for calibration and for the validation; the training text by default.
+        ranges_from: a package of the same model whose static ranges are used again.
         progress: called with a line before each stage.
 
     Raises:
         ExportError, CheckpointError, CorpusError, ConfigError: nothing of the package at fault is written then.
     """
-    for precision in precisions:
-        if precision not in LINEAR_FORMATS:
-            raise ExportError(unknown_name("precision", precision, LINEAR_FORMATS) + "; change --precision")
-        require_absent(out / precision, force=force)
+    wanted = [Recipe(recipe) if isinstance(recipe, str) else recipe for recipe in recipes]
+    for recipe in wanted:
+        require_absent(out / recipe.name, force=force)
+    exporter = open_exporter(
+        source,
+        positions=positions,
+        calibration=calibration,
+        calibration_data=calibration_data,
+        text_field=text_field,
+        progress=progress,
+    )
+    if ranges_from is not None:
+        exporter.take_ranges(ranges_from)
+    wanted = [recipe.settled(exporter.source.rounding) for recipe in wanted]
+    for recipe in wanted:
+        exporter.refuse(recipe)  # before anything is written
+    return [exporter.write(recipe, out / recipe.name, force=force) for recipe in wanted]
+
+
+def open_exporter(
+    source: Path,
+    *,
+    positions: str = "folded",
+    calibration: Calibration | None = None,
+    calibration_data: Sequence[str] = (),
+    text_field: str = "text",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Exporter:
+    """Open `source` and its text; arguments and errors as for `export`."""
     if positions not in POSITIONS:
         raise ExportError(unknown_name("positions", positions, POSITIONS) + "; change --positions")
-    checkpoint = load_checkpoint(source)
-    corpus = load_corpus(calibration_data, text_field) if calibration_data else checkpoint.corpus()
+    opened = open_source(source, folded=positions == "folded")
+    corpus = load_corpus(calibration_data, text_field) if calibration_data else load_corpus(**opened.corpus)
     if calibration_data:  # text given for this purpose is used whole
         corpus = dataclasses.replace(corpus, training=corpus.training + corpus.held_out)
-    exporter = _Exporter(checkpoint, positions, calibration or Calibration(), corpus)
-    if any(LINEAR_FORMATS[precision].calibrated for precision in precisions):
-        _ = exporter.windows  # refuses text that is too short before anything is written
-    return [exporter.write(precision, out / precision, force=force, progress=progress) for precision in precisions]
+    text = CalibrationText(corpus, opened.tokenizer, opened.config.training_length, calibration or Calibration())
+    return Exporter(opened, text, progress)
 
 
-class _Exporter:
-    """Everything the packages of one checkpoint share: the float graph, the ranges, the validation's text."""
+class Exporter:
+    """Everything the packages of one model share: the float graph, what calibration shows, the validation's text."""
 
-    def __init__(self, checkpoint: Checkpoint, positions: str, calibration: Calibration, corpus: Corpus) -> None:
-        self.checkpoint, self.positions = checkpoint, positions
-        self.calibration, self.corpus = calibration, corpus
-        self.model, self.config = checkpoint.model, checkpoint.config
+    def __init__(self, source: Source, text: CalibrationText, progress: Callable[[str], None]) -> None:
+        self.source, self.text, self.progress = source, text, progress
+        self.config = source.config
         parameters = self.config.encoding_parameters
         self.encoding = parameters if isinstance(parameters, ExPEParameters) else None
-        if self.encoding is not None and self.encoding.where == "embedding" and positions == "folded":
+        if self.encoding is not None and self.encoding.where == "embedding" and source.weights.folded:
             raise ExportError(
                 "positions at the embedding pass through every norm and cannot be folded; use --positions inline"
             )
-        self.contract = graph_contract(self.config)
-        self._ranges: dict[str, Range] | None = None
-        self.plain = self._build(Float32.name)
+        self.evidence = Evidence(source.weights, text.calibration, lambda: text.windows, progress=progress)
 
-    def _build(self, precision: str) -> BuiltGraph:
-        return build_graph(self.model, make_format(precision, self._ranges), folded=self.positions == "folded")
+    def take_ranges(self, package: Path) -> None:
+        """Use the static ranges of another package of the same model."""
+        record = read_package(package).manifest.calibration
+        if not record or not record.get("ranges"):
+            raise ExportError(f"--ranges-from {package}: it has no static ranges")
+        if record["weights"] != self.evidence.fingerprint:
+            raise ExportError(f"--ranges-from {package}: measured on another model, or on weights smoothed otherwise")
+        ranges: dict[str, Range] = {name: (low, high) for name, (low, high) in record["ranges"].items()}
+        self.evidence.given_ranges = ranges
 
-    def write(self, precision: str, path: Path, *, force: bool, progress: Callable[[str], None]) -> ExportedPackage:
-        """Build, validate and write one package."""
-        if LINEAR_FORMATS[precision].calibrated and self._ranges is None:
-            progress(f"calibrating {self.calibration.windows} windows of {self.config.training_length} tokens")
-            self._ranges = self._measure_ranges()
-        progress(f"{precision}: building")
-        graph = self.plain if precision == Float32.name else self._build(precision)
-        progress(f"{precision}: validating against PyTorch")
-        parity = measure_parity(self.model, graph.model, self.contract, self._parity_tokens)
-        require_parity(parity, precision, folded=self.positions == "folded")
+    def refuse(self, recipe: Recipe) -> None:
+        """Raise `ExportError` for a recipe that cannot be made of this model."""
+        positioned_values = self.encoding is not None and self.encoding.where == "query_key_value"
+        if recipe.cache == "int8" and self.source.weights.folded and positioned_values:
+            raise ExportError(
+                "the values of this model carry positions (where: query_key_value), which no fixed int8 range holds at "
+                "every length; use --cache float32"
+            )
+        if recipe.embedding is not None and self.config.tie_word_embeddings:
+            raise ExportError("this model's head is its embedding, stored once in the head's format; drop --embedding")
+        self._refuse_onnxruntime(recipe)
+        if recipe.smoothing and self.evidence.given_ranges is not None:
+            raise ExportError("--smoothing changes what the ranges of --ranges-from were measured on; drop one of them")
+        self._refuse_text(recipe)
+
+    def _refuse_text(self, recipe: Recipe) -> None:
+        """Raise `CorpusError` or `ExportError` where there is too little text to calibrate on."""
+        formats = set(LINEAR_CANDIDATES) if recipe.precision == "auto" else {recipe.precision}
+        ranges = any(LINEAR_FORMATS[name].calibrated for name in formats) and self.evidence.given_ranges is None
+        moments = any(needs_moments(name, recipe.solver or DEFAULT_SOLVER) for name in formats)
+        if not (ranges or moments or recipe.smoothing or recipe.cache == "int8"):
+            return
+        _ = self.text.windows
+        if ranges:
+            self.evidence.require_ranges()
+        if moments:
+            self.evidence.require_moments()
+
+    @staticmethod
+    def _refuse_onnxruntime(recipe: Recipe) -> None:
+        """Raise `ExportError` where this onnxruntime has no kernels for `recipe`, to validate it with."""
+        linears = set(LINEAR_CANDIDATES) if recipe.precision == "auto" else {recipe.precision}
+        needed = oldest_onnxruntime(recipe, linears)
+        if release(ort.__version__) < release(needed):
+            raise ExportError(
+                f"{recipe.name} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it, or choose "
+                "another --precision or --cache"
+            )
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """Choose the formats."""
+        cache = {CACHE: "int8"} if recipe.cache == "int8" else {}
+        if recipe.precision == "auto":
+            choice = self._choose(recipe)
+            return Plan(recipe, self.evidence, {**choice.formats, **cache}, choice=choice)
+        names = dict.fromkeys(self.evidence.plain.linears, recipe.precision)
+        embedding = recipe.embedding or LINEAR_FORMATS[recipe.precision].embedding
+        formats = {**names, EMBEDDING: embedding, **cache}
+        if not recipe.smoothing:
+            return Plan(recipe, self.evidence, formats)
+        evidence, strengths = self.evidence.smoothed(recipe, names)
+        return Plan(recipe, evidence, formats, strengths)
+
+    def _choose(self, recipe: Recipe) -> Choice:
+        measurements = sum(map(len, candidates_of(self.evidence).values()))
+        with counted("measuring weights", measurements) as advance:
+            return choose(self.evidence, recipe, self.text.beginnings(), advance)
+
+    def write(self, recipe: Recipe, path: Path, *, force: bool) -> ExportedPackage:
+        """Build, verify, validate and write one package."""
+        plan = self.plan(recipe)
+        self.progress(f"{recipe.name}: building")
+        graph = plan.evidence.build(recipe, plan.formats)
+        del graph.model.graph.value_info[:]  # calibration's; a tenth of a small package's overhead
+        operators = optimized_operators(graph.model)
+        require_kernels(operators, plan.linears)
+        self.progress(f"{recipe.name}: validating against {self.source.origin}")
+        folded = self.source.weights.folded
+        parity = measure_parity(self._expected, graph.model, plan.contract, self._parity_tokens)
+        require_parity(parity, recipe.name, folded=folded, exact=plan.exact)
+        if recipe.portable:
+            require_portable(graph.model, plan.contract, self._parity_tokens, plan.linears, folded=folded)
+        manifest = self._manifest(plan, graph, parity, operators)
         with write_package(path, force=force) as directory:
-            self._fill(directory, graph.model, self._manifest(precision, graph, parity))
+            self._fill(directory, graph.model, manifest)
         size = sum(file.stat().st_size for file in path.iterdir())
-        return ExportedPackage(path, precision, size, parity)
-
-    @cached_property
-    def windows(self) -> list[npt.NDArray[np.int64]]:
-        """The text that static ranges are measured on."""
-        stream = np.concatenate(encode_documents(self.checkpoint.tokenizer, self.corpus.training))
-        return sample_windows(stream, self.config.training_length, self.calibration)
-
-    def _measure_ranges(self) -> dict[str, Range]:
-        return measure_ranges(self.plain.model, self.contract, self.plain.linear_inputs, self.windows, self.calibration)
+        return ExportedPackage(path, recipe.name, size, parity, self.source.origin, plan.linears, plan.choice)
 
     @cached_property
     def _parity_tokens(self) -> npt.NDArray[np.int64]:
-        """The longest document, held-out if there is one, repeated where it is short."""
-        longest = max(self.corpus.held_out or self.corpus.training, key=lambda document: len(document.text))
-        (tokens,) = encode_documents(self.checkpoint.tokenizer, [longest])
         length = min(PARITY_LENGTHS * self.config.training_length, self.config.max_position_embeddings)
-        return np.resize(tokens[:length], max(length, 2 * DECODED)).astype(np.int64)
+        return self.text.longest(max(length, 2 * DECODED))
 
-    def _manifest(self, precision: str, graph: BuiltGraph, parity: Parity) -> Manifest:
+    @cached_property
+    def _expected(self) -> npt.NDArray[np.float32]:
+        return self.source.reference(self._parity_tokens)
+
+    def _manifest(self, plan: Plan, graph: BuiltGraph, parity: Parity, operators: Counter[str]) -> Manifest:
         code = self.encoding.code.stored if self.encoding else None
+        recipe = plan.recipe
         return Manifest(
-            model=json.loads(self.config.to_json_string(use_diff=False)),
-            contract=self.contract,
+            model=self.config.settings(),
+            contract=plan.contract,
             training_length=self.config.training_length,
             context_length=min(CONTEXT_LENGTHS * self.config.training_length, self.config.max_position_embeddings),
-            precision=precision,
-            linears=dict.fromkeys(graph.linear_inputs, precision),
-            positions=self.positions,
+            precision=recipe.precision,
+            linears=plan.linears,
+            embedding=plan.embedding,
+            recipe=recipe.to_dict(),
+            rounding=dataclasses.asdict(self.source.rounding) if self.source.rounding else None,
+            positions="folded" if self.source.weights.folded else "inline",
             position_code=dataclasses.asdict(code) if code else None,
-            calibration=self._calibration_record() if LINEAR_FORMATS[precision].calibrated else None,
+            calibration=self._calibration_record(plan),
             parity=parity.to_dict(),
-            corpus=self.checkpoint.sources,
+            corpus=self.source.corpus,
+            parts=measure_parts(graph.model, plan.linears, plan.embedding),
+            operators=dict(Counter(node.op_type for node in graph.model.graph.node).most_common()),
+            kernels=dict(operators.most_common()),
+            requires_onnxruntime=plan.requires_onnxruntime,
             created_by=f"expe-edge {__version__}",
         )
 
-    def _calibration_record(self) -> dict[str, Any]:
+    def _calibration_record(self, plan: Plan) -> dict[str, Any] | None:
+        measured = plan.measured()
+        if measured is None:
+            return None
+        sources = list(self.text.corpus.sources)
         return {
-            **dataclasses.asdict(self.calibration),
-            "sources": list(self.corpus.sources),
+            **dataclasses.asdict(self.text.calibration),
+            "sources": sources,
             "window_tokens": self.config.training_length,
-            "ranges": self._ranges,
+            **measured,
         }
 
     def _fill(self, directory: Path, model: onnx.ModelProto, manifest: Manifest) -> None:
         onnx.save(model, directory / MODEL_FILE)
         for name in TOKENIZER_FILES:
-            if (self.checkpoint.path / name).is_file():
-                shutil.copyfile(self.checkpoint.path / name, directory / name)
-        write_client_files(directory, self.config, manifest.context_length)
+            if (self.source.path / name).is_file():
+                shutil.copyfile(self.source.path / name, directory / name)
+        write_client_files(directory, self.config, manifest.contract, manifest.context_length)
         seal_package(directory, manifest)

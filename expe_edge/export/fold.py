@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from expe_edge.errors import ExportError
+from expe_edge.export.weights import Float, FoldedPositions, LayerWeights, ModelWeights
 from expe_edge.modeling import Block, ExPEForCausalLM
-from expe_edge.positional import ExPE
-
-Float = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class FoldedPositions:
-    """What positions add beside the content product of one layer, all float32.
-
-    query_start: (H·D,), query_limbs: (G, H·D) — the queries' own positions, over the limbs of the stored code.
-    value_start, value_limbs: the same for values, (Hkv·D,) and (G, Hkv·D); None unless positions enter them.
-    slope_weight: (C, H·Gk), slope_start: (H·Gk,), slope_limbs: (G, H·Gk) — the slope q_i·β_k/√D of each head and
-    limb of the keys' code, straight from the layer's float input, so that no int8 product is ever scaled by a distance.
-    """
-
-    query_start: Float
-    query_limbs: Float
-    value_start: Float | None
-    value_limbs: Float | None
-    slope_weight: Float
-    slope_start: Float
-    slope_limbs: Float
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One block. Matrices are (C_in, C_out); `qkv` is the content product where `positions` is given."""
-
-    attention_norm: Float
-    qkv: Float
-    positions: FoldedPositions | None
-    out: Float
-    feed_forward_norm: Float
-    up: Float
-    down: Float
-
-
-@dataclass(frozen=True)
-class ModelWeights:
-    """The whole model. embedding: (V, C) · norm: (C,) · head: (C, V)."""
-
-    embedding: Float
-    layers: tuple[LayerWeights, ...]
-    norm: Float
-    head: Float
+from expe_edge.positional import ExPE, Relative, relative_buckets
 
 
 def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:
@@ -69,13 +24,28 @@ def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:
         if not bool(torch.isfinite(parameter).all()):
             raise ExportError(f"weight {name!r} holds NaN or infinite values; train again, or export an earlier step")
     return ModelWeights(
+        config=model.config,
+        folded=folded,
         embedding=_array(model.embedding.weight),
         layers=tuple(
             _layer_weights(block, model.positional if folded else None) for block in cast("list[Block]", model.blocks)
         ),
         norm=_array(model.norm.weight),
         head=_array(model.head.weight.T),
+        relative_table=_relative_table(model.positional) if isinstance(model.positional, Relative) else None,
     )
+
+
+def foldable(model: ExPEForCausalLM) -> bool:
+    """Tell whether positions enter the model's products, where `folded` takes them out."""
+    return isinstance(model.positional, ExPE) and model.positional.in_projection
+
+
+def _relative_table(positional: Relative) -> Float:
+    """Unroll the buckets into one row for each distance up to the farthest."""
+    distances = torch.arange(positional.spec.max_distance + 1)
+    table: Tensor = positional.table.weight
+    return _array(table[relative_buckets(distances, positional.spec)])
 
 
 def _layer_weights(block: Block, positional: torch.nn.Module | None) -> LayerWeights:

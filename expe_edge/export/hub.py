@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from expe_edge.config import ExPEConfig
-from expe_edge.package import MANIFEST_FILE, MODEL_FILE
+from expe_edge.package import MANIFEST_FILE, MODEL_FILE, GraphContract
 
 #: Optimum reads the shape of the cache from the config, and honours grouped key/value heads only for model types it
 #: knows. The cache has llama's shape; the weights are in the graph alone, so nothing else of that type is used.
 CLIENT_MODEL_TYPE = "llama"
+#: Optimum starts with a float cache whatever the graph asks for. A type it does not know makes it say so at once, and
+#: this one says why.
+INT8_CACHE_MODEL_TYPE = "expe-with-int8-cache-for-expe-edge-or-onnxruntime-genai"
 
 
-def write_client_files(directory: Path, config: ExPEConfig, context_length: int) -> None:
+def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContract, context_length: int) -> None:
     """Write `config.json`, `generation_config.json` and `genai_config.json`."""
+    model_type = INT8_CACHE_MODEL_TYPE if contract.cache_dtype == "int8" else CLIENT_MODEL_TYPE
     for name, content in (
-        ("config.json", _transformers_config(config, context_length)),
+        ("config.json", _transformers_config(config, context_length) | {"model_type": model_type}),
         ("generation_config.json", _tokens(config) | {"max_length": context_length, "do_sample": False}),
-        ("genai_config.json", _genai_config(config, context_length)),
+        ("genai_config.json", _genai_config(config, context_length, share_buffer=not contract.growing_cache)),
     ):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -31,7 +35,6 @@ def _tokens(config: ExPEConfig) -> dict[str, Any]:
 def _transformers_config(config: ExPEConfig, context_length: int) -> dict[str, Any]:
     return {
         "architectures": ["ORTModelForCausalLM"],
-        "model_type": CLIENT_MODEL_TYPE,
         "expe_edge_manifest": MANIFEST_FILE,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -46,7 +49,7 @@ def _transformers_config(config: ExPEConfig, context_length: int) -> dict[str, A
     }
 
 
-def _genai_config(config: ExPEConfig, context_length: int) -> dict[str, Any]:
+def _genai_config(config: ExPEConfig, context_length: int, *, share_buffer: bool) -> dict[str, Any]:
     """https://onnxruntime.ai/docs/genai/reference/config.html; unknown keys are refused there."""
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -77,5 +80,5 @@ def _genai_config(config: ExPEConfig, context_length: int) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
             "decoder": decoder,
         },
-        "search": {"do_sample": False, "max_length": context_length, "past_present_share_buffer": True},
+        "search": {"do_sample": False, "max_length": context_length, "past_present_share_buffer": share_buffer},
     }

@@ -5,19 +5,20 @@ An emitter has the same four places to act as the PyTorch encoding: embeddings, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from expe_edge.config import ExPEConfig
-from expe_edge.encodings import ExPEParameters, RelativeParameters, RotaryParameters
-from expe_edge.export.fold import FoldedPositions, LayerWeights
+from expe_edge.encodings import ExPEParameters, RotaryParameters
 from expe_edge.export.nodes import GraphBuilder
-from expe_edge.modeling import ExPEForCausalLM
-from expe_edge.positional import Relative, alibi_slopes, inverse_frequencies, relative_buckets
+from expe_edge.export.weights import Float, FoldedPositions, LayerWeights, ModelWeights
+from expe_edge.positional import alibi_slopes, inverse_frequencies
 from expe_edge.quant.codes import PositionCode
-from expe_edge.quant.formats import Float, LinearFormat
+
+#: Appends a linear's nodes: its name, the tensor that enters it, its weight (C_in, C_out); returns its output.
+EmitLinear = Callable[[str, str, Float], str]
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,17 @@ class PositionNodes:
     """No encoding, and the base of the others. `begin` makes the tensors that all layers share."""
 
     graph: GraphBuilder
-    config: ExPEConfig
-    model: ExPEForCausalLM
-    linear: LinearFormat
+    weights: ModelWeights
+    linear: EmitLinear
+    #: Whether the cache grows, so that padding may stand between a row's keys.
+    growing_cache: bool = False
     #: Shared tensors by what they are.
     shared: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ExPEConfig:
+        """The model's config."""
+        return self.weights.config
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -60,7 +67,7 @@ class PositionNodes:
 
     def project(self, layer: str, hidden: str, weights: LayerWeights) -> Projection:
         """Append the fused product of `hidden` (B, T, C) and what positions add to it."""
-        query, key, value = self.split(layer, self.linear.emit(self.graph, f"{layer}.qkv", hidden, weights.qkv))
+        query, key, value = self.split(layer, self.linear(f"{layer}.qkv", hidden, weights.qkv))
         return Projection(query, key, value, self.shared.get("bias", ""))
 
     def split(self, layer: str, fused: str) -> list[str]:
@@ -75,11 +82,22 @@ class PositionNodes:
         return self.graph.op("Unsqueeze", positions, self.graph.ints(2), name="positions.column")
 
     def key_positions(self) -> str:
-        """The positions of all keys, (S,) int64: 0, 1, 2, …"""
+        """The positions of all keys, (S,) int64: 0, 1, 2, …; (B, 1, 1, S) in a growing cache, padding not counted."""
+        if self.growing_cache:
+            return self.counted_positions()
         zero, one = self.graph.scalar(0, np.int64), self.graph.scalar(1, np.int64)
         shape = self.graph.op("Shape", "attention_mask", name="keys.shape")
         total = self.graph.op("Gather", shape, one, name="keys.total")
         return self.graph.op("Range", zero, total, one, name="keys.positions")
+
+    def counted_positions(self) -> str:
+        """How many tokens stand before every key, (B, 1, 1, S) int64, as the mask has it."""
+        if "counted" not in self.shared:
+            graph = self.graph
+            tokens = graph.op("CumSum", "attention_mask", graph.scalar(1, np.int64), name="keys.tokens")
+            before = graph.op("Sub", tokens, graph.scalar(1, np.int64), name="keys.before")
+            self.shared["counted"] = graph.op("Unsqueeze", before, graph.ints(1, 2), name="keys.positions")
+        return self.shared["counted"]
 
     def distances(self) -> str:
         """j − i for every query i and key j, (B, 1, T, S) int64, exact."""
@@ -132,15 +150,11 @@ class RelativeNodes(PositionNodes):
     """T5's bias, its buckets unrolled into one row for each distance up to max_distance."""
 
     def begin(self) -> None:
-        parameters = self.config.encoding_parameters
-        assert isinstance(parameters, RelativeParameters)
-        buckets = relative_buckets(torch.arange(parameters.max_distance + 1), parameters)
-        assert isinstance(self.model.positional, Relative)
-        weight: torch.Tensor = self.model.positional.table.weight
-        table = weight.detach()[buckets].float().numpy()  # (max_distance+1, H)
+        table = self.weights.relative_table
+        assert table is not None
         graph = self.graph
         back = graph.op("Neg", self.distances(), name="relative.back")
-        limits = graph.scalar(0, np.int64), graph.scalar(parameters.max_distance, np.int64)
+        limits = graph.scalar(0, np.int64), graph.scalar(len(table) - 1, np.int64)
         back = graph.op("Clip", back, *limits, name="relative.clipped")
         back = graph.op("Squeeze", back, graph.ints(1), name="relative.rows")  # (B, T, S)
         bias = graph.op("Gather", graph.weight("relative.table", table), back, name="relative.gather")
@@ -217,10 +231,10 @@ class ExPENodes(PositionNodes):
     def project_inline(self, layer: str, hidden: str, positioned: str, weights: LayerWeights) -> Projection:
         """Positions inside the query/key product, as an exporter that knows nothing of ExPE leaves them."""
         queries, keys = self.sizes
-        product = self.linear.emit(self.graph, f"{layer}.qk", positioned, weights.qkv[:, : queries + keys])
+        product = self.linear(f"{layer}.qk", positioned, weights.qkv[:, : queries + keys])
         sizes = self.graph.ints(queries, keys)
         query, key = self.graph.multi("Split", [product, sizes], 2, name=f"{layer}.split", axis=-1)
-        value = self.linear.emit(self.graph, f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
+        value = self.linear(f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
         return Projection(query, key, value)
 
     def project_folded(self, layer: str, hidden: str, weights: LayerWeights, positions: FoldedPositions) -> Projection:
@@ -254,6 +268,14 @@ class ExPENodes(PositionNodes):
             return graph.op("Squeeze", parts, graph.ints(0), name=f"{layer}.bias")
         return graph.op("ReduceSum", parts, graph.ints(0), name=f"{layer}.bias", keepdims=0)
 
+    def key_codes(self, code: PositionCode) -> str:
+        """c_g(j), (G, B or 1, 1, 1, S) float32."""
+        graph, keys = self.graph, self.codes("keys", self.key_positions(), code)
+        if self.growing_cache:  # (B, 1, 1, S, G)
+            return graph.op("Transpose", keys, name="keys.limbs", perm=[4, 0, 1, 2, 3])
+        keys = graph.op("Transpose", keys, name="keys.limbs", perm=[1, 0])  # (G, S)
+        return graph.op("Unsqueeze", keys, graph.ints(1, 2, 3), name="keys.limbs")
+
     def relative_codes(self) -> str:
         """c_g(j) − c_g(i), (G, B, 1, T, S) float32, once for all layers; for one limb the distance itself."""
         if "relative_codes" not in self.shared:
@@ -262,9 +284,7 @@ class ExPENodes(PositionNodes):
                 distance = graph.op("Cast", self.distances(), name="distances.float", to=1)
                 self.shared["relative_codes"] = graph.op("Unsqueeze", distance, graph.ints(0), name="codes.relative")
             else:
-                keys = self.codes("keys", self.key_positions(), code)  # (S, G)
-                keys = graph.op("Transpose", keys, name="keys.limbs", perm=[1, 0])  # (G, S)
-                keys = graph.op("Unsqueeze", keys, graph.ints(1, 2, 3), name="keys.limbs")  # (G, 1, 1, 1, S)
+                keys = self.key_codes(code)
                 queries = graph.op("Transpose", self.shared["codes"], name="queries.limbs", perm=[2, 0, 1])
                 queries = graph.op("Unsqueeze", queries, graph.ints(2, 4), name="queries.limbs")  # (G, B, 1, T, 1)
                 self.shared["relative_codes"] = graph.op("Sub", keys, queries, name="codes.relative")

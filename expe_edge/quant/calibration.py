@@ -1,4 +1,4 @@
-"""Activation ranges for static formats, measured on text by onnxruntime.quantization's calibrators.
+"""What quantization needs to know of a model at work, measured on text: inputs of the linears, ranges, the cache.
 
 Every window is run as a real prefill and, for its last token, as a real cached decode.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +21,33 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader, Calibratio
 
 from expe_edge.errors import CorpusError, ExportError, unknown_name
 from expe_edge.export.contract import graph_feeds
+from expe_edge.export.graph import BuiltGraph
 from expe_edge.package import GraphContract
-from expe_edge.quant.formats import Range
+from expe_edge.quant.blocks import Double, Float
+from expe_edge.quant.channels import CacheScales, Range
+from expe_edge.quant.formats import LinearFormat
 
 Ids = npt.NDArray[np.int64]
 #: Inputs of a graph by name.
 Feeds = dict[str, npt.NDArray[Any]]
 
-#: `--calibration-method` to onnxruntime's calibrator.
-CALIBRATION_METHODS = {
+#: `--calibration-method` to onnxruntime's calibrator; the last is this project's own.
+ORT_METHODS = {
     "minmax": CalibrationMethod.MinMax,
     "percentile": CalibrationMethod.Percentile,
     "entropy": CalibrationMethod.Entropy,
 }
+HISTOGRAM_METHODS = ("percentile", "entropy")
+OUTPUT_ERROR = "output-error"
+CALIBRATION_METHODS = (*ORT_METHODS, OUTPUT_ERROR)
+#: Rows of every linear's input that are kept; its moments and extremes are of all rows.
+SAMPLE_ROWS = 2048
+#: How far `output-error` shrinks the widest range.
+SHRINKAGE = np.linspace(1.0, 0.4, 25)
+#: A histogram of fewer tokens than its bins says nothing of the tails.
+LEAST_HISTOGRAM_TOKENS = 128
+#: Largest magnitude of a level of an int8 cache.
+CACHE_LIMIT = 127
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,23 @@ class Calibration:
             raise ExportError(f"--calibration-windows is {self.windows}; at least 1")
 
 
+class Observed(NamedTuple):
+    """What entered a linear. moments: (C, C) mean of x·xᵀ · low, high: (C,) extremes · rows: (n, C) a sample."""
+
+    moments: Double
+    low: Float
+    high: Float
+    rows: Float
+
+
+class Observations(NamedTuple):
+    """What calibration text showed: inputs by linear, and the largest magnitudes in the cache of every layer."""
+
+    inputs: dict[str, Observed]
+    cache: list[CacheScales]
+    tokens: int
+
+
 def sample_windows(stream: npt.NDArray[np.int32], length: int, calibration: Calibration) -> list[Ids]:
     """Return random windows (length,) of the token stream.
 
@@ -69,26 +100,91 @@ def sample_windows(stream: npt.NDArray[np.int32], length: int, calibration: Cali
     return [stream[begin : begin + length].astype(np.int64) for begin in begins]
 
 
-def measure_ranges(
-    model: onnx.ModelProto,
+def observe(
+    graph: BuiltGraph,
     contract: GraphContract,
-    linear_inputs: Mapping[str, str],
-    windows: list[Ids],
+    windows: Sequence[Ids],
+    advance: Callable[[], None] = lambda: None,
+) -> Observations:
+    """Run the float32 `graph` over `windows` and return what its linears and its cache saw."""
+    tensors = sorted({linear.input for linear in graph.linears.values()})
+    watched = onnx.ModelProto()
+    watched.CopyFrom(graph.model)
+    watched.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
+    session = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [*contract.present_names, *tensors]
+    watchers = {name: _Watcher(-(-SAMPLE_ROWS // len(windows))) for name in tensors}
+    peaks: list[Float] = []
+    for window in windows:
+        cache = None
+        for part in filter(len, (window[:-1], window[-1:])):
+            outputs = session.run(names, graph_feeds(contract, part[None], cache))
+            cache = outputs[: len(contract.present_names)]
+            for name, rows in zip(tensors, outputs[len(cache) :], strict=True):
+                watchers[name].see(rows.reshape(-1, rows.shape[-1]))
+        assert cache is not None
+        found = [np.abs(array[0]).max(axis=1) for array in cache]  # (Hkv, D)
+        peaks = [np.maximum(a, b) for a, b in zip(peaks, found, strict=True)] if peaks else found
+        advance()
+    inputs = {name: watchers[linear.input].observed() for name, linear in graph.linears.items()}
+    layers = [CacheScales(*pair) for pair in zip(peaks[0::2], peaks[1::2], strict=True)]
+    return Observations(inputs, layers, sum(map(len, windows)))
+
+
+class _Watcher:
+    """Gathers what enters one tensor, run by run; keeps at most `quota` rows of a run."""
+
+    def __init__(self, quota: int) -> None:
+        self.quota, self.count = quota, 0
+        self.moments: Double
+        self.low: Float
+        self.high: Float
+        self.random = np.random.default_rng(0)
+        self.samples: list[Float] = []
+
+    def see(self, rows: Float) -> None:
+        """Take in rows (n, C)."""
+        exact = rows.astype(np.float64)
+        moments, low, high = exact.T @ exact, rows.min(axis=0), rows.max(axis=0)
+        if self.count:
+            moments, low, high = self.moments + moments, np.minimum(self.low, low), np.maximum(self.high, high)
+        self.moments, self.low, self.high = moments, low, high
+        self.count += len(rows)
+        kept = self.random.permutation(len(rows))[: self.quota]
+        self.samples.append(rows[kept])
+
+    def observed(self) -> Observed:
+        """Return what was seen."""
+        return Observed(self.moments / self.count, self.low, self.high, np.concatenate(self.samples)[:SAMPLE_ROWS])
+
+
+def cache_scales(peaks: Sequence[CacheScales]) -> list[CacheScales]:
+    """Return the int8 scale of every channel from its largest magnitudes."""
+    return [
+        CacheScales(*(np.where(peak == 0, 1, peak / CACHE_LIMIT).astype(np.float32) for peak in layer))
+        for layer in peaks
+    ]
+
+
+def measure_ranges(
+    graph: BuiltGraph,
+    contract: GraphContract,
+    windows: Sequence[Ids],
     calibration: Calibration,
 ) -> dict[str, Range]:
-    """Return the range of every linear's input over `windows`, by the linear's name.
+    """Return the range of every linear's input over `windows` by one of onnxruntime's methods.
 
     Args:
-        model: the float32 graph. linear_inputs: linear to the tensor that enters it, both of that graph.
+        graph: the float32 graph.
     """
     with tempfile.TemporaryDirectory() as directory:
         plain, augmented = Path(directory, "plain.onnx"), Path(directory, "augmented.onnx")
-        onnx.save(model, plain)
+        onnx.save(graph.model, plain)
         calibrator = create_calibrator(
             plain,
             op_types_to_calibrate=["MatMul"],
             augmented_model_path=str(augmented),
-            calibrate_method=CALIBRATION_METHODS[calibration.method],
+            calibrate_method=ORT_METHODS[calibration.method],
         )
         session = ort.InferenceSession(str(plain), providers=["CPUExecutionProvider"])
         with redirect_stdout(sys.stderr):  # the histogram methods print what they do
@@ -97,7 +193,56 @@ def measure_ranges(
             if len(windows[0]) > 1:
                 calibrator.collect_data(_Reader(_decode_feeds(session, contract, window) for window in windows))
             data = calibrator.compute_data().data
-    return {linear: _bounds(data[tensor]) for linear, tensor in linear_inputs.items()}
+    return {name: _bounds(data[linear.input]) for name, linear in graph.linears.items()}
+
+
+def fit_ranges(
+    graph: BuiltGraph, observations: Observations, make: Callable[[Mapping[str, Range]], LinearFormat]
+) -> dict[str, Range]:
+    """Return the range of every linear's input that minimises the squared error of the linear's output.
+
+    Args:
+        make: the static format with given ranges.
+    """
+    return {
+        name: _fit_range(name, observations.inputs[name], graph.linears[name].weight, make) for name in graph.linears
+    }
+
+
+def _fit_range(
+    name: str, observed: Observed, weight: Float, make: Callable[[Mapping[str, Range]], LinearFormat]
+) -> Range:
+    wanted = observed.rows @ weight
+    widest = float(observed.low.min()), float(observed.high.max())
+    restored = make({name: widest}).restored(name, weight)
+
+    def error(shrunk: float) -> float:
+        rounded = make({name: (widest[0] * shrunk, widest[1] * shrunk)}).round_inputs(name, observed.rows)
+        return float(((rounded @ restored - wanted) ** 2).sum())
+
+    best = min(SHRINKAGE.tolist(), key=error)
+    return widest[0] * best, widest[1] * best
+
+
+def require_enough(calibration: Calibration, length: int, *, histograms: bool, widest: int | None) -> None:
+    """Raise `ExportError` where `calibration.windows` of `length` tokens are too few for what is asked of them.
+
+    Args:
+        histograms: ranges are taken from histograms. widest: the largest C_in whose moments are inverted, if any.
+    """
+    tokens = calibration.windows * length
+    if histograms and tokens < LEAST_HISTOGRAM_TOKENS:
+        raise ExportError(
+            f"{calibration.windows} windows of {length} tokens are too few for --calibration-method "
+            f"{calibration.method}, which needs {LEAST_HISTOGRAM_TOKENS} tokens; raise --calibration-windows to "
+            f"{-(-LEAST_HISTOGRAM_TOKENS // length)}, or use minmax"
+        )
+    if widest is not None and tokens < widest:
+        raise ExportError(
+            f"{calibration.windows} windows of {length} tokens are too few for --solver gptq, which needs {widest}, "
+            f"one for each input of the widest linear; raise --calibration-windows to {-(-widest // length)}, or use "
+            "--solver rtn"
+        )
 
 
 def _bounds(tensor: Any) -> Range:

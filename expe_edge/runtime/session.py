@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError
 from expe_edge.package import GraphContract, Package, read_package
-from expe_edge.runtime.cache import Cache
+from expe_edge.runtime.cache import Cache, make_cache
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -57,7 +57,7 @@ class PackageSession:
         """Allocate a cache for `batch` rows of `capacity` tokens."""
         if capacity > self.reach:
             raise GenerationError(f"{capacity} tokens exceed the {self.reach} positions of this model's encoding")
-        return Cache(self.contract, batch, capacity)
+        return make_cache(self.contract, batch, capacity)
 
     def prefill(self, cache: Cache, tokens: Ids, chunk: int = PREFILL_CHUNK) -> Iterator[Logits]:
         """Append `tokens` (T,) to a cache of one row; yield logits (t, V) for each chunk of t <= `chunk` tokens."""
@@ -71,7 +71,7 @@ class PackageSession:
 class Step:
     """One forward pass of fixed shape (B, T) over a cache, bound once and run as often as wanted.
 
-    Only the attention mask is bound anew: it grows by T with every run.
+    Only the attention mask, which grows by T with every run, is bound anew, and a cache that grows.
     """
 
     def __init__(self, session: PackageSession, cache: Cache, tokens: int) -> None:
@@ -80,34 +80,23 @@ class Step:
         self.position_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
         self.logits = np.zeros((cache.batch, tokens, session.contract.vocab_size), dtype=np.float32)
         self.offsets = np.arange(tokens, dtype=np.int64)
-        self.columns = np.arange(cache.capacity, dtype=np.int64)
-        self.ones = np.ones((1, cache.capacity), dtype=np.int64)
+        self.begins = cache.lengths[:, None]  # the same memory: always the present lengths
         self.binding = self.session.io_binding()
         for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
-        cache.bind(self.binding)
 
     def run(self, tokens: Ids) -> Logits:
         """Append `tokens` (B, T) to every row; return logits (B, T, V), valid until the next run."""
         cache = self.cache
-        longest = max(cache.lengths.tolist()) + self.tokens
-        if longest > cache.capacity:
-            raise GenerationError(f"the cache holds {cache.capacity} tokens; {longest} are needed")
+        mask = ort.OrtValue.ortvalue_from_numpy(cache.mask(self.tokens))
         self.input_ids[:] = tokens
-        np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
-        mask = ort.OrtValue.ortvalue_from_numpy(self._mask(longest))
+        np.add(self.begins, self.offsets, out=self.position_ids)
         self.binding.bind_ortvalue_input("attention_mask", mask)
+        cache.bind(self.binding, self.tokens)
         self.session.run_with_iobinding(self.binding)
-        cache.lengths += self.tokens
+        cache.advance(self.tokens)
         return self.logits
-
-    def _mask(self, longest: int) -> Ids:
-        """Ones up to each row's new length, (B, longest)."""
-        if self.cache.batch == 1:  # nothing to compute where each token's microseconds count
-            return self.ones[:, :longest]
-        mask: Ids = (self.columns[:longest] < self.cache.lengths[:, None] + self.tokens).astype(np.int64)
-        return mask
 
 
 def _open_session(package: Package, threads: int | None, device: str) -> ort.InferenceSession:
@@ -119,6 +108,9 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
             f"--device {device}: this onnxruntime has no {provider}; install onnxruntime-gpu on a machine with a GPU, "
             "or use --device cpu"
         )
+    needed = package.manifest.requires_onnxruntime
+    if _release(ort.__version__) < _release(needed):
+        raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
     if threads is not None:
@@ -134,3 +126,8 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     if session.get_providers()[0] != provider:
         raise GenerationError(f"--device {device}: {provider} found no device; use --device cpu")
     return session
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(int(part) for part in version.split(".")[:2])

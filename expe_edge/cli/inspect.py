@@ -1,0 +1,29 @@
+"""`expe-edge inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from expe_edge.cli.output import PATH, require_writable, write_json
+
+
+@click.command(short_help="Show what a package holds.")
+@click.argument("package", type=PATH)
+@click.option("--json", "json_file", type=PATH, help="Write the manifest and the file sizes there.")
+def inspect(package: Path, json_file: Path | None) -> None:
+    """Verify PACKAGE and show its sizes by part and format, ranges, positions, operators, parity and provenance."""
+    require_writable(json_file)
+    from rich.console import Console
+
+    from expe_edge.inspection import inspection_tables
+    from expe_edge.package import read_package
+    from expe_edge.reporting import print_whole
+
+    opened = read_package(package)
+    console = Console()
+    for table in inspection_tables(opened):
+        print_whole(table, console)
+    sizes = {file.name: file.stat().st_size for file in sorted(package.iterdir())}
+    write_json(json_file, {"manifest": opened.manifest.to_dict(), "bytes": sizes})

@@ -1,0 +1,143 @@
+"""The options that `export` and `quantize` share: what a package is to be, and what calibration runs on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from expe_edge.cli.output import PATH, require_writable, write_json
+from expe_edge.errors import ExportError
+from expe_edge.quant.recipe import BLOCK_SIZES, CACHES, EMBEDDINGS, PRECISIONS, SOLVERS, Recipe
+
+if TYPE_CHECKING:
+    from expe_edge.export.exporter import ExportedPackage
+
+#: Sizes as people write them.
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+_OPTIONS = (
+    click.option("--out", type=PATH, required=True, help="Each package goes to OUT/NAME, named by its formats."),
+    click.option(
+        "--precision",
+        "precisions",
+        multiple=True,
+        default=("float32",),
+        show_default=True,
+        metavar="|".join(PRECISIONS),
+        help="Format of the linears; repeatable. auto chooses one for each, within --budget-kl or --max-size.",
+    ),
+    click.option("--embedding", metavar="|".join(EMBEDDINGS), help="Embedding; else the precision's own."),
+    click.option("--cache", default="float32", show_default=True, metavar="|".join(CACHES), help="Key/value cache."),
+    click.option(
+        "--solver",
+        metavar="|".join(SOLVERS),
+        help="For int*-weight; by default gptq, or rtn for weights trained for it.",
+    ),
+    click.option("--block-size", type=int, help=f"For int*-weight: {', '.join(map(str, BLOCK_SIZES))}."),
+    click.option("--smoothing", is_flag=True, help="Move outliers of activations into weights where that helps."),
+    click.option("--reduce-range", is_flag=True, help="7-bit weights, for WebAssembly and CPUs without VNNI."),
+    click.option("--portable", is_flag=True, help="Standard ONNX operators alone."),
+    click.option("--budget-kl", type=float, help="For auto: most KL divergence to float32, nats per token."),
+    click.option("--max-size", metavar="SIZE", help="For auto: most bytes of model.onnx, as 600kB or 1.5MB."),
+    click.option(
+        "--positions",
+        default="folded",
+        show_default=True,
+        metavar="folded|inline",
+        help="Positions folded out of the products, exactly, or left inside as an off-the-shelf exporter would.",
+    ),
+    click.option("--calibration-data", multiple=True, metavar="PATH", help="Text; else the training text."),
+    click.option(
+        "--calibration-method",
+        default="minmax",
+        show_default=True,
+        metavar="minmax|percentile|entropy|output-error",
+        help="Ranges of int8-static.",
+    ),
+    click.option("--calibration-windows", default=32, show_default=True, help="Windows of one training length."),
+    click.option("--ranges-from", type=PATH, metavar="PACKAGE", help="Use the ranges of a package of this model."),
+    click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet."),
+    click.option("--seed", default=0, show_default=True, help="Which windows calibrate."),
+    click.option("--force", is_flag=True, help="Replace packages that exist."),
+    click.option("--json", "json_file", type=PATH, help="Write sizes and parity figures there."),
+)
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of `make_packages`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def make_packages(
+    source: Path,
+    *,
+    out: Path,
+    precisions: tuple[str, ...],
+    max_size: str | None,
+    positions: str,
+    calibration_data: tuple[str, ...],
+    calibration_method: str,
+    calibration_windows: int,
+    ranges_from: Path | None,
+    text_field: str,
+    seed: int,
+    force: bool,
+    json_file: Path | None,
+    **formats: Any,
+) -> None:
+    """Make the packages and report them."""
+    require_writable(json_file)
+    size = parse_size(max_size)
+    recipes = [Recipe(precision, max_size=size, **formats) for precision in dict.fromkeys(precisions)]
+    from expe_edge.export.exporter import export
+    from expe_edge.quant.calibration import Calibration
+
+    packages = export(
+        source,
+        out,
+        recipes,
+        positions=positions,
+        calibration=Calibration(calibration_method, calibration_windows, seed),
+        calibration_data=calibration_data,
+        text_field=text_field,
+        ranges_from=ranges_from,
+        force=force,
+        progress=lambda line: click.echo(line, err=True),
+    )
+    write_json(json_file, {"packages": [package.to_dict() for package in packages]})
+    for package in packages:
+        report(package)
+
+
+def report(package: ExportedPackage) -> None:
+    """Print one line on a package, and why its formats were chosen where they were."""
+    parity = package.parity
+    click.echo(
+        f"{package.path}: {package.size_bytes / 1e6:.2f} MB; against {package.validated_against} over {parity.tokens} "
+        f"tokens: largest difference of logits {max(parity.prefill_max, parity.decode_max):.2g}, mean KL "
+        f"{parity.mean_kl:.2g} nats"
+    )
+    if package.choice is not None:
+        from rich.console import Console
+
+        from expe_edge.reporting import print_whole, sensitivity_table
+
+        click.echo(f"chosen by what each weight costs alone; together {package.choice.kl:.2g} nats per token:")
+        print_whole(sensitivity_table(package.choice.chosen), Console())
+
+
+def parse_size(text: str | None) -> int | None:
+    """Parse a number of bytes."""
+    if text is None:
+        return None
+    found = SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ExportError(f"--max-size {text}: expected bytes, as 600kB or 1.5MB")
+    return int(float(found[1]) * UNITS[found[2].lower()])

@@ -1,0 +1,79 @@
+"""`expe-edge sensitivity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from expe_edge.cli.output import PATH, require_plot, require_writable, write_json
+from expe_edge.quant.recipe import BLOCK_SIZES, PRECISIONS, SOLVERS, Recipe
+
+
+@click.command(short_help="Measure what each weight costs when quantized.")
+@click.argument("source", type=PATH, metavar="PACKAGE|CHECKPOINT")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    default=("int8-dynamic", "int4-weight"),
+    show_default=True,
+    metavar="|".join(name for name in PRECISIONS if name not in ("float32", "auto")),
+    help="Format to measure every weight in; repeatable.",
+)
+@click.option("--solver", metavar="|".join(SOLVERS), help="For int*-weight.")
+@click.option("--block-size", type=int, help=f"For int*-weight: {', '.join(map(str, BLOCK_SIZES))}.")
+@click.option("--length", default=1, show_default=True, help="Length of each text, in training lengths.")
+@click.option("--documents", default=32, show_default=True, help="Most texts: beginnings of documents.")
+@click.option("--data", multiple=True, metavar="PATH", help="Text to measure on; else the training text.")
+@click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
+@click.option("--seed", default=0, show_default=True, help="Which texts.")
+@click.option("--json", "json_file", type=PATH, help="Write all figures there.")
+@click.option("--plot", "plot_file", type=PATH, help="Draw a bar for each weight there (.png, .svg).")
+def sensitivity(
+    source: Path,
+    precisions: tuple[str, ...],
+    solver: str | None,
+    block_size: int | None,
+    length: int,
+    documents: int,
+    data: tuple[str, ...],
+    text_field: str,
+    seed: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Quantize one weight of PACKAGE or CHECKPOINT at a time and measure the KL divergence to float32.
+
+    The cache is measured as well, in int8.
+    """
+    require_writable(json_file)
+    require_plot(plot_file)
+    formats = list(dict.fromkeys(precisions))
+    (recipe, *_) = [Recipe(name, solver=solver, block_size=block_size) for name in formats]
+    from rich.console import Console
+
+    from expe_edge.export.exporter import open_exporter
+    from expe_edge.progress import counted
+    from expe_edge.quant.calibration import Calibration
+    from expe_edge.quant.sensitivity import default_candidates, measure_sensitivity
+    from expe_edge.reporting import plot_sensitivity, print_whole, sensitivity_table
+
+    exporter = open_exporter(
+        source,
+        calibration=Calibration(seed=seed),
+        calibration_data=data,
+        text_field=text_field,
+        progress=lambda line: click.echo(line, err=True),
+    )
+    texts = exporter.text.beginnings(length, documents)
+    candidates = default_candidates(exporter.evidence, formats)
+    with counted("measuring weights", sum(map(len, candidates.values()))) as advance:
+        results = measure_sensitivity(exporter.evidence, recipe, candidates, texts, advance)
+    print_whole(sensitivity_table(results), Console())
+    write_json(json_file, {"tokens": sum(map(len, texts)), "results": [result.to_dict() for result in results]})
+    if plot_file is not None:
+        plot_sensitivity(results, plot_file)
+    for file in (json_file, plot_file):
+        if file is not None:
+            click.echo(f"wrote {file}", err=True)

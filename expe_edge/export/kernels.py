@@ -1,0 +1,44 @@
+"""Which kernels onnxruntime really runs: read from the graph as it rewrites it before running."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+
+from expe_edge.errors import ExportError
+from expe_edge.quant.formats import LINEAR_FORMATS, Float32
+
+#: Kernels of quantized linears; none of them computes anything else.
+QUANTIZED_KERNELS = sorted({kind.kernel for kind in LINEAR_FORMATS.values()} - {Float32.kernel})
+
+
+def optimized_operators(model: onnx.ModelProto) -> Counter[str]:
+    """Return how often each operator occurs in the graph that onnxruntime makes of `model`."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns that such a file is for this machine alone
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "optimized.onnx")
+        options.optimized_model_filepath = str(path)
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def require_kernels(operators: Mapping[str, int], linears: Mapping[str, str]) -> None:
+    """Raise `ExportError` unless every quantized linear runs as the kernel of its format.
+
+    Args:
+        operators: of the optimised graph. linears: name to name of its format.
+    """
+    promised = Counter(LINEAR_FORMATS[name].kernel for name in linears.values())
+    for kernel in QUANTIZED_KERNELS:
+        found = operators.get(kernel, 0)
+        if found != promised[kernel]:
+            raise ExportError(
+                f"onnxruntime {ort.__version__} runs {found} linears as {kernel}, not {promised[kernel]}; "
+                "others would run in float32. Choose another --precision, or another onnxruntime"
+            )

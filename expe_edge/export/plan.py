@@ -1,0 +1,92 @@
+"""A recipe made concrete for one model: a format for every weight, and what that asks of onnxruntime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from expe_edge.export.graph import HEAD, graph_contract
+from expe_edge.package import GraphContract
+from expe_edge.quant.auto import Choice
+from expe_edge.quant.calibration import cache_scales
+from expe_edge.quant.evidence import EMBEDDING, Evidence
+from expe_edge.quant.formats import LINEAR_FORMATS, needs_moments
+from expe_edge.quant.recipe import DEFAULT_SOLVER, Recipe
+
+#: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.
+SINCE_BIAS, SINCE_INT8_CACHE = "1.22", "1.27"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The formats of one package.
+
+    evidence: the model, smoothed or not, and what calibration shows of it. formats: as `Evidence.build` takes them.
+    strengths: of smoothing, by linear. choice: what `auto` chose by.
+    """
+
+    recipe: Recipe
+    evidence: Evidence
+    formats: dict[str, str]
+    strengths: dict[str, float] = field(default_factory=dict)
+    choice: Choice | None = None
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """The format of every linear."""
+        return {name: self.formats[name] for name in self.evidence.plain.linears}
+
+    @property
+    def embedding(self) -> str:
+        """The format of the embedding: the head's, where it is the same matrix."""
+        return self.formats[HEAD if self.evidence.weights.config.tie_word_embeddings else EMBEDDING]
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return set(self.formats.values()) == {"float32"}
+
+    @property
+    def contract(self) -> GraphContract:
+        """The graph's inputs and outputs."""
+        recipe = self.recipe
+        return graph_contract(self.evidence.weights.config, int8_cache=recipe.cache == "int8", portable=recipe.portable)
+
+    @property
+    def requires_onnxruntime(self) -> str:
+        """The oldest onnxruntime with all kernels of the graph."""
+        return oldest_onnxruntime(self.recipe, set(self.linears.values()))
+
+    def measured(self) -> dict[str, Any] | None:
+        """Return what was measured on calibration text for this package; None where nothing was."""
+        found: dict[str, Any] = {}
+        solver = self.recipe.solver or DEFAULT_SOLVER
+        if any(LINEAR_FORMATS[name].calibrated for name in self.linears.values()):
+            found["ranges"] = {name: list(bounds) for name, bounds in self.evidence.ranges.items()}
+        if any(needs_moments(name, solver) for name in self.linears.values()):
+            found["solver"] = solver
+        if self.recipe.cache == "int8":
+            found["cache_scales"] = [  # the extremes; all of them are in the graph
+                {part: [float(scale.min()), float(scale.max())] for part, scale in layer._asdict().items()}
+                for layer in cache_scales(self.evidence.observations.cache)
+            ]
+        if self.strengths:
+            found["smoothing"] = self.strengths
+        if self.choice:
+            found["choice"] = self.choice.to_dict()
+        return {"weights": self.evidence.fingerprint, **found} if found else None
+
+
+def oldest_onnxruntime(recipe: Recipe, linears: set[str]) -> str:
+    """Return the oldest onnxruntime with the kernels of `recipe` for linears of these formats."""
+    kinds = [LINEAR_FORMATS[name] for name in linears]
+    if recipe.portable:
+        needed = [kind.portable_since for kind in kinds]
+    else:
+        needed = [SINCE_INT8_CACHE if recipe.cache == "int8" else SINCE_BIAS, *(kind.since for kind in kinds)]
+    return max(needed, key=release)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version, for comparing."""
+    return tuple(int(part) for part in version.split(".")[:2])

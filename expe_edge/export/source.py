@@ -1,0 +1,124 @@
+"""What packages are made from: a checkpoint, or a float32 package, which holds the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import torch
+from tokenizers import Tokenizer
+
+from expe_edge.checkpoint import Checkpoint, load_checkpoint
+from expe_edge.config import ExPEConfig
+from expe_edge.errors import ExportError
+from expe_edge.export.fold import extract_weights, foldable
+from expe_edge.export.parity import run_graph
+from expe_edge.export.weights import ModelWeights, read_weights
+from expe_edge.package import Package, is_package, read_package
+from expe_edge.quant.recipe import WeightRounding
+from expe_edge.tokenization import load_tokenizer
+
+#: Computes the float32 logits (T, V) of tokens (T,) that a graph is validated against.
+Reference = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to make packages of.
+
+    corpus: what `load_corpus` needs to find the training text. origin: what the reference runs in, for messages.
+    rounding: what its weights, as they are here, were trained to be rounded to; None where they were not.
+    """
+
+    path: Path
+    config: ExPEConfig
+    weights: ModelWeights
+    tokenizer: Tokenizer
+    corpus: dict[str, Any]
+    reference: Reference
+    origin: str
+    rounding: WeightRounding | None = None
+
+
+def open_source(path: Path, *, folded: bool) -> Source:
+    """Open a checkpoint, or a float32 package.
+
+    Raises:
+        ExportError: a package that holds no float32 weights, or has its positions elsewhere than asked.
+        CheckpointError, PackageError: missing or damaged.
+    """
+    return (
+        _from_package(read_package(path), folded=folded) if is_package(path) else _from_checkpoint(path, folded=folded)
+    )
+
+
+def _from_checkpoint(path: Path, *, folded: bool) -> Source:
+    checkpoint = load_checkpoint(path)
+    weights = extract_weights(checkpoint.model, folded=folded)
+    return Source(
+        path,
+        checkpoint.config,
+        weights,
+        checkpoint.tokenizer,
+        checkpoint.sources,
+        _TorchReference(checkpoint),
+        "PyTorch",
+        checkpoint.rounding if folded or not foldable(checkpoint.model) else None,
+    )
+
+
+@dataclass
+class _TorchReference:
+    checkpoint: Checkpoint
+
+    def __call__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        with torch.inference_mode():
+            output = self.checkpoint.model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
+        logits: npt.NDArray[np.float32] = output.logits[0].float().numpy()
+        return logits
+
+
+def _from_package(package: Package, *, folded: bool) -> Source:
+    manifest = package.manifest
+    formats = {manifest.precision, *manifest.linears.values(), manifest.embedding}
+    if formats != {"float32"} or manifest.contract.cache_dtype != "float32":
+        raise ExportError(
+            f"{package.path} holds {manifest.precision} weights, which have lost what another format needs; quantize "
+            "the checkpoint or a float32 package"
+        )
+    if (manifest.positions == "folded") != folded:
+        raise ExportError(
+            f"{package.path} has its positions {manifest.positions}; use --positions {manifest.positions}"
+        )
+    config = ExPEConfig.from_dict(dict(manifest.model))
+    weights = read_weights(onnx.load(package.model_path), config, folded=folded)
+    tokenizer = load_tokenizer(package.path)
+    return Source(
+        package.path,
+        config,
+        weights,
+        tokenizer,
+        dict(manifest.corpus),
+        _GraphReference(package),
+        str(package.path),
+        WeightRounding(**manifest.rounding) if manifest.rounding else None,
+    )
+
+
+@dataclass
+class _GraphReference:
+    package: Package
+
+    @cached_property
+    def session(self) -> ort.InferenceSession:
+        return ort.InferenceSession(str(self.package.model_path), providers=["CPUExecutionProvider"])
+
+    def __call__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return run_graph(self.session, self.package.manifest.contract, tokens)

@@ -1,0 +1,155 @@
+"""`--precision auto`: a format for each weight; the smallest model within a budget of KL divergence, or the reverse.
+
+Every weight is measured alone in each format. Divergences of single weights very nearly add up to that of the whole
+model, so the choice is a knapsack problem, solved exactly but for rounding; the whole model is then measured, and the
+choice made again with less where the sum promised too much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expe_edge.errors import ExportError
+from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.quant.recipe import Recipe
+from expe_edge.quant.sensitivity import Divergence, Sensitivity, measure_sensitivity, weights_of
+
+#: What a weight may become, and the embedding.
+LINEAR_CANDIDATES = ("int4-weight", "int8-weight", "float16")
+EMBEDDING_CANDIDATES = ("int4", "int8", "float16")
+#: The budget is counted in this many units.
+UNITS = 4000
+#: How often a choice that misses the budget when measured whole is made again, and how much below what would just do.
+ATTEMPTS = 6
+MARGIN = 0.97
+
+Ids = npt.NDArray[np.int64]
+Options = list[list[Sensitivity]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A format for each weight, with what it was chosen by.
+
+    chosen: one measurement for each weight. kl: of the whole model, nats per token. size: of its graph, bytes.
+    """
+
+    chosen: tuple[Sensitivity, ...]
+    kl: float
+    size: int
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Weight to format."""
+        return {one.weight: one.format for one in self.chosen}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the manifest."""
+        return {"kl": self.kl, "size": self.size, "weights": [dataclasses.asdict(one) for one in self.chosen]}
+
+
+def candidates_of(evidence: Evidence) -> dict[str, tuple[str, ...]]:
+    """Return the formats to measure for each weight."""
+    return {
+        weight: EMBEDDING_CANDIDATES if weight == EMBEDDING else LINEAR_CANDIDATES for weight in weights_of(evidence)
+    }
+
+
+def choose(
+    evidence: Evidence, recipe: Recipe, texts: Sequence[Ids], advance: Callable[[], None] = lambda: None
+) -> Choice:
+    """Choose within `recipe.budget_kl` or `recipe.max_size`.
+
+    Args:
+        texts: token ids (T,) to measure on, all of one length. advance: called after each measurement of a weight.
+
+    Raises:
+        ExportError: a budget that nothing meets; the message has the best that can be had.
+    """
+    measured = measure_sensitivity(evidence, recipe, candidates_of(evidence), texts, advance)
+    options = [[one for one in measured if one.weight == weight] for weight in weights_of(evidence)]
+    divergence, int8_cache = Divergence(evidence, texts), recipe.cache == "int8"
+
+    def measure(chosen: Sequence[Sensitivity]) -> Choice:
+        formats = {one.weight: one.format for one in chosen}
+        graph = evidence.build(recipe, {**formats, CACHE: "int8"} if int8_cache else formats)
+        kl, _ = divergence.of(graph.model, int8_cache=int8_cache)
+        return Choice(tuple(chosen), kl, graph.model.ByteSize())
+
+    if recipe.budget_kl is not None:
+        return smallest_within(recipe.budget_kl, options, measure)
+    assert recipe.max_size is not None
+    return best_within(recipe.max_size, options, measure)
+
+
+def smallest_within(budget: float, options: Options, measure: Callable[[Sequence[Sensitivity]], Choice]) -> Choice:
+    """Return the smallest choice whose divergence, measured whole, is within `budget`."""
+    best = measure([min(formats, key=lambda one: one.kl) for formats in options])
+    if best.kl > budget:
+        raise ExportError(
+            f"--budget-kl {budget:g} is out of reach: the best choice of formats gives {best.kl:.2g} nats per token "
+            f"({best.size / 1e6:.2f} MB); raise it, or use --precision float32"
+        )
+    limit = budget
+    for _ in range(ATTEMPTS):
+        chosen = knapsack(options, weight=lambda one: max(one.kl, 0.0), price=lambda one: one.bytes, limit=limit)
+        found = measure(chosen) if chosen else best
+        if found.kl <= budget:
+            return found
+        limit *= MARGIN * budget / found.kl
+    return best
+
+
+def best_within(size: int, options: Options, measure: Callable[[Sequence[Sensitivity]], Choice]) -> Choice:
+    """Return the choice of least divergence whose graph takes at most `size` bytes."""
+    smallest = measure([min(formats, key=lambda one: one.bytes) for formats in options])
+    if smallest.size > size:
+        raise ExportError(
+            f"--max-size {size} is out of reach: the smallest choice of formats takes {smallest.size} bytes, at "
+            f"{smallest.kl:.2g} nats per token; raise it, or train a smaller model"
+        )
+    limit = float(size - (smallest.size - sum(one.bytes for one in smallest.chosen)))
+    for _ in range(ATTEMPTS):
+        chosen = knapsack(options, weight=lambda one: one.bytes, price=lambda one: one.kl, limit=limit)
+        found = measure(chosen) if chosen else smallest
+        if found.size <= size:
+            return found
+        limit -= found.size - size
+    return smallest
+
+
+def knapsack(
+    options: Options,
+    *,
+    weight: Callable[[Sensitivity], float],
+    price: Callable[[Sensitivity], float],
+    limit: float,
+) -> list[Sensitivity]:
+    """Return one of each of `options` with the least total price whose total weight is at most `limit`; [] if none.
+
+    Multiple-choice knapsack by dynamic programming; weights are rounded up to units of limit/`UNITS`.
+    """
+    prices = np.zeros(UNITS + 1)  # the least price of what was decided so far, within each number of units
+    decisions: list[npt.NDArray[np.int64]] = []
+    units = [[int(np.ceil(weight(one) / limit * UNITS - 1e-9)) for one in formats] for formats in options]
+    for formats, costs in zip(options, units, strict=True):
+        extended = np.full((len(formats), UNITS + 1), np.inf)
+        for index, (one, cost) in enumerate(zip(formats, costs, strict=True)):
+            if cost <= UNITS:
+                extended[index, cost:] = prices[: UNITS + 1 - cost] + price(one)
+        decisions.append(extended.argmin(axis=0))
+        prices = extended.min(axis=0)
+    if not np.isfinite(prices[UNITS]):
+        return []
+    chosen, left = [], UNITS
+    for formats, costs, decision in reversed(list(zip(options, units, decisions, strict=True))):
+        index = int(decision[left])
+        chosen.append(formats[index])
+        left -= costs[index]
+    return chosen[::-1]

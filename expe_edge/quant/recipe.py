@@ -1,0 +1,143 @@
+"""What a package is asked to be: the format of its linears, its embedding and its cache. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from expe_edge.errors import ConfigError, ExportError, unknown_name
+
+PRECISIONS = ("float32", "float16", "bfloat16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight", "auto")
+EMBEDDINGS = ("float32", "float16", "bfloat16", "int8", "int4")
+CACHES = ("float32", "int8")
+SOLVERS = ("rtn", "gptq")
+DEFAULT_SOLVER = "gptq"
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+#: Precisions that `reduce_range` changes.
+SEVEN_BIT = ("int8-dynamic", "int8-static")
+#: Bits of the weights of the precisions that store integers, and those of them that have a scale for each block.
+WEIGHT_BITS = {"int8-dynamic": 8, "int8-static": 8, "int8-weight": 8, "int4-weight": 4}
+BLOCKWISE = ("int8-weight", "int4-weight")
+
+
+@dataclass(frozen=True)
+class WeightRounding:
+    """How quantization-aware training rounds weights: as `precision` does, to the nearest.
+
+    block_size: columns that share a scale; None for the precision's own, and where a whole row shares one.
+
+    Raises:
+        ConfigError: a precision without integer weights, or a block size that it does not take.
+    """
+
+    precision: str
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in WEIGHT_BITS:
+            unknown = unknown_name("quantization-aware precision", self.precision, WEIGHT_BITS)
+            has_none = (
+                f"{self.precision} has no integer weights to train for; available: {', '.join(sorted(WEIGHT_BITS))}"
+            )
+            raise ConfigError(f"{has_none if self.precision in PRECISIONS else unknown}; change --quantization-aware")
+        if self.block_size is not None and self.precision not in BLOCKWISE:
+            raise ConfigError(
+                f"--block-size is for {' and '.join(BLOCKWISE)}; {self.precision} has a scale for each row"
+            )
+        if self.block_size not in (None, *BLOCK_SIZES):
+            raise ConfigError(
+                f"--block-size is {self.block_size}; onnxruntime takes {', '.join(map(str, BLOCK_SIZES))}"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight."""
+        return WEIGHT_BITS[self.precision]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One package's formats, as the command line's options of the same names.
+
+    Attributes:
+        precision: format of the linears; `auto` chooses one for each.
+        embedding: format of the embedding; None for the precision's own.
+        cache: float32 or int8.
+        solver, block_size: how block-wise weights are quantized; None for gptq and the precision's own size, or for
+            what the weights were trained for, see `settled`.
+        smoothing: move outliers of activations into weights, as far as that lowers the output error.
+        reduce_range: 7-bit weights in the int8 formats.
+        portable: standard ONNX operators alone.
+        budget_kl: for `auto`, the most KL divergence to float32, nats per token. max_size: the most bytes of the graph.
+    """
+
+    precision: str = "float32"
+    embedding: str | None = None
+    cache: str = "float32"
+    solver: str | None = None
+    block_size: int | None = None
+    smoothing: bool = False
+    reduce_range: bool = False
+    portable: bool = False
+    budget_kl: float | None = None
+    max_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_known("precision", self.precision, PRECISIONS)
+        require_known("embedding", self.embedding or "float32", EMBEDDINGS)
+        require_known("cache", self.cache, CACHES)
+        require_known("solver", self.solver or DEFAULT_SOLVER, SOLVERS)
+        if self.block_size not in (None, *BLOCK_SIZES):
+            raise ExportError(
+                f"--block-size is {self.block_size}; onnxruntime takes {', '.join(map(str, BLOCK_SIZES))}"
+            )
+        if self.reduce_range and self.precision not in SEVEN_BIT:
+            raise ExportError(
+                f"--reduce-range has no meaning for {self.precision}; it is for {' and '.join(SEVEN_BIT)}"
+            )
+        if self.portable and self.cache != "float32":
+            raise ExportError(
+                f"--portable has a float32 cache: no standard operator appends to one of {self.cache}; drop --cache "
+                f"{self.cache}, or --portable"
+            )
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        given = [name for name in ("budget_kl", "max_size") if getattr(self, name) is not None]
+        if self.precision == "auto" and len(given) != 1:
+            raise ExportError("--precision auto needs one of --budget-kl and --max-size")
+        if self.precision == "auto" and (self.smoothing or self.embedding):
+            option = "--smoothing" if self.smoothing else "--embedding"
+            raise ExportError(f"{option} does not go with --precision auto, which chooses for itself; drop it")
+        if self.precision != "auto" and given:
+            raise ExportError(f"--{given[0].replace('_', '-')} is for --precision auto, not {self.precision}")
+        for name in given:
+            if not getattr(self, name) > 0:  # NaN neither
+                raise ExportError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+
+    @property
+    def name(self) -> str:
+        """The package's directory: the precision, and whatever else changes what a client must be able to do."""
+        marks = {"7bit": self.reduce_range, "int8-cache": self.cache == "int8", "portable": self.portable}
+        return "-".join([self.precision, *(mark for mark, given in marks.items() if given)])
+
+    def settled(self, trained: WeightRounding | None) -> Recipe:
+        """Return the recipe with what it leaves open chosen for weights that were `trained` for a rounding.
+
+        Weights that have learned to be rounded to the nearest are, in the blocks they know, unless it asks for others.
+        """
+        if trained is None or trained.precision != self.precision or self.precision not in BLOCKWISE or self.smoothing:
+            return self
+        if self.block_size not in (None, trained.block_size):
+            return self
+        return replace(self, solver=self.solver or "rtn", block_size=trained.block_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the manifest."""
+        return dict(vars(self))
+
+
+def require_known(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise `ExportError` unless `value` is one of `known`."""
+    if value not in known:
+        raise ExportError(unknown_name(option, value, known) + f"; change --{option}")

@@ -1,0 +1,117 @@
+"""Where quality goes: the KL divergence to float32 with one weight quantized and all others left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from expe_edge.export.graph import BuiltGraph, graph_contract
+from expe_edge.export.parity import run_graph
+from expe_edge.export.sizes import measure_parts
+from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.quant.formats import LINEAR_FORMATS
+from expe_edge.quant.recipe import Recipe
+from expe_edge.statistics import divergence
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one weight costs in one format.
+
+    kl: mean KL divergence to float32, nats per token, with its standard error over texts. bytes: of the weight as
+    stored; of the cache, for one token.
+    """
+
+    weight: str
+    format: str
+    kl: float
+    kl_stderr: float
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class Divergence:
+    """Measures graphs of one model against its float32 graph on fixed texts.
+
+    texts: token ids (T,), all of one length.
+    """
+
+    evidence: Evidence
+    texts: Sequence[Ids]
+
+    @cached_property
+    def expected(self) -> list[npt.NDArray[np.float32]]:
+        """The float32 logits (T, V) of every text."""
+        return self._run(self.evidence.plain.model, int8_cache=False)
+
+    def of(self, model: onnx.ModelProto, *, int8_cache: bool = False) -> tuple[float, float]:
+        """Return the mean KL divergence of a graph, nats per token, and its standard error over texts."""
+        found = self._run(model, int8_cache=int8_cache)
+        means = np.array([divergence(a, b).mean() for a, b in zip(self.expected, found, strict=True)])
+        spread = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else np.nan
+        return float(means.mean()), float(spread)
+
+    def _run(self, model: onnx.ModelProto, *, int8_cache: bool) -> list[npt.NDArray[np.float32]]:
+        contract = graph_contract(self.evidence.weights.config, int8_cache=int8_cache)
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return [run_graph(session, contract, tokens) for tokens in self.texts]
+
+
+def weights_of(evidence: Evidence) -> list[str]:
+    """Return the weights that can be quantized one by one: all linears, and the embedding unless it is the head."""
+    tied = evidence.weights.config.tie_word_embeddings
+    return [*([] if tied else [EMBEDDING]), *evidence.plain.linears]
+
+
+def measure_sensitivity(
+    evidence: Evidence,
+    recipe: Recipe,
+    candidates: Mapping[str, Sequence[str]],
+    texts: Sequence[Ids],
+    advance: Callable[[], None] = lambda: None,
+) -> list[Sensitivity]:
+    """Return the cost of every weight in each of its candidate formats.
+
+    Args:
+        recipe: solver, block size and the like.
+        candidates: weight to names of formats, as for `Evidence.build`.
+        advance: called after each.
+    """
+    measure, results = Divergence(evidence, texts), []
+    for weight, formats in candidates.items():
+        for name in formats:
+            graph = evidence.build(recipe, {weight: name})
+            kl, spread = measure.of(graph.model, int8_cache=weight == CACHE)
+            results.append(Sensitivity(weight, name, kl, spread, stored_bytes(evidence, graph, weight, name)))
+            advance()
+    return results
+
+
+def stored_bytes(evidence: Evidence, graph: BuiltGraph, weight: str, name: str) -> int:
+    """Return the bytes of `weight` in `graph`."""
+    if weight == CACHE:
+        config = evidence.weights.config
+        return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
+    parts = measure_parts(graph.model, dict.fromkeys(graph.linears, name), name)
+    return sum(part["bytes"] for part in parts if part["part"] == weight)
+
+
+def default_candidates(evidence: Evidence, precisions: Sequence[str]) -> dict[str, list[str]]:
+    """Return the formats of each weight as packages of `precisions` have them, and an int8 cache."""
+    embeddings = list(dict.fromkeys(LINEAR_FORMATS[precision].embedding for precision in precisions))
+    candidates = {weight: embeddings if weight == EMBEDDING else [*precisions] for weight in weights_of(evidence)}
+    return {**candidates, CACHE: ["int8"]}

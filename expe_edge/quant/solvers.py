@@ -1,0 +1,106 @@
+"""How a matrix gets its block codes: rounding to the nearest, or GPTQ, which rounds with the inputs in view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from expe_edge.errors import ExportError
+from expe_edge.quant.blocks import (
+    BLOCK_SIZE,
+    BlockCodes,
+    Double,
+    Float,
+    encode,
+    into_blocks,
+    midpoint,
+    round_to_nearest,
+    storable,
+    widest_scale,
+)
+
+#: What is added to the diagonal of the inputs' second moments, in units of its mean (the paper's value).
+DAMPING = 0.01
+#: How far the widest scale is shrunk in search of the least weighted error.
+SHRINKAGE = np.linspace(1.0, 0.6, 17)
+
+
+def gptq(matrix: Float, bits: int, block_size: int, moments: Double | None) -> BlockCodes:
+    """Round column by column, each error made good by the columns still to come (Frantar et al., arXiv 2210.17323).
+
+    A block's scale is chosen when its first column is reached, to the least error weighted by the inputs' power.
+    """
+    assert moments is not None
+    rows, columns = matrix.shape
+    power = np.diag(moments)
+    remaining: Double = into_blocks(matrix, block_size).reshape(rows, -1).astype(np.float64)
+    padding = remaining.shape[1] - columns
+    inverse = np.pad(_inverse_root(moments), ((0, padding), (0, padding)))
+    inverse[range(columns, columns + padding), range(columns, columns + padding)] = 1
+    weights = np.pad(power, (0, padding))
+    codes = np.empty((rows, remaining.shape[1] // block_size, block_size), dtype=np.uint8)
+    scales = np.empty(codes.shape[:2], dtype=np.float32)
+    for index in range(codes.shape[1]):
+        begin, end = index * block_size, (index + 1) * block_size
+        block = remaining[:, begin:end]
+        scale = scales[:, index] = _fitted_scale(block, weights[begin:end], bits)
+        errors = np.empty_like(block)
+        for column in range(block_size):
+            at = begin + column
+            codes[:, index, column] = encode(block[:, column, None], scale, bits)[:, 0]
+            restored = (codes[:, index, column].astype(np.float64) - midpoint(bits)) * scale
+            errors[:, column] = (block[:, column] - restored) / inverse[at, at]
+            block[:, column + 1 :] -= np.outer(errors[:, column], inverse[at, at + 1 : end])
+        remaining[:, end:] -= errors @ inverse[begin:end, end:]
+    return BlockCodes(codes, scales, bits, columns)
+
+
+def _inverse_root(moments: Double) -> Double:
+    """Return the upper Cholesky factor of the damped moments' inverse."""
+    damped = moments + np.eye(len(moments)) * (DAMPING * np.diag(moments).mean() or 1.0)
+    root: Double = np.linalg.cholesky(np.linalg.inv(damped)).T
+    return root
+
+
+def _fitted_scale(values: Double, weights: Double, bits: int) -> Float:
+    """Return the scale (rows,) of `values` (rows, block) with the least squared error, weighted by column."""
+    widest = widest_scale(values, bits)
+    candidates = np.stack([storable(widest * shrunk) for shrunk in SHRINKAGE])  # (candidates, rows)
+    restored = (encode(values, candidates, bits).astype(np.float64) - midpoint(bits)) * candidates[..., None]
+    best = ((restored - values) ** 2 @ weights).argmin(axis=0)
+    fitted: Float = candidates[best, np.arange(len(values))]
+    return fitted
+
+
+#: `--solver` to what turns a matrix (rows, columns) into codes: matrix, bits, block size, and the inputs' moments, the
+#: mean of x·xᵀ, (columns, columns), or None.
+SOLVERS: dict[str, Callable[[Float, int, int, Double | None], BlockCodes]] = {"rtn": round_to_nearest, "gptq": gptq}
+#: Solvers that need the moments of the inputs.
+MOMENT_SOLVERS = ("gptq",)
+
+
+@dataclass
+class BlockQuantizer:
+    """Quantizes the weights of one model, each once however often it is asked.
+
+    block_size: None for the default of each width. moments: by linear, what calibration measured; empty where the
+        solver needs none.
+    """
+
+    solver: str = "rtn"
+    block_size: int | None = None
+    moments: Mapping[str, Double] = field(default_factory=dict)
+    _done: dict[tuple[str, int], BlockCodes] = field(default_factory=dict, repr=False)
+
+    def quantize(self, linear: str, weight: Float, bits: int) -> BlockCodes:
+        """Return codes of the transpose of `weight` (C_in, C_out)."""
+        key = linear, bits
+        if key not in self._done:
+            needed = self.solver in MOMENT_SOLVERS
+            if needed and linear not in self.moments:
+                raise ExportError(f"calibration measured no inputs of {linear!r}; use --solver rtn")
+            moments = self.moments[linear] if needed else None
+            self._done[key] = SOLVERS[self.solver](weight.T, bits, self.block_size or BLOCK_SIZE[bits], moments)
+        return self._done[key]
