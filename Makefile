@@ -12,16 +12,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	touch $@
 
-# Train, export three ways and the naive way, generate, compare: the table and plot of the README.
+# Train, export several ways and the naive way, generate, compare: the table and plot of the README.
 demo: $(INSTALLED)
 	$(BIN)/expe-edge train --preset tiny --out $(OUT)/checkpoint --force
 	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force \
-		--precision float32 --precision int8-dynamic --precision int8-static
+		--precision float32 --precision int8-dynamic --precision int8-static --precision int4-weight
+	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force --precision int8-dynamic --cache int8
 	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/inline --positions inline --force \
 		--precision int8-dynamic --precision int8-static
 	$(BIN)/expe-edge generate $(OUT)/package/int8-dynamic --prompt 'def read_file(path):' \
 		--max-new-tokens 128 --temperature 0.7 --min-p 0.05 --seed 1
 	$(BIN)/expe-edge compare $(OUT)/package/float32 $(OUT)/package/int8-dynamic $(OUT)/package/int8-static \
+		$(OUT)/package/int8-dynamic-int8-cache $(OUT)/package/int4-weight \
 		$(OUT)/inline/int8-dynamic $(OUT)/inline/int8-static --json $(OUT)/comparison.json --plot $(OUT)/comparison.png
 	@echo "the model is in $(OUT)/checkpoint, its packages in $(OUT)/package; run $(BIN)/expe-edge --help for more"
 
@@ -39,6 +41,10 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.extrapolation
 	$(BIN)/python -m benchmarks.runtime_overhead
+	$(BIN)/python -m benchmarks.quantization $(OUT)/checkpoint --out runs/quantization
+	$(BIN)/python -m benchmarks.off_the_shelf $(OUT)/checkpoint
+	$(BIN)/python -m benchmarks.portable $(OUT)/checkpoint
+	$(BIN)/python -m benchmarks.exqpe --runs runs/extrapolation
 
 # Pages generated from the code: docs/cli.md.
 docs: $(INSTALLED)

@@ -15,6 +15,7 @@ import torch
 
 from expe_edge import modeling
 from expe_edge.checkpoint import load_checkpoint
+from expe_edge.export.fold import extract_weights
 from expe_edge.export.graph import build_graph, graph_contract
 from expe_edge.export.parity import run_graph
 from expe_edge.quant.formats import Float32
@@ -41,7 +42,8 @@ def main(checkpoint: Path, lengths: str) -> None:
     stream = np.concatenate(encode_documents(opened.tokenizer, opened.corpus().held_out)).astype(np.int64)
     sessions = {
         name: ort.InferenceSession(
-            build_graph(model, Float32(), folded=folded).model.SerializeToString(), providers=["CPUExecutionProvider"]
+            build_graph(extract_weights(model, folded=folded), Float32()).model.SerializeToString(),
+            providers=["CPUExecutionProvider"],
         )
         for name, folded in (("graph, folded", True), ("graph, inline", False))
     }

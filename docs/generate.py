@@ -29,14 +29,18 @@ def preset_table() -> str:
     rows = ["| setting | " + " | ".join(PRESETS) + " |", "|---" * (len(PRESETS) + 1) + "|"]
     for setting in dataclasses.fields(TrainSettings):
         values = [preset.get(setting.name, getattr(defaults, setting.name)) for preset in PRESETS.values()]
-        rows.append(f"| {setting.name} | " + " | ".join(map(_shown, values)) + " |")
+        rows.append(f"| {setting.name} | " + " | ".join(_shown(setting.name, value) for value in values) + " |")
     return "\n".join(rows)
 
 
-def _shown(value: object) -> str:
+#: What it means that a setting is not given.
+ABSENT = {"num_key_value_heads": "as attention heads"}
+
+
+def _shown(name: str, value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(value) or "python-stdlib"
-    return "as attention heads" if value is None else str(value)
+    return ABSENT.get(name, "none") if value is None else str(value)
 
 
 def page() -> str:

@@ -1,8 +1,8 @@
-"""Puts measured tables into the README, between its markers.
+"""Puts measured tables into the README and docs/quantization.md, between their markers.
 
-    python -m docs.tables demo/comparison.json runs/extrapolation/results.json
+    python -m docs.tables demo/comparison.json runs/extrapolation/results.json runs/quantization/results.json
 
-The first file is written by `make demo`, the second by `python -m benchmarks.extrapolation`.
+The first file is written by `make demo`, the others by `python -m benchmarks.extrapolation` and `.quantization`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 README = Path(__file__).parent.parent / "README.md"
+QUANTIZATION = Path(__file__).parent / "quantization.md"
 
 
 def quality_table(comparison: dict) -> str:
-    """Perplexity of the reference, then KL divergence, top-1 agreement and change of perplexity of the others."""
+    """Perplexity of the reference, then KL divergence of the others."""
     results = {model: [r for r in comparison["results"] if r["model"] == model] for model in comparison["models"]}
     reference, *others = comparison["models"]
     n = comparison["training_length"]
@@ -27,13 +28,9 @@ def quality_table(comparison: dict) -> str:
     rows.append("|---" * (len(results[reference]) + 1) + "|")
     cells = [f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}" for r in results[reference]]
     rows.append(row(f"**perplexity**, {reference}", cells))
-    for model in others:
-        pairs = zip(results[model], results[reference], strict=True)
-        rows.append(row(f"change, {model}", [f"{r['perplexity'] / base['perplexity'] - 1:+.2%}" for r, base in pairs]))
-    for model in others:
-        cells = [f"{r['kl']:.5f} ± {r['kl_stderr']:.5f}" for r in results[model]]
-        rows.append(row(f"**KL divergence**, nats/token, {model}", cells))
-    rows += [row(f"**top-1 agreement**, {model}", [f"{r['top1']:.1%}" for r in results[model]]) for model in others]
+    rows += [
+        row(f"**KL**, {model}", [f"{r['kl']:.5f} ± {r['kl_stderr']:.5f}" for r in results[model]]) for model in others
+    ]
     return "\n".join(rows)
 
 
@@ -50,26 +47,60 @@ def extrapolation_table(report: dict) -> str:
     return "\n".join(rows)
 
 
+def formats_table(report: dict) -> str:
+    """Every package's worst bucket, against float32."""
+    heading = ("package", "KL, nats/token", "last bucket / first", "perplexity", "size", "top-1", "without near-ties")
+    rows = [row(heading[0], list(heading[1:])), "|---" * len(heading) + "|"]
+    for one in report["rows"]:
+        cells = [
+            f"{one['worst_kl']:.5f}",
+            f"{one['flatness']:.2f}",
+            f"{one['perplexity']:+.2%} ± {one['perplexity_stderr']:.2%}",
+            f"{one['size']:.3f}",
+            f"{one['top1']:.1%}",
+            f"{one['top1_clear']:.2%}",
+        ]
+        rows.append(row(one["package"], cells))
+    return "\n".join(rows)
+
+
+def cache_table(report: dict) -> str:
+    """KL divergence by length of float32 weights with an int8 cache, keys with and without their positions."""
+    comparison = report["comparison"]
+    n, names = comparison["training_length"], {"folded/float32-int8-cache": "position-free keys"}
+    names["positioned-keys/float32-int8-cache"] = "keys that carry their positions"
+    rows = []
+    for model, name in names.items():
+        results = [result for result in comparison["results"] if result["model"] == model]
+        if not rows:
+            rows.append(row("KL, nats/token", [f"{r['bucket_start'] // n}–{r['bucket_end'] // n} N" for r in results]))
+            rows.append("|---" * (len(results) + 1) + "|")
+        rows.append(row(name, [f"{result['kl']:.2g}" for result in results]))
+    return "\n".join(rows)
+
+
 def row(name: str, cells: list[str]) -> str:
     """One line of a table."""
     return "| " + " | ".join([name, *cells]) + " |"
 
 
-def fill(text: str, marker: str, content: str) -> str:
-    """Replace what stands between the two comments named `marker`."""
-    pattern = rf"(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)"
-    filled, count = re.subn(pattern, lambda match: match[1] + content + match[2], text, flags=re.DOTALL)
+def fill(page: Path, marker: str, content: str) -> None:
+    """Replace what stands between the two comments named `marker` of `page`."""
+    pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
+    text = page.read_text(encoding="utf-8")
+    filled, count = re.subn(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f"README.md has no pair of markers {marker!r}")
-    return filled
+        raise SystemExit(f"{page.name} has no pair of markers {marker!r}")
+    page.write_text(filled, encoding="utf-8")
 
 
-def main(comparison_file: str, extrapolation_file: str) -> None:
-    comparison = json.loads(Path(comparison_file).read_text(encoding="utf-8"))
-    extrapolation = json.loads(Path(extrapolation_file).read_text(encoding="utf-8"))
-    text = fill(README.read_text(encoding="utf-8"), "quality", quality_table(comparison))
-    README.write_text(fill(text, "extrapolation", extrapolation_table(extrapolation)), encoding="utf-8")
+def main(*files: str) -> None:
+    comparison, extrapolation, quantization = (json.loads(Path(file).read_text(encoding="utf-8")) for file in files)
+    fill(README, "quality", quality_table(comparison))
+    fill(README, "extrapolation", extrapolation_table(extrapolation))
+    fill(QUANTIZATION, "formats", formats_table(quantization))
+    fill(QUANTIZATION, "cache", cache_table(quantization))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])

@@ -1,0 +1,314 @@
+"""Optimum and onnxruntime's own tools, as their users call them: exports of an ExPE checkpoint, and quantizers.
+
+Exports are functions of a model and a directory, quantizers of a float32 graph and a directory; both return the file
+they wrote. `benchmarks.off_the_shelf` runs and compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx.model_configs import LlamaOnnxConfig
+from optimum.onnxruntime import AutoCalibrationConfig, AutoQuantizationConfig, ORTQuantizer
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from expe_edge.encodings import ExPEParameters
+from expe_edge.export.contract import graph_feeds
+from expe_edge.export.fold import extract_weights
+from expe_edge.export.graph import build_graph
+from expe_edge.modeling import Attention, ExPEForCausalLM
+from expe_edge.package import GraphContract
+from expe_edge.positional import Heads
+from expe_edge.quant.blocks import BLOCK_SIZE
+from expe_edge.quant.formats import Float32
+
+Feeds = dict[str, np.ndarray]
+#: What transformers calls the modules of code that came with a model.
+REMOTE_CODE = "transformers_modules.expe"
+
+
+class Shared(NamedTuple):
+    """What every layer of `PlainOverride` needs: p_n (B, T, l), who sees whom (B, 1, T, S), and the cache."""
+
+    spec: ExPEParameters
+    vectors: Tensor
+    visible: Tensor
+    cache: Cache | None
+
+
+class PlainAttention(nn.Module):
+    """Attention as the paper writes it: positions override the first l dimensions of the queries' and keys' input."""
+
+    def __init__(self, attention: Attention, heads: Heads) -> None:
+        super().__init__()
+        self.layer, self.heads = attention.layer, heads
+        rows = [heads.query_rows, heads.key_rows, heads.key_rows]
+        self.query, self.key, self.value = map(_linear, attention.qkv.weight.split(rows))
+        self.out = attention.out
+
+    def forward(self, hidden: Tensor, shared: Shared) -> Tensor:
+        spec, dims = shared.spec, shared.spec.dims
+        override = shared.vectors if spec.how == "override" else hidden[..., :dims] + shared.vectors
+        positioned = torch.cat([override, hidden[..., dims:]], dim=-1)
+        query, key = self._split(self.query(positioned)), self._split(self.key(positioned))
+        value = self._split(self.value(positioned if spec.where == "query_key_value" else hidden))
+        if shared.cache is not None:
+            key, value = shared.cache.update(key, value, self.layer)
+        groups = self.heads.queries // self.heads.keys
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        states = F.scaled_dot_product_attention(query, key, value, attn_mask=shared.visible)
+        return self.out(states.transpose(1, 2).flatten(2))
+
+    def _split(self, states: Tensor) -> Tensor:
+        """(B, T, heads·D) to (B, heads, T, D)."""
+        return torch.unflatten(states, -1, (-1, self.heads.size)).transpose(1, 2)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return linear
+
+
+class PlainOverride(ExPEForCausalLM):
+    """The same model without this project's rewrites, as one would write it from the paper."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Return logits (B, T, V) for tokens and positions (B, T) and a mask (B, S), cached tokens included."""
+        length, total = input_ids.shape[1], attention_mask.shape[1]
+        causal = torch.arange(total) <= torch.arange(total - length, total)[:, None]
+        visible = causal & attention_mask[:, None, None, :].bool()
+        vectors = torch.tensor(self.positional.spec.starts)
+        for limb, step in zip(self.positional.code.split(position_ids), self.positional.spec.limb_steps, strict=True):
+            vectors = vectors + limb[..., None].float() * torch.tensor(step)
+        shared = Shared(self.positional.spec, vectors, visible, past_key_values)
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden, shared)
+        return CausalLMOutputWithPast(logits=self.head(self.norm(hidden)), past_key_values=past_key_values)
+
+
+def as_remote_code(model: ExPEForCausalLM, kind: type = ExPEForCausalLM) -> ExPEForCausalLM:
+    """Let Optimum think that the class came with the model: it refuses classes of any other package."""
+    model.__class__ = type(kind.__name__, (kind,), {"__module__": REMOTE_CODE})
+    return model
+
+
+def export_by_optimum(model: ExPEForCausalLM, directory: Path, *, cache: bool = True) -> Path:
+    """Export by Optimum, with the config that it has for Llama."""
+    kept = {"use_past": cache, "use_past_in_inputs": cache}
+    onnx_export_from_model(
+        model,
+        output=directory,
+        task="text-generation-with-past" if cache else "text-generation",
+        custom_onnx_configs={"model": LlamaOnnxConfig(model.config, task="text-generation", **kept)},
+        do_validation=False,  # it is validated here, at more than one length
+    )
+    return directory / "model.onnx"
+
+
+def export_as_it_is(model: ExPEForCausalLM, directory: Path) -> Path:
+    """Export the class with this project's own rewrites in its forward."""
+    return export_by_optimum(as_remote_code(model), directory)
+
+
+def export_plainly(model: ExPEForCausalLM, directory: Path) -> Path:
+    """Export a `PlainOverride` with the same weights."""
+    for block in model.blocks:
+        block.attention = PlainAttention(block.attention, model.positional.heads)
+    return export_by_optimum(as_remote_code(model, PlainOverride), directory)
+
+
+def export_without_cache(model: ExPEForCausalLM, directory: Path) -> Path:
+    """Export without a cache, and run the graph at a length other than that of the trace.
+
+    Raises:
+        onnxruntime's error, where the graph cannot.
+    """
+    path = export_by_optimum(as_remote_code(model), directory, cache=False)
+    tokens = np.zeros((1, model.config.training_length), dtype=np.int64)
+    feeds = {"input_ids": tokens, "attention_mask": tokens + 1, "position_ids": np.arange(tokens.size)[None]}
+    session = open_session(path)
+    session.run(["logits"], {node.name: feeds[node.name] for node in session.get_inputs()})
+    return path
+
+
+def export_folded(model: ExPEForCausalLM, directory: Path) -> Path:
+    """Write this project's float32 graph, positions folded."""
+    path = directory / "model.onnx"
+    onnx.save(build_graph(extract_weights(model, folded=True), Float32()).model, path)
+    return path
+
+
+def prepare(graph: Path, directory: Path) -> Path:
+    """Prepare a graph as onnxruntime's quantizers ask for; products of constants become weights by it.
+
+    Symbolic shape inference is left out: it fails with an AssertionError on what Optimum exports.
+    """
+    quant_pre_process(graph, directory / "model.onnx", skip_symbolic_shape=True)
+    return directory / "model.onnx"
+
+
+def open_session(path: Path) -> ort.InferenceSession:
+    """Open a graph on the CPU, quietly."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def calibration_feeds(path: Path, contract: GraphContract, windows: Sequence[np.ndarray]) -> list[Feeds]:
+    """Return what the graph is calibrated on: every window (N,) with its first token in the cache.
+
+    An empty cache is more natural, but a dataset of nested lists cannot hold one, and ORTQuantizer takes a dataset.
+    """
+    session, found = open_session(path), []
+    for window in windows:
+        cache = session.run(list(contract.present_names), graph_feeds(contract, window[None, :1]))
+        found.append(graph_feeds(contract, window[None, 1:], cache))
+    return found
+
+
+def weight_products(path: Path) -> list[str]:
+    """Return the names of the products of activations with a weight, attention's own products left out."""
+    graph = onnx.load(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+
+
+#: Writes what it makes of a float32 graph, given what to calibrate on, into a directory.
+Quantizer = Callable[[Path, list[Feeds], Path], Path]
+
+
+def optimum_dynamic(graph: Path, feeds: list[Feeds], directory: Path, *, target: str) -> Path:
+    """ORTQuantizer with the configuration of a CPU; a scale for each output channel is its default."""
+    del feeds
+    configuration = getattr(AutoQuantizationConfig, target)(is_static=False, per_channel=True)
+    ORTQuantizer(graph).quantize(configuration, directory)
+    return directory / "model_quantized.onnx"
+
+
+def optimum_static(graph: Path, feeds: list[Feeds], directory: Path, *, method: str, weights_alone: bool) -> Path:
+    """ORTQuantizer, calibrated by its own `fit`; all operators of its default, or products with a weight alone."""
+    chosen = {"operators_to_quantize": ["MatMul"], "nodes_to_quantize": weight_products(graph)}
+    configuration = AutoQuantizationConfig.avx2(is_static=True, per_channel=True, **(chosen if weights_alone else {}))
+    quantizer = ORTQuantizer(graph)
+    dataset = Dataset.from_list([{name: value[0] for name, value in feed.items()} for feed in feeds])
+    ranges = quantizer.fit(
+        dataset,
+        getattr(AutoCalibrationConfig, method)(dataset),
+        onnx_augmented_model_name=directory / "augmented.onnx",
+        operators_to_quantize=configuration.operators_to_quantize,
+    )
+    quantizer.quantize(configuration, directory, calibration_tensors_range=ranges)
+    return directory / "model_quantized.onnx"
+
+
+def ort_dynamic(graph: Path, feeds: list[Feeds], directory: Path, *, weights: QuantType) -> Path:
+    """onnxruntime's `quantize_dynamic`."""
+    del feeds
+    quantize_dynamic(graph, directory / "model.onnx", per_channel=True, weight_type=weights)
+    return directory / "model.onnx"
+
+
+def ort_static(
+    graph: Path, feeds: list[Feeds], directory: Path, *, method: CalibrationMethod, weights_alone: bool
+) -> Path:
+    """onnxruntime's `quantize_static`, with all its defaults but one, or for products with a weight alone, in uint8."""
+    chosen = {
+        "op_types_to_quantize": ["MatMul"],
+        "nodes_to_quantize": weight_products(graph),
+        "activation_type": QuantType.QUInt8,
+        "weight_type": QuantType.QUInt8,
+    }
+    quantize_static(
+        graph,
+        directory / "model.onnx",
+        _Reader(iter(feeds)),
+        per_channel=True,
+        calibrate_method=method,
+        **(chosen if weights_alone else {}),
+    )
+    return directory / "model.onnx"
+
+
+class _Reader(CalibrationDataReader):
+    """Feeds through the interface that `quantize_static` asks for."""
+
+    def __init__(self, feeds: Iterator[Feeds]) -> None:
+        self.feeds = feeds
+
+    def get_next(self) -> Feeds | None:
+        return next(self.feeds, None)
+
+
+def ort_blocks(
+    graph: Path, feeds: list[Feeds], directory: Path, *, bits: int, hqq: bool = False, accuracy_level: int | None = None
+) -> Path:
+    """onnxruntime's quantizer to MatMulNBits, with this project's block sizes; it needs the package onnx-ir.
+
+    Args:
+        accuracy_level: what the products are computed in; float32 by default, int8 at level 4.
+    """
+    del feeds
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+    size = BLOCK_SIZE[bits]
+    configuration = (
+        nbits.HQQWeightOnlyQuantConfig(block_size=size, bits=bits)
+        if hqq
+        else nbits.DefaultWeightOnlyQuantConfig(block_size=size, bits=bits, accuracy_level=accuracy_level)
+    )
+    quantizer = nbits.MatMulNBitsQuantizer(onnx.load(graph), algo_config=configuration)
+    quantizer.process()
+    onnx.save(quantizer.model.model, directory / "model.onnx")
+    return directory / "model.onnx"
+
+
+OPTIMUM: dict[str, Quantizer] = {
+    "Optimum dynamic, avx2": partial(optimum_dynamic, target="avx2"),
+    "Optimum dynamic, avx512_vnni": partial(optimum_dynamic, target="avx512_vnni"),
+    "Optimum static, minmax": partial(optimum_static, method="minmax", weights_alone=False),
+    "Optimum static, percentiles": partial(optimum_static, method="percentiles", weights_alone=False),
+    "Optimum static, minmax, weights alone": partial(optimum_static, method="minmax", weights_alone=True),
+    "Optimum static, percentiles, weights alone": partial(optimum_static, method="percentiles", weights_alone=True),
+    "Optimum static, entropy, weights alone": partial(optimum_static, method="entropy", weights_alone=True),
+}
+ONNXRUNTIME: dict[str, Quantizer] = {
+    "quantize_dynamic": partial(ort_dynamic, weights=QuantType.QInt8),
+    "quantize_dynamic, uint8": partial(ort_dynamic, weights=QuantType.QUInt8),
+    "quantize_static, minmax": partial(ort_static, method=CalibrationMethod.MinMax, weights_alone=False),
+    "quantize_static, minmax, weights alone, uint8": partial(
+        ort_static, method=CalibrationMethod.MinMax, weights_alone=True
+    ),
+    "quantize_static, percentile, weights alone, uint8": partial(
+        ort_static, method=CalibrationMethod.Percentile, weights_alone=True
+    ),
+    "MatMulNBits int8": partial(ort_blocks, bits=8),
+    "MatMulNBits int8, accuracy level 4": partial(ort_blocks, bits=8, accuracy_level=4),
+    "MatMulNBits int8, HQQ": partial(ort_blocks, bits=8, hqq=True),
+    "MatMulNBits int4": partial(ort_blocks, bits=4),
+    "MatMulNBits int4, accuracy level 4": partial(ort_blocks, bits=4, accuracy_level=4),
+    "MatMulNBits int4, HQQ": partial(ort_blocks, bits=4, hqq=True),
+}

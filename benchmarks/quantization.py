@@ -1,0 +1,157 @@
+"""Every format of one checkpoint by length, to 64 training lengths: divergence, perplexity, agreement, sizes.
+
+python -m benchmarks.quantization demo/checkpoint --out runs/quantization
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from expe_edge import comparison as comparing
+from expe_edge.comparison import BucketResult, Comparison
+from expe_edge.export.exporter import export
+from expe_edge.package import read_package
+from expe_edge.progress import counted
+from expe_edge.quant.recipe import Recipe
+from expe_edge.reporting import comparison_table, plot_comparison, print_whole, short
+from expe_edge.scoring import open_scorer
+
+#: Directory to the positions and recipes of the packages in it. The reference comes first.
+PACKAGES: dict[str, tuple[str, list[Recipe]]] = {
+    "folded": (
+        "folded",
+        [
+            Recipe("float32"),
+            Recipe("float16"),
+            Recipe("int8-dynamic"),
+            Recipe("int8-static"),
+            Recipe("int8-static", reduce_range=True),
+            Recipe("int8-weight"),
+            Recipe("int4-weight"),
+            Recipe("auto", budget_kl=0.002),
+            Recipe("float32", cache="int8"),
+            Recipe("int8-dynamic", cache="int8"),
+            Recipe("int8-static", cache="int8"),
+        ],
+    ),
+    "rtn": ("folded", [Recipe("int4-weight", solver="rtn")]),
+    "positioned-keys": ("inline", [Recipe("float32", cache="int8")]),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One package against float32 over all buckets.
+
+    worst_kl: of the bucket where it is largest. flatness: KL of the farthest bucket over that of the first.
+    perplexity: largest change, either way, with its standard error. size, cache: bytes of the package, and of one
+    token's cache, over float32's.
+    """
+
+    package: str
+    worst_kl: float
+    flatness: float
+    perplexity: float
+    perplexity_stderr: float
+    size: float
+    cache: float
+    top1: float
+    top1_clear: float
+
+
+def make_packages(checkpoint: Path, out: Path) -> list[Path]:
+    """Export every recipe of `PACKAGES`."""
+    found = []
+    for directory, (positions, recipes) in PACKAGES.items():
+        packages = export(checkpoint, out / directory, recipes, positions=positions, force=True, progress=print)
+        found += [package.path for package in packages]
+    return found
+
+
+def measure(paths: list[Path], lengths: list[int], documents: int) -> Comparison:
+    """Compare all packages on the held-out documents of the first."""
+    scorers = [open_scorer(path) for path in paths]
+    tokens = lengths[-1] * scorers[0].training_length + 1
+    chosen, byte_lengths = comparing.long_documents(scorers[0], (), "text", tokens, documents)
+    with counted("comparing", len(chosen)) as advance:
+        return comparing.compare(scorers, chosen, byte_lengths, lengths, advance=advance)
+
+
+def summarize(name: str, path: Path, reference: Path, results: list[BucketResult]) -> Row:
+    """Reduce a package's buckets to one row."""
+    divergences = [result.kl for result in results]
+    farthest = max(results, key=lambda result: abs(result.perplexity_change))
+    return Row(
+        package=name,
+        worst_kl=max(divergences),
+        flatness=divergences[-1] / divergences[0],
+        perplexity=farthest.perplexity_change,
+        perplexity_stderr=farthest.perplexity_change_stderr,
+        size=package_size(path) / package_size(reference),
+        cache=cache_width(path) / cache_width(reference),
+        top1=min(result.top1 for result in results),
+        top1_clear=min(result.top1_clear for result in results),
+    )
+
+
+def package_size(path: Path) -> int:
+    """Bytes of all files of a package."""
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def cache_width(path: Path) -> int:
+    """Bytes of one number in a package's cache."""
+    return np.dtype(read_package(path).manifest.contract.cache_dtype).itemsize
+
+
+def table(rows: list[Row]) -> Table:
+    """Lay the rows out for a terminal."""
+    headings = ("worst KL", "last / first", "perplexity", "size", "cache", "top-1", "but near-ties")
+    found = Table(title="Worst bucket of each measure, against float32")
+    found.add_column("package", no_wrap=True)
+    for heading in headings:
+        found.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        found.add_row(
+            row.package,
+            short(row.worst_kl, 2),
+            f"{row.flatness:.2f}",
+            f"{row.perplexity:+.2%} ±{row.perplexity_stderr:.2%}",
+            f"{row.size:.3f}",
+            f"{row.cache:.2f}",
+            f"{row.top1:.1%}",
+            f"{row.top1_clear:.2%}",
+        )
+    return found
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--lengths", default="1,2,4,8,16,32,64", show_default=True)
+@click.option("--documents", default=8, show_default=True)
+def main(checkpoint: Path, out: Path, lengths: str, documents: int) -> None:
+    """Export, compare, print both tables; write results.json and quantization.png into OUT."""
+    paths = make_packages(checkpoint, out)
+    result = measure(paths, [int(part) for part in lengths.split(",")], documents)
+    rows = [
+        summarize(name, path, paths[0], result.of(name))
+        for name, path in zip(result.models[1:], paths[1:], strict=True)
+    ]
+    console = Console()
+    print_whole(comparison_table(result), console)
+    print_whole(table(rows), console)
+    report = {"rows": [vars(row) for row in rows], "comparison": result.to_dict()}
+    (out / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot_comparison(result, out / "quantization.png")
+
+
+if __name__ == "__main__":
+    main()
