@@ -70,7 +70,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers p
             return
         steps = state.global_step - self.first_step
         speed = steps * self.tokens_per_step / (time.perf_counter() - self.began)
-        loss, rate = f"loss {logs['loss']:.3f}", f"{speed:,.0f} tokens/s"
+        loss, rate = f"loss {logs['loss']:.4f}", f"{speed:,.0f} tokens/s"
         self.progress.update(self.task, loss=loss, speed=rate)
         milestone = max(state.max_steps // 10, 1)
         if not console.is_terminal and state.global_step % milestone < state.logging_steps:

@@ -12,11 +12,12 @@ from tokenizers import Tokenizer
 
 from expe_edge.config import ExPEConfig
 from expe_edge.corpus import Corpus, load_corpus
-from expe_edge.errors import CheckpointError
+from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.package import is_package
+from expe_edge.quant.recipe import WeightRounding
+from expe_edge.settings import EIGHT_BIT_LEARNING_RATE, FINE_TUNING, TRAINING_FILE
 from expe_edge.tokenization import load_tokenizer
-from expe_edge.training import TRAINING_FILE
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -24,12 +25,17 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model with its tokenizer, and what `load_corpus` needs to find its training text again."""
+    """A trained model with its tokenizer.
+
+    sources: what `load_corpus` needs to find its training text again. rounding: what its weights were trained to be
+    rounded to; None where they were not.
+    """
 
     path: Path
     model: ExPEForCausalLM
     tokenizer: Tokenizer
     sources: dict[str, Any]
+    rounding: WeightRounding | None = None
 
     @property
     def config(self) -> ExPEConfig:
@@ -49,21 +55,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: missing or truncated files, weights of other shapes, or a tokenizer of another vocabulary.
         ConfigError: a config with unknown keys or values.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint directory")
-    if is_package(path):
-        raise CheckpointError(f"{path} is a package, not a checkpoint; give the directory that train wrote")
-    for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or --resume it")
+    values, settings = _read_records(path)
     try:
-        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise TypeError(f"{CONFIG_FILE} is no mapping")
-        settings = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))["settings"]
         sources = {"sources": list(settings["data"]), "text_field": settings["text_field"]}
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged {CONFIG_FILE} or {TRAINING_FILE} ({error})") from error
+        trained_for, block_size = settings.get("quantization_aware"), settings.get("block_size")
+        rounding = None if trained_for is None else WeightRounding(trained_for, block_size)
+    except (TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: damaged {TRAINING_FILE} ({error})") from error
     if values.get("model_type") != ExPEConfig.model_type:
         raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}, not 'expe'; not made by expe-edge")
     config = ExPEConfig.from_dict(values)
@@ -74,7 +72,42 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model's vocabulary "
             f"{config.vocab_size}; they do not belong together"
         )
-    return Checkpoint(path, model.eval(), tokenizer, sources)
+    return Checkpoint(path, model.eval(), tokenizer, sources, rounding)
+
+
+def starting_settings(path: Path, rounding: WeightRounding | None = None) -> dict[str, Any]:
+    """Return the settings of a run that starts from the checkpoint `path`, for `make_settings`.
+
+    Args:
+        rounding: what the run is to train for; only the defaults depend on it.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    _, settings = _read_records(path)
+    changed = {**FINE_TUNING, "from_checkpoint": str(path)}
+    if rounding is not None and rounding.bits == 8:
+        changed["learning_rate"] = EIGHT_BIT_LEARNING_RATE
+    return {**settings, **changed}
+
+
+def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the config's values and the settings of a finished checkpoint."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint directory")
+    if is_package(path):
+        raise CheckpointError(f"{path} is a package, not a checkpoint; give the directory that train wrote")
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or --resume it")
+    try:
+        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))["settings"]
+        if not isinstance(values, dict) or not isinstance(settings, dict):
+            raise TypeError("no mapping")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged {CONFIG_FILE} or {TRAINING_FILE} ({error})") from error
+    return values, settings
 
 
 def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:

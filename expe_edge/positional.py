@@ -24,6 +24,7 @@ slopes for each limb of its code in place of the one for n.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,6 +97,8 @@ class PositionalEncoding(nn.Module):
 
     code: PositionCode | None = None
     linear_bias = False
+    #: Rounds the weight of the product as an export stores it, in quantization-aware training.
+    quantizer: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__()
@@ -109,7 +112,11 @@ class PositionalEncoding(nn.Module):
     def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
         """Apply the fused weight (C_out, C) to `hidden` (B, T, C)."""
         del positions
-        return Projected(*self.heads.split(F.linear(hidden, weight)), slopes=None)
+        return Projected(*self.heads.split(F.linear(hidden, self.stored(weight))), slopes=None)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """Return the weight that the product is taken with."""
+        return weight if self.quantizer is None else self.quantizer(weight)
 
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
         """Return queries or keys (B, H, T, D) turned by their positions (B, T)."""
@@ -241,13 +248,21 @@ class ExPE(PositionalEncoding):
             return super().project(weight, hidden, positions)
         with torch.autocast(hidden.device.type, enabled=False):  # α and β must not be rounded to half precision
             content, alpha, beta = self.fold(weight)
-        query, key, value = self.heads.split(F.linear(hidden, content))
+        query, key, value = self.heads.split(F.linear(hidden, self.stored(content)))
         with torch.autocast(hidden.device.type, enabled=False):
             query_term, _, value_term = self.heads.split(alpha + self.limbs(positions).to(beta.dtype) @ beta.T)
             query = query.to(beta.dtype) + query_term
             if self.spec.where == "query_key_value":
                 value = value.to(beta.dtype) + value_term
-            return Projected(query, key, value, self.slopes(query, beta))
+            exact = query
+            if self.quantizer is not None:  # an export takes slopes, which distances multiply, from float weights
+                exact = self._float_queries(content.to(beta.dtype), hidden.to(beta.dtype)) + query_term
+            return Projected(query, key, value, self.slopes(exact, beta))
+
+    def _float_queries(self, content: Tensor, hidden: Tensor) -> Tensor:
+        """Return the queries (B, H, T, D) without their positions, by unrounded weights."""
+        rows = F.linear(hidden, content[: self.heads.query_rows])
+        return torch.unflatten(rows, -1, (-1, self.heads.size)).transpose(1, 2)
 
     def slopes(self, query: Tensor, beta: Tensor) -> Tensor:
         """Return q_i·β_k for every limb: (B, H, T, G) from queries (B, H, T, D) and beta (C_out, G)."""

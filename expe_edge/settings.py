@@ -6,21 +6,39 @@ Imports neither torch nor transformers, so that the command line can show defaul
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from expe_edge.encodings import POSITIONAL_PARAMETERS, encoding_parameters
-from expe_edge.errors import ConfigError, unknown_name
+from expe_edge.errors import CheckpointError, ConfigError, unknown_name
+from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
 DTYPES = ("auto", "float32", "bfloat16")
+#: Settings, corpus and loss history of a run, beside the model.
+TRAINING_FILE = "training.json"
+
+#: What differs from the settings of the checkpoint that a fine-tuning run starts from.
+FINE_TUNING: dict[str, Any] = {
+    "max_steps": 100,
+    "learning_rate": 1e-4,
+    "warmup_steps": 10,
+    "quantization_aware": None,
+    "block_size": None,
+}
+#: The learning rate of fine-tuning for 8 bits, a level of which is a sixteenth of one of 4.
+EIGHT_BIT_LEARNING_RATE = 1e-5
 
 
-def _setting(default: Any, help_text: str) -> Any:
-    """A field with its default and the sentence that `expe-edge train --help` shows."""
+def _setting(default: Any, help_text: str, **option: Any) -> Any:
+    """A field with its default and the sentence that `expe-edge train --help` shows.
+
+    option: `kind`, the type of its values, where the default is None; `flag`, where it is not the name's.
+    """
     make = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**make, metadata={"help": help_text})
+    return field(**make, metadata={"help": help_text, **option})
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,9 @@ class TrainSettings:
     hidden_size: int = _setting(128, "C, width of the model.")
     num_hidden_layers: int = _setting(4, "Number of blocks.")
     num_attention_heads: int = _setting(4, "Attention heads.")
-    num_key_value_heads: int | None = _setting(None, "Key/value heads; by default as many as attention heads.")
+    num_key_value_heads: int | None = _setting(
+        None, "Key/value heads; by default as many as attention heads.", kind=int
+    )
     hidden_act: str = _setting("swiglu", "Feed-forward activation: swiglu or gelu.")
     tie_word_embeddings: bool = _setting(False, "Use the embedding as the head.")
     max_steps: int = _setting(400, "Optimizer steps.")
@@ -52,6 +72,19 @@ class TrainSettings:
     dtype: str = _setting("auto", "float32, bfloat16, or auto: bfloat16 where the machine computes in it.")
     save_every: int = _setting(200, "Steps between checkpoints.")
     log_every: int = _setting(10, "Steps between loss reports.")
+    from_checkpoint: str | None = _setting(
+        None,
+        "Fine-tune this checkpoint, by its own settings but for "
+        + ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items() if value is not None)
+        + f" (learning_rate {EIGHT_BIT_LEARNING_RATE} for 8 bits).",
+        kind=str,
+        flag="--from",
+    )
+    quantization_aware: str | None = _setting(
+        None, f"Fine-tune for an export with weights of this precision: {', '.join(WEIGHT_BITS)}.", kind=str
+    )
+    block_size: int | None = _setting(None, "Columns that share a scale, for int*-weight; as in export.", kind=int)
+    distillation: bool = _setting(True, "Quantization-aware: match what --from predicts, not the text.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) else tuple(self.data))
@@ -72,11 +105,23 @@ class TrainSettings:
         if self.dtype not in DTYPES:
             raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change --dtype")
         encoding_parameters(self.positional, self.positional_parameters)
+        rounding = self.rounding
+        if rounding is not None and self.from_checkpoint is None:
+            raise ConfigError(f"--quantization-aware {rounding.precision} fine-tunes a checkpoint; name it by --from")
+        if rounding is None and self.block_size is not None:
+            raise ConfigError(f"block_size is {self.block_size}, but nothing is rounded; give --quantization-aware too")
+
+    @property
+    def rounding(self) -> WeightRounding | None:
+        """What weights are rounded to in training; None where they are not."""
+        return WeightRounding(self.quantization_aware, self.block_size) if self.quantization_aware is not None else None
 
     def _require_types(self) -> None:
         """Raise `TypeError` for a value of another kind than its default; YAML reads 3e-3 as text, for one."""
         for setting in dataclasses.fields(self):
             value, default = getattr(self, setting.name), setting.default
+            if default is None and value is not None and type(value) is not setting.metadata["kind"]:
+                raise TypeError(f"{setting.name} is {value!r}, not {setting.metadata['kind'].__name__}")
             allowed = (int, float) if isinstance(default, float) else type(default)
             wrong = not isinstance(value, allowed) or isinstance(value, bool) is not isinstance(default, bool)
             if isinstance(default, bool | int | float | str) and wrong:
@@ -125,7 +170,9 @@ def make_settings(
     flags: Mapping[str, Any] | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> TrainSettings:
-    """Merge the preset (or `stored` settings of a run to resume), the YAML file and the flags; the later wins.
+    """Merge the preset (or `stored` settings, of a run to resume or to start from), the YAML file and the flags.
+
+    The later wins.
 
     Raises:
         ConfigError: an unknown preset or key (the nearest is named), or a value out of range.
@@ -156,3 +203,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected a mapping of settings, got {type(values).__name__}")
     return values
+
+
+def stored_settings(out: Path) -> dict[str, Any]:
+    """Read the settings of the run in `out`, for resuming it."""
+    path = out / TRAINING_FILE
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{out}: no run to resume (no readable {TRAINING_FILE}); drop --resume") from error
+    return dict(settings)

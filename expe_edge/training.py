@@ -6,6 +6,7 @@ see exactly the sequences that one uninterrupted process sees.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     PreTrainedTokenizerFast,
@@ -35,15 +36,15 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from expe_edge.callbacks import SaveOnInterrupt, TrainingProgress
+from expe_edge.checkpoint import Checkpoint, load_checkpoint
 from expe_edge.config import ExPEConfig
 from expe_edge.corpus import Corpus, absolute_source, load_corpus
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.modeling import ExPEForCausalLM
-from expe_edge.settings import TrainSettings
+from expe_edge.quantization_aware import distillation_loss, explicit_rounding, round_weights
+from expe_edge.settings import TRAINING_FILE, TrainSettings, stored_settings
 from expe_edge.tokenization import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
 
-#: Settings, corpus and loss history of a run, beside the model.
-TRAINING_FILE = "training.json"
 #: Where Trainer keeps what resuming needs.
 TRAINER_DIRECTORY = "trainer"
 #: With less than this free, a failed write is taken for a full disk: not every library says so.
@@ -74,7 +75,22 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 
 class WindowTrainer(Trainer):  # type: ignore[misc]  # transformers publishes no types
-    """Trainer that keeps the dataset's order: its samples are random already."""
+    """Trainer that keeps the dataset's order: its samples are random already.
+
+    teacher: a model whose predictions are the target in place of the text.
+    """
+
+    def __init__(self, *, teacher: ExPEForCausalLM | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **options: Any) -> Any:
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, *arguments, **options)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = self.teacher(**inputs, use_cache=False).logits
+        return distillation_loss(model(**inputs).logits, wanted)
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -87,26 +103,30 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         the content of `training.json`: settings, corpus, parameters, loss history.
 
     Raises:
-        ConfigError, CorpusError, CheckpointError: bad settings or text, or an `out` that exists and is neither
-            resumed nor forced. Nothing is written then.
+        ConfigError, CorpusError, CheckpointError: bad settings or text, a checkpoint to start from that is damaged or
+            another model, or an `out` that exists and is neither resumed nor forced. Nothing is written then.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint that `resume` continues is on disk.
     """
-    settings = dataclasses.replace(settings, data=tuple(map(absolute_source, settings.data)))
+    settings = _explicit(settings)
     state = PartialState(cpu=not torch.cuda.is_available())
     arguments = _training_arguments(settings, out, state.num_processes)
-    config = _model_config(settings)
+    start = _open_start(settings, out)
+    config = start.config if start else ExPEConfig(**{name: getattr(settings, name) for name in MODEL_SETTINGS})
+    _require_reach(settings, config)
     last = _last_checkpoint(out, resume=resume, force=force)
     if resume:
-        _require_same_model(settings, out)
+        _require_same(settings, out, (*MODEL_SETTINGS, *START_SETTINGS), "--resume")
     corpus = load_corpus(settings.data, settings.text_field)
     with state.main_process_first():
-        tokenizer, dataset = _prepare(corpus, settings, out, fresh=state.is_main_process and not resume)
+        tokenizer, dataset = _prepare(corpus, settings, out, start, fresh=state.is_main_process and not resume)
     set_seed(settings.seed)
     config.vocab_size = tokenizer.get_vocab_size()
-    model = ExPEForCausalLM(config)
+    model, teacher = _make_models(settings, config, start)
     interrupt = SaveOnInterrupt()
     progress = TrainingProgress(settings.batch_size * settings.training_length)
-    trainer = WindowTrainer(model=model, args=arguments, train_dataset=dataset, callbacks=[interrupt, progress])
+    trainer = WindowTrainer(
+        model=model, teacher=teacher, args=arguments, train_dataset=dataset, callbacks=[interrupt, progress]
+    )
     trainer.remove_callback(PrinterCallback)
     with disk_full_is_an_error(out), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="mtime may not be reliable")  # it then orders by number, rightly
@@ -128,9 +148,51 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     return report
 
 
-def _prepare(corpus: Corpus, settings: TrainSettings, out: Path, *, fresh: bool) -> tuple[Tokenizer, WindowDataset]:
+def _explicit(settings: TrainSettings) -> TrainSettings:
+    """Return settings that mean the same wherever and by whatever release they are read again."""
+    rounding = explicit_rounding(settings.rounding)
+    start = settings.from_checkpoint
+    return dataclasses.replace(
+        settings,
+        data=tuple(map(absolute_source, settings.data)),
+        from_checkpoint=None if start is None else str(Path(start).absolute()),
+        block_size=None if rounding is None else rounding.block_size,
+    )
+
+
+def _open_start(settings: TrainSettings, out: Path) -> Checkpoint | None:
+    """Load the checkpoint that the run starts from, if it does; it is never written to."""
+    if settings.from_checkpoint is None:
+        return None
+    path = Path(settings.from_checkpoint)
+    start = load_checkpoint(path)
+    _require_same(settings, path, MODEL_SETTINGS, "--from")
+    if out.resolve() in (path.resolve(), *path.resolve().parents):
+        raise ConfigError(f"{out} holds the checkpoint of --from; choose another --out")
+    return start
+
+
+def _make_models(
+    settings: TrainSettings, config: ExPEConfig, start: Checkpoint | None
+) -> tuple[ExPEForCausalLM, ExPEForCausalLM | None]:
+    """Return the model to train, and the one whose predictions are its target, if any."""
+    if start is None:
+        return ExPEForCausalLM(config), None
+    if settings.rounding is None:
+        return start.model, None
+    teacher = copy.deepcopy(start.model).requires_grad_(False) if settings.distillation else None
+    round_weights(start.model, settings.rounding)
+    return start.model, teacher
+
+
+def _prepare(
+    corpus: Corpus, settings: TrainSettings, out: Path, start: Checkpoint | None, *, fresh: bool
+) -> tuple[Tokenizer, WindowDataset]:
     """Return tokenizer and sequences; where the run is `fresh`, make `out` anew once nothing is left to refuse."""
-    tokenizer = train_tokenizer(corpus.training, settings.vocab_size) if fresh else load_tokenizer(out)
+    if fresh:
+        tokenizer = start.tokenizer if start else train_tokenizer(corpus.training, settings.vocab_size)
+    else:
+        tokenizer = load_tokenizer(out)
     dataset = WindowDataset(np.concatenate(encode_documents(tokenizer, corpus.training)), settings)
     if fresh:
         with disk_full_is_an_error(out):
@@ -162,41 +224,31 @@ def _corpus_record(corpus: Corpus, dataset: WindowDataset) -> dict[str, Any]:
     }
 
 
-def stored_settings(out: Path) -> dict[str, Any]:
-    """Read the settings of the run in `out`, for resuming it."""
-    path = out / TRAINING_FILE
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{out}: no run to resume (no readable {TRAINING_FILE}); drop --resume") from error
-    return dict(settings)
-
-
 #: Settings that the weights of a run depend on.
 MODEL_SETTINGS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("hidden_act", "tie_word_embeddings", "positional", "positional_parameters", "training_length"),
 )
+#: What a run starts from, and what its weights are rounded to.
+START_SETTINGS = ("from_checkpoint", "quantization_aware", "block_size")
 
 
-def _require_same_model(settings: TrainSettings, out: Path) -> None:
-    stored, wanted = stored_settings(out), json.loads(json.dumps(dataclasses.asdict(settings)))
-    for name in MODEL_SETTINGS:
+def _require_same(settings: TrainSettings, run: Path, names: Sequence[str], option: str) -> None:
+    stored, wanted = stored_settings(run), json.loads(json.dumps(dataclasses.asdict(settings)))
+    for name in names:
         if stored.get(name) != wanted[name]:
             raise ConfigError(
-                f"{name} is {wanted[name]}, but {stored.get(name)} in the run of {out}; drop the option, or --resume"
+                f"{name} is {wanted[name]}, but {stored.get(name)} in the run of {run}; drop the option, or {option}"
             )
 
 
-def _model_config(settings: TrainSettings) -> ExPEConfig:
-    config = ExPEConfig(**{name: getattr(settings, name) for name in MODEL_SETTINGS})
+def _require_reach(settings: TrainSettings, config: ExPEConfig) -> None:
     farthest = max(settings.position_offset, 1) * settings.training_length + settings.training_length
     if farthest > config.max_position_embeddings:
         raise ConfigError(
             f"position_offset {settings.position_offset} reaches position {farthest}, beyond the encoding's "
             f"{config.max_position_embeddings}; lower --position-offset"
         )
-    return config
 
 
 def _last_checkpoint(out: Path, *, resume: bool, force: bool) -> str | None:

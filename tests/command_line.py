@@ -20,8 +20,11 @@ QUICK = (
     *("--vocab-size", "300", "--training-length", "32", "--hidden-size", "32", "--num-hidden-layers", "1"),
     *("--num-attention-heads", "2", "--batch-size", "4", "--warmup-steps", "2"),
 )
-#: Stages that `export` reports before an error can come.
-PROGRESS = re.compile(r"\S+: (building|validating against PyTorch)|calibrating \d+ windows of \d+ tokens")
+#: Stages that `export` and `quantize` report before an error can come.
+PROGRESS = re.compile(
+    r"\S+: (building|validating against \S+)|(calibrating|observing) \d+ windows of \d+ tokens|searching smoothing.*"
+    r"|measuring weights .*"
+)
 
 
 def invoke(*arguments: object, stdin: bytes = b"") -> Result:

@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 hypothesis_settings.register_profile("ci", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("ci")
 
-PRECISIONS = ("float32", "int8-dynamic", "int8-static")
+PRECISIONS = ("float32", "float16", "bfloat16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight")
 
 
 @pytest.fixture(scope="session")

@@ -183,8 +183,8 @@ def test_calibration_text_shorter_than_a_window(checkpoint: Path, precisions: li
 EXPORT_REFUSALS: list[tuple[list[str], str]] = [
     (
         ["--precision", "int8-dinamic"],
-        "unknown precision 'int8-dinamic'; did you mean 'int8-dynamic'? "
-        "available: float32, int8-dynamic, int8-static; change --precision",
+        "unknown precision 'int8-dinamic'; did you mean 'int8-dynamic'? available: auto, bfloat16, float16, float32, "
+        "int4-weight, int8-dynamic, int8-static, int8-weight; change --precision",
     ),
     (
         ["--positions", "fold"],
@@ -192,8 +192,8 @@ EXPORT_REFUSALS: list[tuple[list[str], str]] = [
     ),
     (
         ["--precision", "int8-static", "--calibration-method", "min-max"],
-        "unknown calibration method 'min-max'; did you mean 'minmax'? available: entropy, minmax, percentile; "
-        "change --calibration-method",
+        "unknown calibration method 'min-max'; did you mean 'minmax'? "
+        "available: entropy, minmax, output-error, percentile; change --calibration-method",
     ),
     (["--precision", "int8-static", "--calibration-windows", "0"], "--calibration-windows is 0; at least 1"),
 ]
@@ -247,6 +247,10 @@ DAMAGED_PACKAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "half the manifest": (
         rewrite(MANIFEST_FILE, lambda data: data[: len(data) // 2]),
         "{path}/expe_edge.json: not a manifest of expe-edge; export the package again",
+    ),
+    "edited manifest": (
+        set_json(MANIFEST_FILE, precision="int8-static"),
+        "{path}/expe_edge.json: changed since it was written (its digest differs); export the package again",
     ),
     "half the model": (
         rewrite("model.onnx", lambda data: data[: len(data) // 2]),

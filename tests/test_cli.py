@@ -51,13 +51,13 @@ def test_train_takes_flags_file_and_preset(text_folder: Path, tmp_path: Path) ->
     assert settings["tie_word_embeddings"] is True
     assert [entry["step"] for entry in report["history"]] == [1, 2, 3]
     last = report["history"][-1]["loss"]
-    assert result.stdout == f"out/run: {report['parameters']:,} parameters, last loss {last:.3f}\n"
+    assert result.stdout == f"out/run: {report['parameters']:,} parameters, last loss {last:.4f}\n"
     assert {"config.json", "model.safetensors", "tokenizer.json", "training.json", "trainer"} <= {
         path.name for path in (tmp_path / "out/run").iterdir()
     }
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "output-error"])
 def test_export_writes_a_package_for_each_precision(checkpoint: Path, tmp_path: Path, method: str) -> None:
     result = succeed(
         *("export", checkpoint, "--out", "out", "--precision", "float32", "--precision", "int8-static"),
@@ -82,8 +82,8 @@ def test_export_writes_a_package_for_each_precision(checkpoint: Path, tmp_path: 
     assert [line for line in result.stderr.splitlines() if PROGRESS.fullmatch(line)] == [
         "float32: building",
         "float32: validating against PyTorch",
-        "calibrating 4 windows of 32 tokens",
         "int8-static: building",
+        f"{'observing' if method == 'output-error' else 'calibrating'} 4 windows of 32 tokens",
         "int8-static: validating against PyTorch",
     ]
 

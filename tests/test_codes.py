@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from expe_edge.config import ExPEConfig
 from expe_edge.errors import ConfigError
+from expe_edge.export.fold import extract_weights
 from expe_edge.export.nodes import GraphBuilder
 from expe_edge.export.positions import ExPENodes
 from expe_edge.package import TensorSpec
 from expe_edge.quant.codes import FLOAT32_EXACT, STORAGE, WHOLE, PositionCode, is_exact, require_exact
-from expe_edge.quant.formats import Float32
 from tests import reference, strategies
 
 LAST = FLOAT32_EXACT - 1
@@ -134,7 +134,8 @@ def exact_vectors(config: ExPEConfig, positions: np.ndarray) -> np.ndarray:
 def graph_vectors(config: ExPEConfig, positions: np.ndarray) -> np.ndarray:
     """What the nodes of an exported graph that leaves positions in place compute."""
     builder = GraphBuilder()
-    nodes = ExPENodes(builder, config, strategies.random_model(config), Float32())
+    weights = extract_weights(strategies.random_model(config), folded=False)
+    nodes = ExPENodes(builder, weights, lambda *_: pytest.fail("position vectors take no product with a weight"))
     nodes.begin()
     builder.emit("Identity", [nodes.vectors()], ["vectors"], name="vectors")
     axes = ("batch", "sequence")

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +35,7 @@ LENGTHS = (1, 2, 4, 8, 16)
 FIELDS = {
     *("model", "bucket_start", "bucket_end", "documents", "tokens"),
     *("nll", "perplexity", "bits_per_byte", "kl", "top1"),
+    *("perplexity_change", "perplexity_change_stderr", "top1_clear", "top1_clear_stderr", "near_ties"),
     *("nll_stderr", "perplexity_stderr", "bits_per_byte_stderr", "kl_stderr", "top1_stderr"),
 }
 
@@ -191,6 +192,32 @@ def test_one_document_has_no_standard_error(scorers: list[Scorer]) -> None:
     assert "NaN" not in json.dumps(result.to_dict())
 
 
+class Fixed:
+    """A scorer whose logits are given."""
+
+    training_length = 4
+
+    def __init__(self, name: str, logits: np.ndarray) -> None:
+        self.path, self.corpus, self.values = Path(name), {}, logits.astype(np.float32)
+
+    def logits(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        yield self.values[: len(tokens)]
+
+
+def test_near_ties_and_the_change_of_perplexity_by_hand() -> None:
+    """Four tokens: two are clear, one of them kept; two are nearly tied, one of them kept."""
+    reference = np.log([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.405, 0.395, 0.2], [0.405, 0.395, 0.2]])
+    other = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.405, 0.395, 0.2], [0.395, 0.405, 0.2]])
+    documents = [np.zeros(5, dtype=np.int64)]
+
+    result = compare([Fixed("a", reference), Fixed("b", other)], documents, np.ones(3), [1]).of("b")[0]
+
+    assert result.top1 == pytest.approx(2 / 4)
+    assert result.top1_clear == pytest.approx(1 / 2)
+    assert result.near_ties == pytest.approx(2 / 4)
+    assert result.perplexity_change == pytest.approx(((0.8 / 0.1) * (0.405 / 0.395)) ** (1 / 4) - 1, rel=1e-5)
+
+
 # JSON, table, plot
 
 
@@ -213,7 +240,7 @@ def test_table_shows_every_model_and_bucket(scored: tuple[Comparison, list[np.nd
     assert all(f"{begin}–{end} N" in text for begin, end in pairwise([0, *LENGTHS]))
     assert "N = 32 tokens" in text
     assert "KL divergence and top-1 agreement against model" in text
-    assert [text.count(f"  {model} ") for model in scored[0].models] == [2, 4, 4]  # the reference has no KL
+    assert [text.count(f"  {model} ") for model in scored[0].models] == [3, 6, 6]  # the reference has no KL
     first = scored[0].of("int8-dynamic")[0]
     assert f"{first.perplexity:.2f} ±{first.perplexity_stderr:.2f}" in text
     assert f"{short(first.kl, 1)} ±{short(first.kl_stderr, 0)}" in text

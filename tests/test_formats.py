@@ -1,38 +1,29 @@
-"""Linear formats: the stored bytes, the arithmetic of the kernels that run them, and the ranges static ones need."""
+"""Linear formats: the stored bytes of int8 channels, activations, and the arithmetic of the kernels that run them."""
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
-from pathlib import Path
-
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import numpy_helper
 
-from expe_edge.errors import ConfigError, CorpusError, ExportError
-from expe_edge.export.contract import graph_feeds
-from expe_edge.export.graph import BuiltGraph, build_graph, graph_contract
+from expe_edge.errors import ConfigError, ExportError
 from expe_edge.export.nodes import GraphBuilder
-from expe_edge.package import TensorSpec
-from expe_edge.quant.calibration import CALIBRATION_METHODS, Calibration, measure_ranges, sample_windows
+from expe_edge.quant.blocks import into_blocks
+from expe_edge.quant.channels import Range, activation_scale, quantize_channels
 from expe_edge.quant.formats import (
     LINEAR_FORMATS,
+    BlockWeight,
     DynamicInt8,
     Float32,
+    FormatOptions,
     LinearFormat,
-    Range,
-    StaticInt8,
-    activation_scale,
     make_format,
-    quantize_weight,
 )
-from tests.strategies import random_model, random_tokens, seeds, small_config
+from tests.graphs import normal, run_linear, static
+from tests.strategies import seeds
 
 # Weights.
 
@@ -49,7 +40,7 @@ def test_quantized_bytes_by_hand() -> None:
         ],
         dtype=np.float32,
     )
-    quantized = quantize_weight(weight)
+    quantized = quantize_channels(weight)
     assert quantized.values.dtype == np.uint8
     assert quantized.scale.dtype == np.float32
     assert quantized.scale.tolist() == [1 / 64, 1.0, 2.0]
@@ -58,7 +49,36 @@ def test_quantized_bytes_by_hand() -> None:
         [128, 128, 128, 128, 128],
         [128 - 127, 128 + 1, 128 + 2, 128 + 50, 128],
     ]
-    assert quantized.zero_point.tolist() == [128, 128, 128]
+    assert quantized.zero_points.tolist() == [128, 128, 128]
+
+
+def test_seven_bits_by_hand() -> None:
+    """Scales 1/64 and 1 of a largest magnitude of 63; int8 around 0, whose kernel is the faster one without VNNI."""
+    weight = np.array([[63 / 64, 0.0], [-63 / 64, 2.5], [1.5 / 64, -63.0]], dtype=np.float32)
+    quantized = quantize_channels(weight, reduce_range=True)
+    assert quantized.values.dtype == np.int8
+    assert quantized.scale.tolist() == [1 / 64, 1.0]
+    assert quantized.values.T.tolist() == [[63, -63, 2], [0, 2, -63]]
+    assert quantized.zero_points.tolist() == [0, 0]
+    assert quantized.zero_points.dtype == np.int8
+    np.testing.assert_array_equal(quantized.restored(), [[63 / 64, 0], [-63 / 64, 2], [2 / 64, -63]])
+
+
+def test_half_precision_is_stored_as_the_nearest_of_its_numbers() -> None:
+    """float16 keeps 10 bits after the first, bfloat16 7: 1 + 2^-11 and 1 + 2^-8 are halves, which go to even."""
+    weight = np.array([[1 + 2**-11, 1 + 3 * 2**-11, -3.0], [1 + 2**-8, 1 + 3 * 2**-8, 2.0**-20]], dtype=np.float32)
+    stored = {}
+    for precision in ("float16", "bfloat16"):
+        builder = GraphBuilder()
+        make_format(precision).emit(builder, "linear", "hidden", weight)
+        (tensor,) = builder.initializers
+        assert tensor.name == "linear.weight"
+        stored[precision] = numpy_helper.to_array(tensor).view(np.uint16).tolist()
+    assert stored["float16"] == [[0x3C00, 0x3C02, 0xC200], [0x3C04, 0x3C0C, 0x0010]]
+    assert stored["bfloat16"] == [[0x3F80, 0x3F80, 0xC040], [0x3F80, 0x3F82, 0x3580]]
+    np.testing.assert_array_equal(
+        make_format("bfloat16").restored("linear", weight), [[1, 1, -3], [1, 1 + 2**-6, 2**-20]]
+    )
 
 
 #: Magnitudes that a float32 scale of a 127th still holds to full precision, and 0.
@@ -66,11 +86,12 @@ magnitudes = st.floats(2.0**-60, 2.0**60, width=32)
 signed = st.builds(lambda sign, value: sign * value, st.sampled_from((-1, 0, 1)), magnitudes)
 
 
-@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=signed))
-def test_a_weight_is_restored_to_half_a_step_of_its_own_channel(weight: np.ndarray) -> None:
-    values, scale = quantize_weight(weight)
-    restored = (values.astype(np.float64) - 128) * scale
-    assert values.min() >= 1  # −128 is not used: the levels are symmetric
+@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=signed), st.booleans())
+def test_a_weight_is_restored_to_half_a_step_of_its_own_channel(weight: np.ndarray, reduce_range: bool) -> None:
+    values, scale, zero_point = quantize_channels(weight, reduce_range=reduce_range)
+    levels = values.astype(np.float64) - zero_point
+    restored = levels * scale
+    assert np.abs(levels).max() <= (63 if reduce_range else 127)  # the levels are symmetric
     assert (np.abs(restored - weight) <= scale * (0.5 + 1e-4)).all()  # 127 steps of a scale rounded to float32
     assert (restored[weight == 0] == 0).all()
 
@@ -117,54 +138,78 @@ class Rounding(Float32):
     rounds_activations = True
 
 
-def run_linear(linear: LinearFormat, hidden: np.ndarray, weight: np.ndarray, *, peaked: bool = False) -> np.ndarray:
-    """The product of (T, C_in) with (C_in, C_out) in one format."""
-    builder = GraphBuilder()
-    name = linear.emit(builder, "linear", "hidden", weight, peaked=peaked)
-    builder.emit("Identity", [name], ["product"], name="product")
-    inputs = TensorSpec("hidden", "float32", ("rows", weight.shape[0]))
-    outputs = TensorSpec("product", "float32", ("rows", weight.shape[1]))
-    model = builder.model([inputs], [outputs], "test")
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"hidden": hidden})[0]
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 #: Weights with scale 1/128 and activations with scale 1/256 and zero point 0, so that every rescaling is exact in
 #: float32 and a product equals its integers.
 WEIGHT_STEP, ACTIVATION_STEP = 1 / 128, 1 / 256
 EXACT_RANGE: Range = (0.0, 255 / 256)
 
 
-@pytest.mark.parametrize("linear", [DynamicInt8(), StaticInt8({"linear": EXACT_RANGE})], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("reduce_range", [False, True], ids=["8 bits", "7 bits"])
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static"])
 @pytest.mark.parametrize("signs", ["all positive", "all negative", "pairs", "random"])
-def test_extreme_weights_and_activations_do_not_saturate(linear: LinearFormat, signs: str) -> None:
-    """Pairs of 255·127 overflow 16 bits twice over, which is where kernels for uint8 by int8 saturate without VNNI."""
-    random = np.random.default_rng(0)
-    weights = random.integers(-127, 128, size=(64, 48))
+def test_extreme_weights_and_activations_do_not_saturate(precision: str, signs: str, reduce_range: bool) -> None:
+    """Pairs of 255·127 overflow 16 bits twice over, which is where kernels for uint8 by int8 saturate without VNNI.
+
+    Pairs of 255·63 do not, so 7 bits may use those kernels.
+    """
+    linear = make_format(precision, FormatOptions(reduce_range, ranges={"linear": EXACT_RANGE}))
+    random, limit = np.random.default_rng(0), 63 if reduce_range else 127
+    weights = random.integers(-limit, limit + 1, size=(64, 48))
     codes = random.integers(0, 256, size=(9, 64))
     if signs != "random":
         codes[:] = 255
         pattern = {"all positive": [1, 1, 1, 1], "all negative": [-1, -1, -1, -1], "pairs": [1, 1, -1, -1]}[signs]
-        weights[:] = 127 * np.tile(pattern, 16)[:, None]
-    codes[0, 0], weights[0] = 255, 127  # each range and each channel reaches its end
+        weights[:] = limit * np.tile(pattern, 16)[:, None]
+    codes[0, 0], weights[0] = 255, limit  # each range and each channel reaches its end
     found = run_linear(linear, (codes * ACTIVATION_STEP).astype(np.float32), (weights * WEIGHT_STEP).astype(np.float32))
     np.testing.assert_array_equal(found, (codes @ weights) * WEIGHT_STEP * ACTIVATION_STEP)
 
 
-@given(seeds)
-def test_both_int8_formats_compute_the_product_of_their_rounded_factors(seed: int) -> None:
-    hidden, weight = normal(seed, 5, 24), normal(seed + 1, 24, 16)
-    bounds = float(hidden.min()), float(hidden.max())
-    scale, zero = activation_scale(*bounds)
-    codes = np.clip(np.rint(hidden / scale) + zero, 0, 255)
-    values, steps = quantize_weight(weight)
-    expected = (codes - zero) @ (values.astype(np.float64) - 128) * scale * steps
-    for linear in (DynamicInt8(), StaticInt8({"linear": bounds})):
-        np.testing.assert_allclose(run_linear(linear, hidden, weight), expected, rtol=1e-5, atol=1e-5)
+#: Every format, the int8 ones with weights of 8 and of 7 bits.
+VARIANTS = [*((precision, False) for precision in LINEAR_FORMATS), ("int8-dynamic", True), ("int8-static", True)]
+
+
+def either_side(linear: LinearFormat, hidden: np.ndarray, *, peaked: bool) -> np.ndarray:
+    """How far a value on the boundary of two levels may fall to the other side in another order of float32, (T, C)."""
+    slack = 1e-6 * np.abs(hidden).max(axis=1, keepdims=True)
+    ends = hidden.min(axis=1, keepdims=True), hidden.max(axis=1, keepdims=True)
+    up, down = (
+        linear.round_inputs("linear", np.clip(hidden + shift, *ends), peaked=peaked) for shift in (slack, -slack)
+    )
+    return np.abs(up - down)
+
+
+def kernel_error(linear: LinearFormat, hidden: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """What the kernel's own rounding may add to the product, (T, C_out).
+
+    MatMulNBits rounds each block of the inputs to ±127 levels of the block's largest magnitude.
+    """
+    float_sums = 1e-5 * (np.abs(hidden) @ np.abs(weight))
+    if not isinstance(linear, BlockWeight):
+        return float_sums
+    size = linear.quantized("linear", weight).block_size
+    steps = np.abs(into_blocks(hidden, size)).max(axis=2) / 127  # (T, blocks)
+    return float_sums + steps / 2 @ np.abs(into_blocks(weight.T, size)).sum(axis=2).T * 1.01
+
+
+@pytest.mark.parametrize("peaked", [False, True], ids=["", "peaked"])
+@pytest.mark.parametrize(("precision", "reduce_range"), VARIANTS)
+@settings(max_examples=15)
+@given(seeds, st.sampled_from([1, 5]), st.sampled_from([24, 64, 130]))
+def test_onnxruntime_computes_the_product_of_the_factors_as_numpy_rounds_them(
+    precision: str, reduce_range: bool, peaked: bool, seed: int, tokens: int, width: int
+) -> None:
+    """One token and several run in different kernels."""
+    hidden, weight = normal(seed, tokens, width), normal(seed + 1, width, 16)
+    ranges = {"linear": (float(hidden.min()), float(hidden.max()))}
+    linear = make_format(precision, FormatOptions(reduce_range, ranges=ranges))
+    rounded, restored = linear.round_inputs("linear", hidden, peaked=peaked), linear.restored("linear", weight)
+    expected = rounded.astype(np.float64) @ restored
+    found = run_linear(linear, hidden, weight, peaked=peaked)
+    allowed = kernel_error(linear, rounded, restored) + either_side(linear, hidden, peaked=peaked) @ np.abs(restored)
+    assert (np.abs(found - expected) <= allowed).all()
+    if precision != "float32":
+        assert not np.array_equal(restored, weight)
 
 
 @given(seeds)
@@ -182,7 +227,7 @@ def test_float32_has_no_use_for_row_scaling() -> None:
     assert [node.op_type for node in builder.nodes] == ["MatMul"]
 
 
-INT8 = [DynamicInt8(), StaticInt8({"linear": (-4e4, 4e4)})]
+INT8 = [DynamicInt8(), static((-4e4, 4e4))]
 
 
 @pytest.mark.parametrize("linear", INT8, ids=lambda kind: kind.name)
@@ -216,182 +261,13 @@ def test_an_unknown_precision_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError) as raised:
         make_format("int8-dinamic")
     assert str(raised.value) == (
-        "unknown precision 'int8-dinamic'; did you mean 'int8-dynamic'? "
-        "available: float32, int8-dynamic, int8-static; change --precision"
+        "unknown precision 'int8-dinamic'; did you mean 'int8-dynamic'? available: bfloat16, float16, float32, "
+        "int4-weight, int8-dynamic, int8-static, int8-weight; change --precision"
     )
 
 
 def test_a_static_linear_without_a_range_is_refused_by_name() -> None:
     with pytest.raises(ExportError, match=r"^calibration measured no range for 'layers\.0\.attention\.out'$"):
-        make_format("int8-static", {}).emit(
+        make_format("int8-static").emit(
             GraphBuilder(), "layers.0.attention.out", "hidden", np.ones((2, 2), dtype=np.float32)
         )
-
-
-# Whole graphs: what onnxruntime makes of the nodes, on which speed rests.
-
-CONFIG = small_config()
-LINEARS = {
-    *(
-        f"layers.{layer}.{part}"
-        for layer in range(2)
-        for part in ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
-    ),
-    "head",
-}
-#: The one kernel that computes a linear of each format.
-KERNELS = {"float32": "MatMul", "int8-dynamic": "DynamicQuantizeMatMul", "int8-static": "MatMulIntegerToFloat"}
-
-
-@functools.cache
-def plain_graph() -> BuiltGraph:
-    return build_graph(random_model(CONFIG), Float32())
-
-
-def token_stream(tokens: int) -> np.ndarray:
-    return random_tokens(CONFIG, tokens, seed=1)[0].astype(np.int32)
-
-
-def ranges_of(calibration: Calibration, stream: np.ndarray) -> dict[str, Range]:
-    windows = sample_windows(stream, CONFIG.training_length, calibration)
-    return measure_ranges(
-        plain_graph().model, graph_contract(CONFIG), plain_graph().linear_inputs, windows, calibration
-    )
-
-
-def optimized(precision: str, path: Path) -> onnx.GraphProto:
-    """The graph as onnxruntime rewrites it before running."""
-    graph = build_graph(
-        random_model(CONFIG), make_format(precision, ranges_of(Calibration(windows=2), token_stream(200)))
-    )
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(path / "optimized.onnx")
-    options.log_severity_level = 3  # it warns that such a file is for this machine alone
-    ort.InferenceSession(graph.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return onnx.load(path / "optimized.onnx").graph
-
-
-@pytest.mark.parametrize("precision", LINEAR_FORMATS)
-def test_every_linear_of_the_optimised_graph_is_one_kernel_on_its_stored_weight(precision: str, tmp_path: Path) -> None:
-    graph = optimized(precision, tmp_path)
-    weights = {tensor.name: numpy_helper.to_array(tensor).dtype for tensor in graph.initializer}
-    for linear in LINEARS:
-        users = [node.op_type for node in graph.node if f"{linear}.weight" in node.input]
-        assert users == [KERNELS[precision]], linear
-        assert weights[f"{linear}.weight"] == (np.float32 if precision == "float32" else np.uint8)
-
-
-@pytest.mark.parametrize("precision", LINEAR_FORMATS)
-def test_the_optimised_graph_fuses_norms_and_attention_and_leaves_no_loose_quantization(
-    precision: str, tmp_path: Path
-) -> None:
-    kinds = Counter(node.op_type for node in optimized(precision, tmp_path).node)
-    assert kinds["SimplifiedLayerNormalization"] == 2 * CONFIG.num_hidden_layers + 1
-    assert kinds["GroupQueryAttention"] == CONFIG.num_hidden_layers
-    assert not kinds.keys() & {"DynamicQuantizeLinear", "MatMulInteger", "DequantizeLinear", "Pow", "Sqrt"}
-    assert kinds["QuantizeLinear"] == (len(LINEARS) if precision == "int8-static" else 0)
-
-
-def activations(graph: BuiltGraph, windows: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Every row that enters each linear over the windows, (tokens, C_in): those tensors asked for as outputs."""
-    contract, model = graph_contract(CONFIG), onnx.ModelProto()
-    model.CopyFrom(graph.model)
-    names = sorted(set(graph.linear_inputs.values()))
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    runs = [session.run(names, graph_feeds(contract, window[None])) for window in windows]
-    values = {name: np.concatenate([run[index][0] for run in runs]) for index, name in enumerate(names)}
-    return {linear: values[name] for linear, name in graph.linear_inputs.items()}
-
-
-def test_only_what_stands_behind_a_gate_is_scaled_by_row() -> None:
-    graph = build_graph(random_model(CONFIG), DynamicInt8())
-    seen = activations(graph, sample_windows(token_stream(100), CONFIG.training_length, Calibration(windows=2)))
-    for linear, rows in seen.items():
-        peaks = np.abs(rows).max(axis=1)
-        if linear.endswith("feed_forward.down"):
-            np.testing.assert_array_equal(peaks, 1)
-        else:
-            assert len(np.unique(peaks)) > 1
-
-
-# Calibration.
-
-
-@pytest.mark.parametrize("method", CALIBRATION_METHODS)
-def test_every_calibration_method_measures_every_linear(method: str) -> None:
-    calibration, stream = Calibration(method, windows=6), token_stream(300)
-    found = ranges_of(calibration, stream)
-    assert found.keys() == LINEARS
-    seen = activations(plain_graph(), sample_windows(stream, CONFIG.training_length, calibration))
-    for linear, (low, high) in found.items():
-        values = seen[linear]
-        extent = np.abs(values).max()
-        covered = np.mean((values >= low - 1e-5 * extent) & (values <= high + 1e-5 * extent))
-        # Histogram methods may leave out rare values, and no method goes beyond the largest magnitude it has seen.
-        assert covered == 1 if method == "minmax" else covered > 0.99, linear
-        assert -1.01 * extent <= low < 0 < high <= 1.01 * extent, linear
-
-
-def test_minmax_ranges_are_the_extremes_of_what_was_seen() -> None:
-    calibration, stream = Calibration(windows=5, seed=3), token_stream(300)
-    found = ranges_of(calibration, stream)
-    windows = sample_windows(stream, CONFIG.training_length, calibration)
-    for linear, values in activations(plain_graph(), windows).items():
-        np.testing.assert_allclose(found[linear], (values.min(), values.max()), rtol=1e-5)
-
-
-def test_percentile_leaves_out_the_rarest_values() -> None:
-    """It keeps 99.999 %, so with a hundred thousand values the most extreme ones fall outside."""
-    stream = token_stream(8000)
-    minmax, percentile = (ranges_of(Calibration(method, windows=300), stream) for method in ("minmax", "percentile"))
-    for linear in LINEARS:
-        assert percentile[linear][0] > minmax[linear][0] or percentile[linear][1] < minmax[linear][1]
-
-
-@pytest.mark.parametrize("method", CALIBRATION_METHODS)
-def test_windows_of_one_token_have_nothing_to_decode_and_are_measured_all_the_same(method: str) -> None:
-    windows = sample_windows(token_stream(50), 1, Calibration(windows=3))
-    graph, contract = plain_graph(), graph_contract(CONFIG)
-    found = measure_ranges(graph.model, contract, graph.linear_inputs, windows, Calibration(method))
-    for linear, rows in activations(graph, windows).items():
-        np.testing.assert_allclose(found[linear], (rows.min(), rows.max()), rtol=0.05)
-
-
-@given(st.integers(1, 40), st.integers(0, 30), seeds)
-def test_windows_are_pieces_of_the_stream_chosen_by_the_seed(length: int, more: int, seed: int) -> None:
-    stream = np.arange(length + more, dtype=np.int32)
-    calibration = Calibration(windows=7, seed=seed)
-    windows = sample_windows(stream, length, calibration)
-    assert len(windows) == 7
-    for window in windows:
-        assert window.dtype == np.int64
-        np.testing.assert_array_equal(window, np.arange(window[0], window[0] + length))
-    np.testing.assert_array_equal(windows, sample_windows(stream, length, calibration))
-
-
-def test_both_ends_of_the_stream_can_be_drawn() -> None:
-    firsts = {int(window[0]) for window in sample_windows(np.arange(6, dtype=np.int32), 4, Calibration(windows=50))}
-    assert firsts == {0, 1, 2}
-
-
-def test_text_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(CorpusError) as raised:
-        sample_windows(token_stream(15), 16, Calibration())
-    assert str(raised.value) == (
-        "the calibration text has 15 tokens, less than one window of 16; give more with --calibration-data"
-    )
-
-
-def test_an_unknown_calibration_method_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(ExportError) as raised:
-        Calibration("minimax")
-    assert str(raised.value) == (
-        "unknown calibration method 'minimax'; did you mean 'minmax'? "
-        "available: entropy, minmax, percentile; change --calibration-method"
-    )
-
-
-def test_calibrating_on_no_windows_is_refused() -> None:
-    with pytest.raises(ExportError, match=r"^--calibration-windows is 0; at least 1$"):
-        Calibration(windows=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import expe_edge
+from expe_edge.cli.main import main as cli
 
 ROOT = Path(expe_edge.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages(expe_edge.__path__, "expe_edge."))
@@ -67,7 +68,7 @@ def test_generating_loads_nothing_heavy_either(packages: Path, precision: str) -
     assert not top_level_modules(code, str(packages / precision)) & HEAVY
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in sorted(cli.commands))])
 def test_help_loads_neither_numpy_nor_anything_heavier(arguments: list[str]) -> None:
     code = (
         "import sys\n"
@@ -107,7 +108,7 @@ def test_runtime_sources_import_only_what_the_base_install_has(path: Path) -> No
     [
         ("errors.py", ()),
         ("package.py", ("expe_edge.errors.",)),
-        ("settings.py", ("expe_edge.errors.", "expe_edge.encodings.", "yaml")),
+        ("settings.py", ("expe_edge.errors.", "expe_edge.encodings.", "expe_edge.quant.recipe.", "yaml")),
     ],
 )
 def test_shared_modules_import_only_the_standard_library(module: str, allowed: tuple[str, ...]) -> None:

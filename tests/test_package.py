@@ -32,22 +32,17 @@ from expe_edge.package import (
 )
 from expe_edge.runtime import PackageSession
 from tests.conftest import PRECISIONS
+from tests.manifests import edit_manifest, read_manifest
 
 DAMAGED = "export the package again"
+#: Precisions that rest on calibration text: for ranges, or for gptq's view of the inputs.
+MEASURED = ("int8-static", "int8-weight", "int4-weight")
 
 
 @pytest.fixture
 def package(packages: Path, tmp_path: Path) -> Path:
     """A copy of a package, to be damaged."""
     return Path(shutil.copytree(packages / "float32", tmp_path / "package"))
-
-
-def edit_manifest(package: Path, without: str = "", **changes: Any) -> None:
-    """Change entries of the manifest, or remove one."""
-    path = package / MANIFEST_FILE
-    values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-    values.pop(without, None)
-    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def refusal(path: Path, opener: Callable[[Path], Any] = read_package) -> str:
@@ -83,7 +78,7 @@ def test_manifest_survives_json(packages: Path, precision: str) -> None:
     assert Manifest.from_json(manifest.to_json(), path) == manifest
     assert manifest.to_json() == path.read_text(encoding="utf-8")
     assert manifest.format_version == FORMAT_VERSION == 1
-    assert (manifest.calibration is not None) is (precision == "int8-static")
+    assert (manifest.calibration is not None) is (precision in MEASURED)
 
 
 def test_missing_package(tmp_path: Path) -> None:
@@ -173,7 +168,11 @@ def test_manifest_that_is_not_text(package: Path) -> None:
     assert refusal(package).startswith(f"{package}: no expe_edge.json in it, so not a package")
 
 
-@pytest.mark.parametrize("name", ["contract", "model", "precision", "files", "training_length", "corpus"])
+#: Entries that every manifest has.
+REQUIRED = [field.name for field in dataclasses.fields(Manifest) if field.default is dataclasses.MISSING]
+
+
+@pytest.mark.parametrize("name", REQUIRED)
 def test_manifest_without_an_entry(package: Path, name: str) -> None:
     edit_manifest(package, without=name)
 
@@ -194,6 +193,8 @@ def test_manifest_without_an_entry(package: Path, name: str) -> None:
         {"model": [1]},
         {"model": "expe"},
         {"corpus": "text"},
+        {"recipe": ["gptq"]},
+        {"kernels": 3},
     ],
     ids=str,
 )
@@ -204,14 +205,47 @@ def test_manifest_with_entries_of_another_kind(package: Path, changes: dict[str,
     assert refusal(package).endswith(f"); {DAMAGED}")
 
 
+def change_a_range(manifest: dict[str, Any]) -> None:
+    manifest["calibration"]["ranges"]["head"][1] *= 2
+
+
+def drop_the_digest(manifest: dict[str, Any]) -> None:
+    del manifest["digest"]
+
+
+def change_a_length(manifest: dict[str, Any]) -> None:
+    manifest["training_length"] += 1
+
+
+def add_an_entry(manifest: dict[str, Any]) -> None:
+    manifest["note"] = "by hand"
+
+
+@pytest.mark.parametrize("change", [change_a_range, drop_the_digest, change_a_length, add_an_entry])
+def test_manifest_edited_by_hand(packages: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The files may all be whole: ranges and sizes that clients and `--ranges-from` rely on stand here alone."""
+    package = Path(shutil.copytree(packages / "int8-static", tmp_path / "package"))
+    manifest = read_manifest(package)
+    change(manifest)
+    (package / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
+
+    assert refusal(package) == f"{package}/expe_edge.json: changed since it was written (its digest differs); {DAMAGED}"
+
+
+def test_manifest_laid_out_otherwise_is_no_damage(package: Path) -> None:
+    values = read_manifest(package)
+    (package / MANIFEST_FILE).write_text(json.dumps(dict(sorted(values.items())), indent=7), encoding="utf-8")
+
+    assert isinstance(read_package(package), Package)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "sub/../../secret", "sub/inside", ""])
 def test_manifest_that_names_files_elsewhere(package: Path, name: str) -> None:
     """Even with the right hash, a file outside the package is never read as one of its own."""
     (package.parent / "secret").write_text("secret", encoding="utf-8")
     (package / "sub").mkdir()
     (package / "sub" / "inside").write_text("secret", encoding="utf-8")
-    files = json.loads((package / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-    edit_manifest(package, files={**files, name: file_hash(package.parent / "secret")})
+    edit_manifest(package, files={**read_manifest(package)["files"], name: file_hash(package.parent / "secret")})
 
     assert refusal(package) == f"{package}: {name} is missing; the package is incomplete, export it again"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from expe_edge.runtime import Completion, Generator, PackageSession, Sampling
 from expe_edge.runtime.session import Step
 from expe_edge.tokenization import train_tokenizer
 from tests.conftest import PRECISIONS
+from tests.manifests import edit_manifest, read_manifest
 
 #: Largest difference of float32 logits: the sums are the same, only their order differs.
 LOGITS_TOLERANCE = 1e-4
@@ -325,9 +325,7 @@ def test_ends_at_end_of_text(packages: Path, tmp_path: Path) -> None:
     closing = whole.tokens[10]
     package = tmp_path / "package"
     shutil.copytree(packages / "float32", package)
-    manifest = json.loads((package / MANIFEST_FILE).read_text(encoding="utf-8"))
-    manifest["model"]["eos_token_id"] = closing
-    (package / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
+    edit_manifest(package, model={**read_manifest(package)["model"], "eos_token_id": closing})
 
     generator = Generator.load(package)
     completion = Completion()

@@ -12,13 +12,13 @@ import click
 
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.errors import ConfigError
-from expe_edge.settings import PRESETS, TrainSettings, make_settings
+from expe_edge.settings import PRESETS, TrainSettings, make_settings, stored_settings
 
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for every setting; its default is the preset's, so None here."""
     for setting in reversed(dataclasses.fields(TrainSettings)):
-        name, shown = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
+        name, shown = setting.metadata.get("flag", "--" + setting.name.replace("_", "-")), setting.metadata["help"]
         if setting.name == "data":
             option = click.option(name, multiple=True, metavar="PATH", help=shown)
         elif setting.name == "positional_parameters":
@@ -28,8 +28,8 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
         elif isinstance(setting.default, bool):
             option = click.option(f"{name}/--no-{name[2:]}", setting.name, default=None, help=shown)
         else:
-            kind = int if setting.default is None else type(setting.default)
-            option = click.option(name, type=kind, default=None, help=shown)
+            kind = setting.metadata.get("kind", type(setting.default))
+            option = click.option(name, setting.name, type=kind, default=None, help=shown)
         command = option(command)
     return command
 
@@ -58,18 +58,26 @@ def train(
 
     Without --data the text is the source code of Python's standard library. Settings come from the preset, the YAML
     file and the flags; the later wins. The same command runs on several processes under torchrun or accelerate.
+
+    With --from, the model, its tokenizer and, in place of a preset's, its settings are those of a checkpoint, which
+    stays as it is. With --quantization-aware too, the model learns to predict the same with its weights rounded.
     """
     require_writable(json_file)
     flags["positional_parameters"] = dict(map(parse_parameter, positional_parameters)) or None
-    make_settings(preset, config_file, flags)  # refuse a bad setting before the slow imports
-    from expe_edge.training import stored_settings
+    if resume and flags["from_checkpoint"] is not None:
+        raise ConfigError("--from starts a new run and --resume continues one; drop one of them")
+    stored = stored_settings(out) if resume else None
+    settings = make_settings(preset, config_file, flags, stored)  # refuse a bad setting before the slow imports
+    from expe_edge.checkpoint import starting_settings
     from expe_edge.training import train as run
 
-    stored = stored_settings(out) if resume else None
-    report = run(make_settings(preset, config_file, flags, stored), out, resume=resume, force=force)
+    if settings.from_checkpoint is not None and not resume:
+        stored = starting_settings(Path(settings.from_checkpoint), settings.rounding)
+        settings = make_settings(preset, config_file, flags, stored)
+    report = run(settings, out, resume=resume, force=force)
     write_json(json_file, report)
     last = report["history"][-1]["loss"] if report["history"] else float("nan")
-    click.echo(f"{out}: {report['parameters']:,} parameters, last loss {last:.3f}")
+    click.echo(f"{out}: {report['parameters']:,} parameters, last loss {last:.4f}")
 
 
 def parse_parameter(text: str) -> tuple[str, Any]:

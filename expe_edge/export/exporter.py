@@ -222,7 +222,6 @@ class Exporter:
         plan = self.plan(recipe)
         self.progress(f"{recipe.name}: building")
         graph = plan.evidence.build(recipe, plan.formats)
-        del graph.model.graph.value_info[:]  # calibration's; a tenth of a small package's overhead
         operators = optimized_operators(graph.model)
         require_kernels(operators, plan.linears)
         self.progress(f"{recipe.name}: validating against {self.source.origin}")

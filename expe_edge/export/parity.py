@@ -91,7 +91,7 @@ def run_graph(
     decoded: int = DECODED,
 ) -> Float:
     """Prefill all but the last `decoded` tokens in chunks, decode the rest one by one; return logits (T, V)."""
-    prefilled = len(tokens) - decoded
+    prefilled = max(len(tokens) - decoded, 0)
     parts = [tokens[begin : min(begin + PREFILL_CHUNK, prefilled)] for begin in range(0, prefilled, PREFILL_CHUNK)]
     parts += [tokens[index : index + 1] for index in range(prefilled, len(tokens))]
     cache, logits = None, []

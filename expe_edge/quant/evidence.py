@@ -135,13 +135,15 @@ class Evidence:
         """
         names = {linear: formats.get(linear, Float32.name) for linear in self.plain.linears}
         table = EMBEDDING_FORMATS[formats.get(EMBEDDING, Float32.name)]
-        return build_graph(
+        graph = build_graph(
             self.weights,
             self.formats(recipe, names),
             embedding=table(self.weights.embedding, recipe.block_size),
             cache=cache_scales(self.observations.cache) if CACHE in formats else None,
             portable=recipe.portable,
         )
+        del graph.model.graph.value_info[:]  # calibration's; a tenth of a small package's overhead
+        return graph
 
     def smoothed(self, recipe: Recipe, names: Mapping[str, str]) -> tuple[Evidence, dict[str, float]]:
         """Return the same model with outliers moved into its weights, and the strength chosen for each linear."""
