@@ -2,7 +2,7 @@
 
     python -m benchmarks.off_the_shelf demo/checkpoint
 
-Needs the `dev` extra and onnx-ir, which onnxruntime's MatMulNBits quantizer imports without requiring it. Every way
+Needs the `dev` extra and onnx-ir, which onnxruntime's MatMulNBits quantizer imports but does not require. Every way
 reads the same held-out documents in the same chunks with a cache; what cannot be made or run is a row with its error.
 """
 
@@ -55,6 +55,10 @@ from expe_edge.tokenization import encode_documents
 #: alone: a plain override in float32 loses content beside growing positions (`python -m benchmarks.precision`).
 FLOAT_TOLERANCE = 1e-3
 AS_IT_IS, PLAIN = "Optimum's export of the class as it is", "Optimum's export of a plain override, as in the paper"
+CAPTION = (
+    "int8 weights beside uint8 activations saturate on x86 CPUs without VNNI (python -m benchmarks.saturation)\n"
+    "linears alone: products with a weight; attention's own products and the embedding stay in float32"
+)
 PREPARED = "float32, quant_pre_process"
 FOLDED, OWN = "this project's float32 graph", "this project's packages"
 
@@ -64,11 +68,11 @@ REFUSED: dict[str, Export] = {
     "float32, unaided": tools.export_by_optimum,
     "float32, accepted, without a cache": tools.export_without_cache,
 }
-#: Section to how its float32 graph is made, and Optimum's quantizers of it; onnxruntime's act on every one.
+#: Section to how its float32 graph is made, and what acts on it as it is; onnxruntime's tools act on all, prepared.
 EXPORTS: dict[str, tuple[Export, dict[str, tools.Quantizer]]] = {
     AS_IT_IS: (tools.export_as_it_is, tools.OPTIMUM),
     PLAIN: (tools.export_plainly, tools.OPTIMUM),
-    FOLDED: (tools.export_folded, {}),
+    FOLDED: (tools.export_folded, tools.POSITIONS_KEPT),
 }
 OURS = tuple(
     Recipe(precision, cache=cache)
@@ -128,22 +132,20 @@ class StoredScorer:
 class Row:
     """What became of one way: the size of its model file and its quality by bucket, or why there is none.
 
-    references: the reference's own results. largest_difference: of a float32 graph's logits, over a whole document.
+    largest_difference: of a float32 graph's logits to PyTorch's, over a whole document.
     """
 
     section: str
     name: str
     bytes: int | None = None
     results: list[BucketResult] = field(default_factory=list)
-    references: list[BucketResult] = field(default_factory=list)
     largest_difference: float | None = None
     error: str | None = None
 
     @property
     def perplexity_change(self) -> float:
         """Relative to the reference, in the worst bucket."""
-        pairs = zip(self.results, self.references, strict=True)
-        return float(np.max([found.perplexity / wanted.perplexity - 1 for found, wanted in pairs]))
+        return float(np.max([result.perplexity_change for result in self.results]))
 
     @property
     def top1(self) -> float:
@@ -208,7 +210,7 @@ class Bench:
         if exact:
             row.largest_difference = self._difference(scorer)
         compared = compare([self.reference, scorer], self.documents, self.byte_lengths, self.lengths)
-        row.references, row.results = (compared.of(name) for name in compared.models)
+        row.results = compared.of(compared.models[1])
 
     def _difference(self, scorer: Scorer) -> float:
         """Return the largest difference of logits to the reference's over one document.
@@ -225,9 +227,9 @@ class Bench:
         return float(differences.max())
 
     def attempt_all(self, section: str, export: Export, theirs: dict[str, tools.Quantizer]) -> None:
-        """Attempt an export to float32 and, if it succeeds, Optimum's quantizers on it, and onnxruntime's.
+        """Attempt an export to float32 and, if it succeeds, `theirs` on it, and onnxruntime's tools.
 
-        onnxruntime's act on the graph prepared as they ask for, where it can be.
+        Those act on the graph prepared as they ask for, where it can be.
         """
         graph = self.attempt(section, "float32", lambda out: export(self.model(), out), exact=True)
         self.quantize(section, graph, theirs)
@@ -294,7 +296,7 @@ def report(bench: Bench) -> Table:
         "nats per token\nSize of the model file, and as a share of this project's float32; perplexity in the worst "
         "bucket; top-1 agreement over all"
     )
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
+    table = Table(title=title, caption=CAPTION, box=box.SIMPLE, padding=(0, 1))
     table.add_column("", no_wrap=True)
     ends = np.array(bench.lengths) * n
     buckets = [f"{start // n}–{end // n} N" for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -331,16 +333,18 @@ def plot(bench: Bench, path: Path) -> None:
     from matplotlib import pyplot
 
     sections = list(dict.fromkeys(row.section for row in bench.rows))
-    figure, panels = pyplot.subplots(2, 2, figsize=(15, 10), layout="constrained", sharex=True, sharey=True)
+    figure, panels = pyplot.subplots(2, 2, figsize=(17, 11), layout="constrained", sharex=True, sharey=True)
     for axes, section in zip(panels.flat, sections, strict=True):
         shown = [row for row in bench.rows if row.section == section and row.results and row.largest_difference is None]
-        for index, row in enumerate(shown):
+        axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+        for row in shown:
             ends, values = zip(*((result.bucket_end, result.kl) for result in row.results), strict=True)
-            axes.plot(ends, values, label=row.name, marker="o", linestyle="-" if index < 10 else "--")
-        axes.set(title=section, xscale="log", yscale="log", xlabel="position, tokens", ylabel="KL, nats per token")
+            axes.plot(ends, values, label=row.name, marker="o")
+        axes.set(title=section, yscale="log", xlabel="position, tokens", ylabel="KL, nats per token")
+        axes.set_xscale("log", base=2)
         axes.axvline(bench.training_length, color="grey", linewidth=1, linestyle=":")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -364,7 +368,9 @@ def main(checkpoint: Path, lengths: str, documents: int, json_file: Path | None,
     print_whole(report(bench), Console())
     for row in bench.rows:
         if row.largest_difference is not None:
-            print(f"{row.section}: float32 logits within {row.largest_difference:.1e} of PyTorch's over {ends[-1]} N")
+            print(
+                f"{row.section}, {row.name}: logits within {row.largest_difference:.1e} of PyTorch's over {ends[-1]} N"
+            )
     versions = {name: version(name) for name in ("torch", "transformers", "optimum", "optimum-onnx", "onnxruntime")}
     found = {"checkpoint": str(checkpoint), "training_length": bench.training_length, "documents": len(bench.documents)}
     write_json(json_file, {**found, "versions": versions, "rows": [row.to_dict() for row in bench.rows]})

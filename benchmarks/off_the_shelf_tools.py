@@ -190,11 +190,20 @@ def calibration_feeds(path: Path, contract: GraphContract, windows: Sequence[np.
     return found
 
 
-def weight_products(path: Path) -> list[str]:
-    """Return the names of the products of activations with a weight, attention's own products left out."""
+def linears(path: Path) -> list[str]:
+    """Return the names of the products of activations with a weight; attention's own products are none of them."""
+    return [node.name for node, _ in _weight_products(path)]
+
+
+def position_products(path: Path) -> list[str]:
+    """Return those linears of this project's graph that compute positions and slopes."""
+    return [node.name for node, weight in _weight_products(path) if ".slope." in weight or weight.endswith(".limbs")]
+
+
+def _weight_products(path: Path) -> list[tuple[onnx.NodeProto, str]]:
     graph = onnx.load(path).graph
     weights = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    return [(n, n.input[1]) for n in graph.node if n.op_type == "MatMul" and n.input[1] in weights]
 
 
 #: Writes what it makes of a float32 graph, given what to calibrate on, into a directory.
@@ -209,10 +218,10 @@ def optimum_dynamic(graph: Path, feeds: list[Feeds], directory: Path, *, target:
     return directory / "model_quantized.onnx"
 
 
-def optimum_static(graph: Path, feeds: list[Feeds], directory: Path, *, method: str, weights_alone: bool) -> Path:
-    """ORTQuantizer, calibrated by its own `fit`; all operators of its default, or products with a weight alone."""
-    chosen = {"operators_to_quantize": ["MatMul"], "nodes_to_quantize": weight_products(graph)}
-    configuration = AutoQuantizationConfig.avx2(is_static=True, per_channel=True, **(chosen if weights_alone else {}))
+def optimum_static(graph: Path, feeds: list[Feeds], directory: Path, *, method: str, linears_alone: bool) -> Path:
+    """ORTQuantizer, calibrated by its own `fit`; all operators of its default, or linears alone."""
+    chosen = {"operators_to_quantize": ["MatMul"], "nodes_to_quantize": linears(graph)}
+    configuration = AutoQuantizationConfig.avx2(is_static=True, per_channel=True, **(chosen if linears_alone else {}))
     quantizer = ORTQuantizer(graph)
     dataset = Dataset.from_list([{name: value[0] for name, value in feed.items()} for feed in feeds])
     ranges = quantizer.fit(
@@ -225,20 +234,40 @@ def optimum_static(graph: Path, feeds: list[Feeds], directory: Path, *, method: 
     return directory / "model_quantized.onnx"
 
 
-def ort_dynamic(graph: Path, feeds: list[Feeds], directory: Path, *, weights: QuantType) -> Path:
+#: Names the nodes of a graph that are to stay in float32.
+Exclude = Callable[[Path], list[str]]
+
+
+def nothing(path: Path) -> list[str]:
+    """Exclude nothing."""
+    del path
+    return []
+
+
+def ort_dynamic(
+    graph: Path, feeds: list[Feeds], directory: Path, *, weights: QuantType, exclude: Exclude = nothing
+) -> Path:
     """onnxruntime's `quantize_dynamic`."""
     del feeds
-    quantize_dynamic(graph, directory / "model.onnx", per_channel=True, weight_type=weights)
+    quantize_dynamic(
+        graph, directory / "model.onnx", per_channel=True, weight_type=weights, nodes_to_exclude=exclude(graph)
+    )
     return directory / "model.onnx"
 
 
 def ort_static(
-    graph: Path, feeds: list[Feeds], directory: Path, *, method: CalibrationMethod, weights_alone: bool
+    graph: Path,
+    feeds: list[Feeds],
+    directory: Path,
+    *,
+    method: CalibrationMethod,
+    linears_alone: bool,
+    exclude: Exclude = nothing,
 ) -> Path:
-    """onnxruntime's `quantize_static`, with all its defaults but one, or for products with a weight alone, in uint8."""
+    """onnxruntime's `quantize_static`, with all its defaults but one, or for linears alone, in uint8."""
     chosen = {
         "op_types_to_quantize": ["MatMul"],
-        "nodes_to_quantize": weight_products(graph),
+        "nodes_to_quantize": linears(graph),
         "activation_type": QuantType.QUInt8,
         "weight_type": QuantType.QUInt8,
     }
@@ -248,7 +277,8 @@ def ort_static(
         _Reader(iter(feeds)),
         per_channel=True,
         calibrate_method=method,
-        **(chosen if weights_alone else {}),
+        nodes_to_exclude=exclude(graph),
+        **(chosen if linears_alone else {}),
     )
     return directory / "model.onnx"
 
@@ -264,7 +294,14 @@ class _Reader(CalibrationDataReader):
 
 
 def ort_blocks(
-    graph: Path, feeds: list[Feeds], directory: Path, *, bits: int, hqq: bool = False, accuracy_level: int | None = None
+    graph: Path,
+    feeds: list[Feeds],
+    directory: Path,
+    *,
+    bits: int,
+    hqq: bool = False,
+    accuracy_level: int | None = None,
+    exclude: Exclude = nothing,
 ) -> Path:
     """onnxruntime's quantizer to MatMulNBits, with this project's block sizes; it needs the package onnx-ir.
 
@@ -280,7 +317,7 @@ def ort_blocks(
         if hqq
         else nbits.DefaultWeightOnlyQuantConfig(block_size=size, bits=bits, accuracy_level=accuracy_level)
     )
-    quantizer = nbits.MatMulNBitsQuantizer(onnx.load(graph), algo_config=configuration)
+    quantizer = nbits.MatMulNBitsQuantizer(onnx.load(graph), nodes_to_exclude=exclude(graph), algo_config=configuration)
     quantizer.process()
     onnx.save(quantizer.model.model, directory / "model.onnx")
     return directory / "model.onnx"
@@ -289,21 +326,21 @@ def ort_blocks(
 OPTIMUM: dict[str, Quantizer] = {
     "Optimum dynamic, avx2": partial(optimum_dynamic, target="avx2"),
     "Optimum dynamic, avx512_vnni": partial(optimum_dynamic, target="avx512_vnni"),
-    "Optimum static, minmax": partial(optimum_static, method="minmax", weights_alone=False),
-    "Optimum static, percentiles": partial(optimum_static, method="percentiles", weights_alone=False),
-    "Optimum static, minmax, weights alone": partial(optimum_static, method="minmax", weights_alone=True),
-    "Optimum static, percentiles, weights alone": partial(optimum_static, method="percentiles", weights_alone=True),
-    "Optimum static, entropy, weights alone": partial(optimum_static, method="entropy", weights_alone=True),
+    "Optimum static, minmax": partial(optimum_static, method="minmax", linears_alone=False),
+    "Optimum static, percentiles": partial(optimum_static, method="percentiles", linears_alone=False),
+    "Optimum static, minmax, linears alone": partial(optimum_static, method="minmax", linears_alone=True),
+    "Optimum static, percentiles, linears alone": partial(optimum_static, method="percentiles", linears_alone=True),
+    "Optimum static, entropy, linears alone": partial(optimum_static, method="entropy", linears_alone=True),
 }
 ONNXRUNTIME: dict[str, Quantizer] = {
     "quantize_dynamic": partial(ort_dynamic, weights=QuantType.QInt8),
     "quantize_dynamic, uint8": partial(ort_dynamic, weights=QuantType.QUInt8),
-    "quantize_static, minmax": partial(ort_static, method=CalibrationMethod.MinMax, weights_alone=False),
-    "quantize_static, minmax, weights alone, uint8": partial(
-        ort_static, method=CalibrationMethod.MinMax, weights_alone=True
+    "quantize_static, minmax": partial(ort_static, method=CalibrationMethod.MinMax, linears_alone=False),
+    "quantize_static, minmax, linears alone, uint8": partial(
+        ort_static, method=CalibrationMethod.MinMax, linears_alone=True
     ),
-    "quantize_static, percentile, weights alone, uint8": partial(
-        ort_static, method=CalibrationMethod.Percentile, weights_alone=True
+    "quantize_static, percentile, linears alone, uint8": partial(
+        ort_static, method=CalibrationMethod.Percentile, linears_alone=True
     ),
     "MatMulNBits int8": partial(ort_blocks, bits=8),
     "MatMulNBits int8, accuracy level 4": partial(ort_blocks, bits=8, accuracy_level=4),
@@ -311,4 +348,14 @@ ONNXRUNTIME: dict[str, Quantizer] = {
     "MatMulNBits int4": partial(ort_blocks, bits=4),
     "MatMulNBits int4, accuracy level 4": partial(ort_blocks, bits=4, accuracy_level=4),
     "MatMulNBits int4, HQQ": partial(ort_blocks, bits=4, hqq=True),
+}
+#: The same, told to leave alone what computes positions in this project's graph.
+POSITIONS_KEPT: dict[str, Quantizer] = {
+    f"{name}, not positions": partial(ONNXRUNTIME[name], exclude=position_products)
+    for name in (
+        "quantize_dynamic, uint8",
+        "quantize_static, minmax, linears alone, uint8",
+        "MatMulNBits int8",
+        "MatMulNBits int4",
+    )
 }
