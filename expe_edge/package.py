@@ -19,8 +19,8 @@ from typing import Any
 
 from expe_edge.errors import ExportError, PackageError
 
-#: Raised by one when a reader of the older format would misread the newer.
-FORMAT_VERSION = 1
+#: Raised by one when a reader of one format would misread the other.
+FORMAT_VERSION = 2
 MANIFEST_FILE = "expe_edge.json"
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -153,6 +153,10 @@ class Manifest:
             version = values["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise PackageError(f"{where}: not a manifest of expe-edge; export the package again") from error
+        if isinstance(version, int) and version < FORMAT_VERSION:
+            raise PackageError(
+                f"{where}: format version {version}, older than {FORMAT_VERSION}; export the package again"
+            )
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise PackageError(
                 f"{where}: format version {version}, newer than {FORMAT_VERSION}, the newest this release reads; "

@@ -77,7 +77,7 @@ def test_manifest_survives_json(packages: Path, precision: str) -> None:
 
     assert Manifest.from_json(manifest.to_json(), path) == manifest
     assert manifest.to_json() == path.read_text(encoding="utf-8")
-    assert manifest.format_version == FORMAT_VERSION == 1
+    assert manifest.format_version == FORMAT_VERSION == 2
     assert (manifest.calibration is not None) is (precision in MEASURED)
 
 
@@ -137,14 +137,20 @@ def test_model_that_no_runtime_can_open(package: Path) -> None:
     assert message.startswith(f"{package}/model.onnx: onnxruntime {ort.__version__} cannot open it (")
 
 
-@pytest.mark.parametrize("version", [2, 99, 2.5, "2"])
+@pytest.mark.parametrize("version", [3, 99, 2.5, "2"])
 def test_newer_format(package: Path, version: object) -> None:
     edit_manifest(package, format_version=version, something_new={"that": "old releases do not know"})
 
     assert refusal(package) == (
-        f"{package}/expe_edge.json: format version {version}, newer than 1, the newest this release reads; "
+        f"{package}/expe_edge.json: format version {version}, newer than 2, the newest this release reads; "
         "upgrade expe-edge"
     )
+
+
+def test_older_format(package: Path) -> None:
+    edit_manifest(package, format_version=1)
+
+    assert refusal(package) == f"{package}/expe_edge.json: format version 1, not 2; {DAMAGED}"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '"text"', "{}", '{"files": {}}'])

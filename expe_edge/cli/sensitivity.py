@@ -7,7 +7,10 @@ from pathlib import Path
 import click
 
 from expe_edge.cli.output import PATH, require_plot, require_writable, write_json
-from expe_edge.quant.recipe import BLOCK_SIZES, PRECISIONS, SOLVERS, Recipe
+from expe_edge.quant.recipe import BLOCK_SIZES, PRECISIONS, SOLVERS, Recipe, require_known
+
+#: Precisions that a single weight can be measured in.
+MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"))
 
 
 @click.command(short_help="Measure what each weight costs when quantized.")
@@ -18,11 +21,12 @@ from expe_edge.quant.recipe import BLOCK_SIZES, PRECISIONS, SOLVERS, Recipe
     multiple=True,
     default=("int8-dynamic", "int4-weight"),
     show_default=True,
-    metavar="|".join(name for name in PRECISIONS if name not in ("float32", "auto")),
+    metavar="|".join(MEASURABLE),
     help="Format to measure every weight in; repeatable.",
 )
 @click.option("--solver", metavar="|".join(SOLVERS), help="For int*-weight.")
 @click.option("--block-size", type=int, help=f"For int*-weight: {', '.join(map(str, BLOCK_SIZES))}.")
+@click.option("--calibration-windows", default=32, show_default=True, help="Windows of one training length, for gptq.")
 @click.option("--length", default=1, show_default=True, help="Length of each text, in training lengths.")
 @click.option("--documents", default=32, show_default=True, help="Most texts: beginnings of documents.")
 @click.option("--data", multiple=True, metavar="PATH", help="Text to measure on; else the training text.")
@@ -35,6 +39,7 @@ def sensitivity(
     precisions: tuple[str, ...],
     solver: str | None,
     block_size: int | None,
+    calibration_windows: int,
     length: int,
     documents: int,
     data: tuple[str, ...],
@@ -50,6 +55,8 @@ def sensitivity(
     require_writable(json_file)
     require_plot(plot_file)
     formats = list(dict.fromkeys(precisions))
+    for name in formats:
+        require_known("precision", name, MEASURABLE)
     (recipe, *_) = [Recipe(name, solver=solver, block_size=block_size) for name in formats]
     from rich.console import Console
 
@@ -61,7 +68,7 @@ def sensitivity(
 
     exporter = open_exporter(
         source,
-        calibration=Calibration(seed=seed),
+        calibration=Calibration(windows=calibration_windows, seed=seed),
         calibration_data=data,
         text_field=text_field,
         progress=lambda line: click.echo(line, err=True),

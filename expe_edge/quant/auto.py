@@ -114,14 +114,18 @@ def best_within(size: int, options: Options, measure: Callable[[Sequence[Sensiti
             f"--max-size {size} is out of reach: the smallest choice of formats takes {smallest.size} bytes, at "
             f"{smallest.kl:.2g} nats per token; raise it, or train a smaller model"
         )
+    best, tried = smallest, set()
     limit = float(size - (smallest.size - sum(one.bytes for one in smallest.chosen)))
     for _ in range(ATTEMPTS):
-        chosen = knapsack(options, weight=lambda one: one.bytes, price=lambda one: one.kl, limit=limit)
-        found = measure(chosen) if chosen else smallest
-        if found.size <= size:
-            return found
-        limit -= found.size - size
-    return smallest
+        chosen = tuple(knapsack(options, weight=lambda one: one.bytes, price=lambda one: one.kl, limit=limit))
+        if not chosen or chosen in tried:
+            break
+        tried.add(chosen)
+        found = measure(chosen)
+        if found.size <= size and found.kl < best.kl:
+            best = found
+        limit += size - found.size  # nodes take more or less room with other formats
+    return best
 
 
 def knapsack(
