@@ -154,9 +154,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise PackageError(f"{where}: not a manifest of expe-edge; export the package again") from error
         if isinstance(version, int) and version < FORMAT_VERSION:
-            raise PackageError(
-                f"{where}: format version {version}, older than {FORMAT_VERSION}; export the package again"
-            )
+            raise PackageError(f"{where}: format version {version}, not {FORMAT_VERSION}; export the package again")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise PackageError(
                 f"{where}: format version {version}, newer than {FORMAT_VERSION}, the newest this release reads; "

@@ -241,8 +241,8 @@ DAMAGED_PACKAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "{path}: no expe_edge.json in it, so not a package; make one with export",
     ),
     "newer": (
-        set_json(MANIFEST_FILE, format_version=2),
-        "{path}/expe_edge.json: format version 2, newer than 1, the newest this release reads; upgrade expe-edge",
+        set_json(MANIFEST_FILE, format_version=3),
+        "{path}/expe_edge.json: format version 3, newer than 2, the newest this release reads; upgrade expe-edge",
     ),
     "half the manifest": (
         rewrite(MANIFEST_FILE, lambda data: data[: len(data) // 2]),
