@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from expe_edge.errors import CorpusError, ExportError
 from expe_edge.export.graph import graph_contract
+from expe_edge.quant.blocks import BLOCK_SIZE
 from expe_edge.quant.calibration import (
     CALIBRATION_METHODS,
     ORT_METHODS,
@@ -29,7 +30,7 @@ from expe_edge.quant.channels import CacheScales, Range
 from expe_edge.quant.evidence import Evidence
 from expe_edge.quant.formats import FormatOptions, StaticInt8
 from expe_edge.quant.recipe import Recipe
-from expe_edge.quant.solvers import gptq
+from expe_edge.quant.solvers import refined_gptq
 from tests.graphs import CONFIG, LINEARS, inputs_of, plain_graph, random_weights, run_linear, run_text, token_stream
 from tests.strategies import seeds
 
@@ -104,7 +105,7 @@ def test_gptq_sees_the_moments_of_its_own_linear() -> None:
     found = evidence(Calibration(windows=8), token_stream(300))
     formats = found.formats(Recipe("int4-weight", solver="gptq"), dict.fromkeys(LINEARS, "int4-weight"))
     for name, linear in plain_graph().linears.items():
-        expected = gptq(linear.weight.T, 4, 64, found.observations.inputs[name].moments)
+        expected = refined_gptq(linear.weight.T, 4, BLOCK_SIZE[4], found.observations.inputs[name].moments)
         np.testing.assert_array_equal(formats[name].restored(name, linear.weight), expected.restored().T)
 
 

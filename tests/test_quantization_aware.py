@@ -283,9 +283,9 @@ def test_the_record_says_what_the_weights_are_for(checkpoint: Path, tmp_path: Pa
     train(settings_from(checkpoint, quantization_aware="int4-weight", max_steps=1), tmp_path / "out")
 
     recorded = json.loads((tmp_path / "out" / "training.json").read_text())["settings"]
-    assert (recorded["quantization_aware"], recorded["block_size"]) == ("int4-weight", 64)
+    assert (recorded["quantization_aware"], recorded["block_size"]) == ("int4-weight", blocks.BLOCK_SIZE[4])
     assert recorded["from_checkpoint"] == str(checkpoint)
-    assert load_checkpoint(tmp_path / "out").rounding == WeightRounding("int4-weight", 64)
+    assert load_checkpoint(tmp_path / "out").rounding == WeightRounding("int4-weight", blocks.BLOCK_SIZE[4])
     assert load_checkpoint(checkpoint).rounding is None
 
 

@@ -19,7 +19,17 @@ from expe_edge.quant.blocks import (
     widest_scale,
 )
 from expe_edge.quant.recipe import SOLVERS as SOLVER_NAMES
-from expe_edge.quant.solvers import MOMENT_SOLVERS, SOLVERS, BlockQuantizer, gptq
+from expe_edge.quant.solvers import (
+    MOMENT_SOLVERS,
+    NARROWEST,
+    SOLVERS,
+    WIDEST,
+    BlockQuantizer,
+    descend,
+    gptq,
+    refined_gptq,
+    refit_scales,
+)
 from tests.graphs import normal
 from tests.strategies import seeds
 
@@ -85,10 +95,62 @@ def test_gptq_fits_the_scale_of_a_block_to_the_inputs_that_count(seed: int, bits
     assert weighted_error(gptq(matrix, bits, 16, np.diag(power)), matrix, power) < 1.001 * best
 
 
+@settings(max_examples=40)
+@given(seeds, widths, bits)
+def test_refitted_scales_are_the_best_for_their_codes(seed: int, width: tuple[int, int], bits: int) -> None:
+    """Moving any scale a little either way gains nothing, but what storing it in half precision cost."""
+    columns, block = width
+    matrix, moments = normal(seed, 6, columns), correlated_moments(seed + 1, columns)
+    solved = round_to_nearest(matrix, bits, block)
+    found = refit_scales(matrix, solved, moments)
+    np.testing.assert_array_equal(found.codes, solved.codes)
+    change = found.scale / solved.scale
+    assert ((change > 0.999 * NARROWEST) & (change < 1.001 * WIDEST)).all()
+    least = output_error(found, matrix, moments)
+    assert least <= output_error(solved, matrix, moments) * 1.0001
+    for index in range(found.scale.shape[1]):
+        for factor in (0.99, 1.01):
+            moved = found.scale.copy()
+            moved[:, index] *= factor
+            assert output_error(found._replace(scale=moved), matrix, moments) > 0.999 * least
+
+
+@settings(max_examples=40)
+@given(seeds, widths, bits)
+def test_no_single_code_can_be_chosen_better_in_the_end(seed: int, width: tuple[int, int], bits: int) -> None:
+    columns, block = width
+    matrix, moments = normal(seed, 2, columns), correlated_moments(seed + 1, columns)
+    solved = round_to_nearest(matrix, bits, block)
+    for _ in range(40):
+        solved = descend(matrix, previous := solved, moments)
+        assert output_error(solved, matrix, moments) <= output_error(previous, matrix, moments) * 1.000001
+        if np.array_equal(solved.codes, previous.codes):
+            break
+    else:
+        pytest.fail("codes still change")
+    least = output_error(solved, matrix, moments)
+    for at in range(columns):
+        for step in (-1, 1):
+            codes = solved.codes.copy()
+            flat = codes.reshape(2, -1)[:, at]
+            flat[:] = np.clip(flat.astype(int) + step, 1 if bits == 8 else 0, (1 << bits) - 1)
+            assert output_error(solved._replace(codes=codes), matrix, moments) >= 0.999999 * least
+
+
+@settings(max_examples=40)
+@given(seeds, widths, bits)
+def test_refinement_lowers_what_gptq_leaves(seed: int, width: tuple[int, int], bits: int) -> None:
+    columns, block = width
+    matrix, moments = normal(seed, 24, columns), correlated_moments(seed + 1, columns)
+    damped = moments + np.eye(columns) * 0.01 * np.diag(moments).mean()
+    refined, solved = (solver(matrix, bits, block, moments) for solver in (refined_gptq, gptq))
+    assert output_error(refined, matrix, damped) < 0.98 * output_error(solved, matrix, damped)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_is_deterministic(bits: int) -> None:
     matrix, moments = normal(0, 8, 40), correlated_moments(1, 40)
-    first, second = (gptq(matrix.copy(), bits, 16, moments.copy()) for _ in range(2))
+    first, second = (refined_gptq(matrix.copy(), bits, 16, moments.copy()) for _ in range(2))
     np.testing.assert_array_equal(first.codes, second.codes)
     np.testing.assert_array_equal(first.scale, second.scale)
 
@@ -99,7 +161,7 @@ def test_inputs_that_are_always_zero_do_no_harm(seed: int, bits: int, dead: set[
     matrix, moments = normal(seed, 8, 40), correlated_moments(seed, 40)
     moments[list(dead)] = 0
     moments[:, list(dead)] = 0
-    solved, rounded = gptq(matrix, bits, 16, moments), round_to_nearest(matrix, bits, 16)
+    solved, rounded = refined_gptq(matrix, bits, 16, moments), round_to_nearest(matrix, bits, 16)
     assert np.isfinite(solved.scale).all()
     assert np.abs(solved.restored() - matrix).max() < 4 * np.abs(matrix).max()
     assert output_error(solved, matrix, moments) <= output_error(rounded, matrix, moments)
@@ -109,16 +171,16 @@ def test_inputs_that_are_always_zero_do_no_harm(seed: int, bits: int, dead: set[
 def test_a_matrix_and_inputs_of_zeros_stay_zero(bits: int) -> None:
     zeros = np.zeros((4, 24), dtype=np.float32)
     for matrix, moments in ((zeros, np.eye(24)), (zeros, np.zeros((24, 24)))):
-        np.testing.assert_array_equal(gptq(matrix, bits, 16, moments).restored(), zeros)
+        np.testing.assert_array_equal(refined_gptq(matrix, bits, 16, moments).restored(), zeros)
     ones = np.ones((4, 24), dtype=np.float32)
-    np.testing.assert_allclose(gptq(ones, bits, 16, np.zeros((24, 24))).restored(), ones, rtol=1e-3)
+    np.testing.assert_allclose(refined_gptq(ones, bits, 16, np.zeros((24, 24))).restored(), ones, rtol=1e-3)
 
 
 @given(seeds, bits, st.integers(1, 70), st.sampled_from([16, 32, 64]))
 @settings(max_examples=30)
 def test_the_padding_of_the_last_block_stays_zero(seed: int, bits: int, columns: int, block: int) -> None:
     matrix, moments = normal(seed, 3, columns), correlated_moments(seed, max(columns, 4))[:columns, :columns]
-    found = gptq(matrix, bits, block, moments)
+    found = refined_gptq(matrix, bits, block, moments)
     assert found.columns == columns
     assert found.restored().shape == matrix.shape
     assert (found.codes.reshape(3, -1)[:, columns:] == midpoint(bits)).all()

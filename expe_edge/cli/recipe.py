@@ -11,10 +11,19 @@ import click
 
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.errors import ExportError
-from expe_edge.quant.recipe import BLOCK_SIZES, CACHES, EMBEDDINGS, PRECISIONS, SOLVERS, Recipe
+from expe_edge.quant.recipe import (
+    BLOCK_SIZES,
+    CACHES,
+    CALIBRATION_WINDOWS,
+    EMBEDDINGS,
+    PRECISIONS,
+    SOLVERS,
+    Recipe,
+)
 
 if TYPE_CHECKING:
     from expe_edge.export.exporter import ExportedPackage
+    from expe_edge.quant.auto import Choice
 
 #: Sizes as people write them.
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
@@ -59,7 +68,12 @@ _OPTIONS = (
         metavar="minmax|percentile|entropy|output-error",
         help="Ranges of int8-static.",
     ),
-    click.option("--calibration-windows", default=32, show_default=True, help="Windows of one training length."),
+    click.option(
+        "--calibration-windows",
+        default=CALIBRATION_WINDOWS,
+        show_default=True,
+        help="Texts of one training length.",
+    ),
     click.option("--ranges-from", type=PATH, metavar="PACKAGE", help="Use the ranges of a package of this model."),
     click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet."),
     click.option("--seed", default=0, show_default=True, help="Which windows calibrate."),
@@ -129,8 +143,14 @@ def report(package: ExportedPackage) -> None:
 
         from expe_edge.reporting import print_whole, sensitivity_table
 
-        click.echo(f"chosen by what each weight costs alone; together {package.choice.kl:.2g} nats per token:")
+        click.echo(f"chosen by what each weight costs alone; together {describe(package.choice)}:")
         print_whole(sensitivity_table(package.choice.chosen), Console())
+
+
+def describe(choice: Choice) -> str:
+    """What a choice costs as a whole."""
+    loss = choice.loss
+    return f"{loss.kl:.2g} nats per token, the loss on text {loss.rise:+.2g} ± {loss.rise_stderr:.1g}"
 
 
 def parse_size(text: str | None) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from expe_edge.cli.output import PATH, require_plot, require_writable, write_json
-from expe_edge.quant.recipe import BLOCK_SIZES, PRECISIONS, SOLVERS, Recipe, require_known
+from expe_edge.quant.recipe import BLOCK_SIZES, CALIBRATION_WINDOWS, PRECISIONS, SOLVERS, Recipe, require_known
 
 #: Precisions that a single weight can be measured in.
 MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"))
@@ -26,7 +26,12 @@ MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"
 )
 @click.option("--solver", metavar="|".join(SOLVERS), help="For int*-weight.")
 @click.option("--block-size", type=int, help=f"For int*-weight: {', '.join(map(str, BLOCK_SIZES))}.")
-@click.option("--calibration-windows", default=32, show_default=True, help="Windows of one training length, for gptq.")
+@click.option(
+    "--calibration-windows",
+    default=CALIBRATION_WINDOWS,
+    show_default=True,
+    help="Texts of one training length, for gptq.",
+)
 @click.option("--length", default=1, show_default=True, help="Length of each text, in training lengths.")
 @click.option("--documents", default=32, show_default=True, help="Most texts: beginnings of documents.")
 @click.option("--data", multiple=True, metavar="PATH", help="Text to measure on; else the training text.")
@@ -57,7 +62,7 @@ def sensitivity(
     formats = list(dict.fromkeys(precisions))
     for name in formats:
         require_known("precision", name, MEASURABLE)
-    (recipe, *_) = [Recipe(name, solver=solver, block_size=block_size) for name in formats]
+    recipe = Recipe(formats[0], solver=solver, block_size=block_size)
     from rich.console import Console
 
     from expe_edge.export.exporter import open_exporter

@@ -39,7 +39,7 @@ from expe_edge.package import (
     write_package,
 )
 from expe_edge.progress import counted
-from expe_edge.quant.auto import LINEAR_CANDIDATES, Choice, candidates_of, choose
+from expe_edge.quant.auto import LINEAR_CANDIDATES, TEXTS, Choice, candidates_of, choose
 from expe_edge.quant.calibration import Calibration
 from expe_edge.quant.channels import Range
 from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
@@ -215,7 +215,7 @@ class Exporter:
     def _choose(self, recipe: Recipe) -> Choice:
         measurements = sum(map(len, candidates_of(self.evidence).values()))
         with counted("measuring weights", measurements) as advance:
-            return choose(self.evidence, recipe, self.text.beginnings(), advance)
+            return choose(self.evidence, recipe, self.text.beginnings(1, TEXTS), advance)
 
     def write(self, recipe: Recipe, path: Path, *, force: bool) -> ExportedPackage:
         """Build, verify, validate and write one package."""

@@ -36,7 +36,7 @@ class CalibrationText:
         stream = np.concatenate(encode_documents(self.tokenizer, self.corpus.training))
         return sample_windows(stream, self.training_length, self.calibration)
 
-    def beginnings(self, length: int = 1, count: int = 32) -> list[Ids]:
+    def beginnings(self, length: int, count: int) -> list[Ids]:
         """Return the first `length`·N tokens of up to `count` random documents of the training text.
 
         Raises:

@@ -15,7 +15,7 @@ Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
 
 #: Columns of a block where nothing else is asked for, by bits: 8 bits hold more without help from a near scale.
-BLOCK_SIZE = {4: 64, 8: 128}
+BLOCK_SIZE = {4: 32, 8: 128}
 #: Normal numbers of half precision; a scale in between is stored in it.
 SMALLEST_HALF, LARGEST_HALF = 2.0**-14, 65504.0
 

@@ -26,6 +26,7 @@ from expe_edge.package import GraphContract
 from expe_edge.quant.blocks import Double, Float
 from expe_edge.quant.channels import CacheScales, Range
 from expe_edge.quant.formats import LinearFormat
+from expe_edge.quant.recipe import CALIBRATION_WINDOWS
 
 Ids = npt.NDArray[np.int64]
 #: Inputs of a graph by name.
@@ -55,7 +56,7 @@ class Calibration:
     """How ranges are measured. windows: texts of one training length each. seed: which windows."""
 
     method: str = "minmax"
-    windows: int = 32
+    windows: int = CALIBRATION_WINDOWS
     seed: int = 0
 
     def __post_init__(self) -> None:

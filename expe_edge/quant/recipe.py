@@ -13,6 +13,8 @@ CACHES = ("float32", "int8")
 SOLVERS = ("rtn", "gptq")
 DEFAULT_SOLVER = "gptq"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+#: Texts of one training length each that calibration runs on (GPTQ's paper takes as many).
+CALIBRATION_WINDOWS = 128
 #: Precisions that `reduce_range` changes.
 SEVEN_BIT = ("int8-dynamic", "int8-static")
 #: Bits of the weights of the precisions that store integers, and those of them that have a scale for each block.

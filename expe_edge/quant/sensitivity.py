@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from expe_edge.export.sizes import measure_parts
 from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
 from expe_edge.quant.formats import LINEAR_FORMATS
 from expe_edge.quant.recipe import Recipe
-from expe_edge.statistics import divergence
+from expe_edge.statistics import log_divergence, log_softmax
 
 Ids = npt.NDArray[np.int64]
 
@@ -43,6 +43,18 @@ class Sensitivity:
         return dataclasses.asdict(self)
 
 
+class Loss(NamedTuple):
+    """What a graph loses against float32, nats per token: means over texts with their standard errors.
+
+    kl: KL divergence of its predictions. rise: of the loss on the text itself; below 0 where it predicts that better.
+    """
+
+    kl: float
+    kl_stderr: float
+    rise: float
+    rise_stderr: float
+
+
 @dataclass
 class Divergence:
     """Measures graphs of one model against its float32 graph on fixed texts.
@@ -58,17 +70,27 @@ class Divergence:
         """The float32 logits (T, V) of every text."""
         return self._run(self.evidence.plain.model, int8_cache=False)
 
-    def of(self, model: onnx.ModelProto, *, int8_cache: bool = False) -> tuple[float, float]:
-        """Return the mean KL divergence of a graph, nats per token, and its standard error over texts."""
+    def of(self, model: onnx.ModelProto, *, int8_cache: bool = False) -> Loss:
+        """Return what `model` loses."""
         found = self._run(model, int8_cache=int8_cache)
-        means = np.array([divergence(a, b).mean() for a, b in zip(self.expected, found, strict=True)])
-        spread = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else np.nan
-        return float(means.mean()), float(spread)
+        divergences, rises = [], []
+        for before, after, tokens in zip(self.expected, found, self.texts, strict=True):
+            expected, predicted = log_softmax(before), log_softmax(after)
+            divergences.append(log_divergence(expected, predicted).mean())
+            lost = (expected - predicted)[range(len(tokens) - 1), tokens[1:]]
+            rises.append(lost.sum() / max(len(lost), 1))
+        return Loss(*_mean(divergences), *_mean(rises))
 
     def _run(self, model: onnx.ModelProto, *, int8_cache: bool) -> list[npt.NDArray[np.float32]]:
         contract = graph_contract(self.evidence.weights.config, int8_cache=int8_cache)
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         return [run_graph(session, contract, tokens) for tokens in self.texts]
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error; NaN for that of one value."""
+    spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return float(np.mean(values)), float(spread)
 
 
 def weights_of(evidence: Evidence) -> list[str]:
@@ -95,8 +117,9 @@ def measure_sensitivity(
     for weight, formats in candidates.items():
         for name in formats:
             graph = evidence.build(recipe, {weight: name})
-            kl, spread = measure.of(graph.model, int8_cache=weight == CACHE)
-            results.append(Sensitivity(weight, name, kl, spread, stored_bytes(evidence, graph, weight, name)))
+            loss = measure.of(graph.model, int8_cache=weight == CACHE)
+            size = stored_bytes(evidence, graph, weight, name)
+            results.append(Sensitivity(weight, name, loss.kl, loss.kl_stderr, size))
             advance()
     return results
 
