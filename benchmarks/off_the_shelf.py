@@ -46,7 +46,7 @@ from expe_edge.package import MODEL_FILE, GraphContract
 from expe_edge.progress import counted
 from expe_edge.quant.calibration import Calibration, sample_windows
 from expe_edge.quant.recipe import Recipe
-from expe_edge.reporting import print_whole, short
+from expe_edge.reporting import drawing, print_whole, short
 from expe_edge.runtime.session import PREFILL_CHUNK
 from expe_edge.scoring import CheckpointScorer, Scorer, open_scorer
 from expe_edge.tokenization import encode_documents
@@ -327,11 +327,7 @@ def cells(row: Row, base: int | None) -> list[str]:
 
 def plot(bench: Bench, path: Path) -> None:
     """Draw KL divergence against length, a panel for each section, into `path`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     sections = list(dict.fromkeys(row.section for row in bench.rows))
     figure, panels = pyplot.subplots(2, 2, figsize=(17, 11), layout="constrained", sharex=True, sharey=True)
     for axes, section in zip(panels.flat, sections, strict=True):

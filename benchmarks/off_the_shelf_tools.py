@@ -6,7 +6,7 @@ they wrote. `benchmarks.off_the_shelf` runs and compares them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod
+from onnxruntime.quantization.calibrate import CalibrationMethod
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.onnx.model_configs import LlamaOnnxConfig
@@ -35,6 +35,7 @@ from expe_edge.modeling import Attention, ExPEForCausalLM
 from expe_edge.package import GraphContract
 from expe_edge.positional import Heads
 from expe_edge.quant.blocks import BLOCK_SIZE
+from expe_edge.quant.calibration import FeedsReader
 from expe_edge.quant.formats import Float32
 
 Feeds = dict[str, np.ndarray]
@@ -274,23 +275,13 @@ def ort_static(
     quantize_static(
         graph,
         directory / "model.onnx",
-        _Reader(iter(feeds)),
+        FeedsReader(iter(feeds)),
         per_channel=True,
         calibrate_method=method,
         nodes_to_exclude=exclude(graph),
         **(chosen if linears_alone else {}),
     )
     return directory / "model.onnx"
-
-
-class _Reader(CalibrationDataReader):
-    """Feeds through the interface that `quantize_static` asks for."""
-
-    def __init__(self, feeds: Iterator[Feeds]) -> None:
-        self.feeds = feeds
-
-    def get_next(self) -> Feeds | None:
-        return next(self.feeds, None)
 
 
 def ort_blocks(

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from expe_edge import comparison as comparing
 from expe_edge.comparison import BucketResult, Comparison
 from expe_edge.export.exporter import export
-from expe_edge.package import read_package
+from expe_edge.package import Package, read_package
 from expe_edge.progress import counted
 from expe_edge.quant.recipe import Recipe
 from expe_edge.reporting import comparison_table, plot_comparison, print_whole, short
@@ -84,7 +83,7 @@ def measure(paths: list[Path], lengths: list[int], documents: int) -> Comparison
         return comparing.compare(scorers, chosen, byte_lengths, lengths, advance=advance)
 
 
-def summarize(name: str, path: Path, reference: Path, results: list[BucketResult]) -> Row:
+def summarize(name: str, package: Package, reference: Package, results: list[BucketResult]) -> Row:
     """Reduce a package's buckets to one row."""
     divergences = [result.kl for result in results]
     farthest = max(results, key=lambda result: abs(result.perplexity_change))
@@ -94,21 +93,11 @@ def summarize(name: str, path: Path, reference: Path, results: list[BucketResult
         flatness=divergences[-1] / divergences[0],
         perplexity=farthest.perplexity_change,
         perplexity_stderr=farthest.perplexity_change_stderr,
-        size=package_size(path) / package_size(reference),
-        cache=cache_width(path) / cache_width(reference),
+        size=package.size / reference.size,
+        cache=package.manifest.contract.cache_bytes / reference.manifest.contract.cache_bytes,
         top1=min(result.top1 for result in results),
         top1_clear=min(result.top1_clear for result in results),
     )
-
-
-def package_size(path: Path) -> int:
-    """Bytes of all files of a package."""
-    return sum(file.stat().st_size for file in path.iterdir())
-
-
-def cache_width(path: Path) -> int:
-    """Bytes of one number in a package's cache."""
-    return np.dtype(read_package(path).manifest.contract.cache_dtype).itemsize
 
 
 def table(rows: list[Row]) -> Table:
@@ -141,9 +130,10 @@ def main(checkpoint: Path, out: Path, lengths: str, documents: int) -> None:
     """Export, compare, print both tables; write results.json and quantization.png into OUT."""
     paths = make_packages(checkpoint, out)
     result = measure(paths, [int(part) for part in lengths.split(",")], documents)
+    reference, *others = map(read_package, paths)
     rows = [
-        summarize(name, path, paths[0], result.of(name))
-        for name, path in zip(result.models[1:], paths[1:], strict=True)
+        summarize(name, package, reference, result.of(name))
+        for name, package in zip(result.models[1:], others, strict=True)
     ]
     console = Console()
     print_whole(comparison_table(result), console)

@@ -10,15 +10,11 @@ from pathlib import Path
 
 import click
 import numpy as np
-import onnxruntime as ort
 
-from expe_edge.checkpoint import load_checkpoint
-from expe_edge.export.fold import extract_weights
-from expe_edge.export.graph import build_graph, graph_contract
-from expe_edge.export.parity import run_graph
-from expe_edge.quant.calibration import Calibration, measure_ranges, sample_windows
-from expe_edge.quant.formats import DynamicInt8, Float32, FormatOptions, LinearFormat, StaticInt8
-from expe_edge.statistics import divergence
+from expe_edge.export.exporter import open_exporter
+from expe_edge.export.graph import build_graph
+from expe_edge.quant.formats import DynamicInt8, FormatOptions, StaticInt8
+from expe_edge.quant.sensitivity import Divergence
 from expe_edge.tokenization import encode_documents
 
 
@@ -39,31 +35,15 @@ class PlainStatic(StaticInt8):
 @click.option("--documents", default=8, show_default=True)
 def main(checkpoint: Path, documents: int) -> None:
     """Print, as JSON lines, the mean KL divergence over held-out documents up to 16 N, with and without."""
-    opened = load_checkpoint(checkpoint)
-    corpus, contract = opened.corpus(), graph_contract(opened.config)
-    length = 16 * opened.config.training_length
-    texts = [ids[:length].astype(np.int64) for ids in encode_documents(opened.tokenizer, corpus.held_out)]
-    texts = [tokens for tokens in texts if len(tokens) == length][:documents]
-    weights = extract_weights(opened.model, folded=True)
-    calibration, plain = Calibration(), build_graph(weights, Float32())
-    stream = np.concatenate(encode_documents(opened.tokenizer, corpus.training))
-    windows = sample_windows(stream, opened.config.training_length, calibration)
-    ranges = measure_ranges(plain, contract, windows, calibration)
-
-    options = FormatOptions(ranges=ranges)
-
-    def logits(linear: LinearFormat) -> np.ndarray:
-        proto = build_graph(weights, linear).model
-        session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-        return np.concatenate([run_graph(session, contract, tokens) for tokens in texts])
-
-    reference = logits(Float32())
+    exporter = open_exporter(checkpoint)
+    evidence, length = exporter.evidence, 16 * exporter.config.training_length
+    texts = encode_documents(exporter.source.tokenizer, exporter.text.corpus.held_out)
+    texts = [ids[:length].astype(np.int64) for ids in texts if len(ids) >= length][:documents]
+    measure, options = Divergence(evidence, texts), FormatOptions(ranges=evidence.ranges)
     for kind in (DynamicInt8(), PlainDynamic(), StaticInt8(options), PlainStatic(options)):
-        divergences = divergence(reference, logits(kind)).reshape(len(texts), -1).mean(axis=1)
-        spread = float(divergences.std(ddof=1) / len(texts) ** 0.5)
+        loss = measure.of(build_graph(evidence.weights, kind).model)
         scaled = type(kind) in (DynamicInt8, StaticInt8)
-        mean = float(divergences.mean())
-        print(json.dumps({"format": kind.name, "row_scaling": scaled, "mean_kl": mean, "kl_stderr": spread}))
+        print(json.dumps({"format": kind.name, "row_scaling": scaled, "mean_kl": loss.kl, "kl_stderr": loss.kl_stderr}))
 
 
 if __name__ == "__main__":

@@ -30,14 +30,13 @@ def inspection_tables(package: Package) -> Iterator[Table]:
 
 def _summary(package: Package) -> dict[str, str]:
     manifest, model = package.manifest, package.manifest.model
-    size = sum(file.stat().st_size for file in package.path.iterdir())
     options = {name: value for name, value in manifest.recipe.items() if value and name != "precision"}
     return {
         "path": str(package.path),
         "precision": manifest.precision,
         "options": ", ".join(f"{name} {value}" for name, value in options.items()) or "defaults",
-        "cache": f"{manifest.contract.cache_dtype}, {_cache_bytes(manifest):,} bytes a token",
-        "size": f"{size:,} bytes in {len(manifest.files) + 1} files",
+        "cache": f"{manifest.contract.cache_dtype}, {manifest.contract.cache_bytes:,} bytes a token",
+        "size": f"{package.size:,} bytes in {len(manifest.files) + 1} files",
         "model": f"{model['num_hidden_layers']} layers, width {model['hidden_size']}, vocabulary {model['vocab_size']}",
         "encoding": f"{model['positional']}, {_settings(model['positional_parameters'])}",
         "positions": f"{manifest.positions}{_code(manifest.position_code)}",
@@ -52,12 +51,6 @@ def _settings(parameters: Mapping[str, Any]) -> str:
 
 def _code(code: Mapping[str, int] | None) -> str:
     return f", as {code['limbs']} integer limbs of {code['bits']} bits" if code else ""
-
-
-def _cache_bytes(manifest: Manifest) -> int:
-    contract = manifest.contract
-    width = {"float32": 4, "int8": 1}[contract.cache_dtype]
-    return 2 * contract.layers * contract.key_value_heads * contract.head_size * width
 
 
 def _parts(parts: Sequence[Mapping[str, Any]]) -> Table:

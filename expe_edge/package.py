@@ -25,6 +25,9 @@ MANIFEST_FILE = "expe_edge.json"
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 
+#: Bytes of a number in the cache, by dtype.
+CACHE_ITEM_BYTES = {"float32": 4, "int8": 1}
+
 #: A dimension is a number, or the name of a symbolic axis.
 Shape = tuple[int | str, ...]
 
@@ -82,6 +85,11 @@ class GraphContract:
     def present_names(self) -> tuple[str, ...]:
         """Names of the cache outputs, in the order of `past_names`."""
         return tuple(spec.name for spec in self._cache("present", "total_sequence"))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one token's keys and values, in all layers."""
+        return 2 * self.layers * self.key_value_heads * self.head_size * CACHE_ITEM_BYTES[self.cache_dtype]
 
     def _cache(self, prefix: str, axis: str) -> tuple[TensorSpec, ...]:
         shape: Shape = ("batch", self.key_value_heads, axis, self.head_size)
@@ -186,6 +194,11 @@ class Package:
     manifest: Manifest
 
     @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
+    @property
     def model_path(self) -> Path:
         """The graph."""
         return self.path / MODEL_FILE
@@ -194,6 +207,11 @@ class Package:
     def tokenizer_path(self) -> Path:
         """The tokenizer."""
         return self.path / TOKENIZER_FILE
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return major and minor number of a version, for comparing."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def is_package(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -30,6 +30,16 @@ def bucket_name(result: BucketResult, training_length: int) -> str:
 def short(value: float, digits: int) -> str:
     """Write a small number in scientific notation without padding its exponent: 3.8e-4."""
     return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def drawing() -> Any:
+    """Return matplotlib.pyplot, which takes a second to import, drawing into files alone."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -71,11 +81,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
     """Draw perplexity and KL divergence against length, with standard errors, into `path`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     reference = comparison.models[0]
     for model in comparison.models:
@@ -121,11 +127,7 @@ def _sensitivity_cell(result: Sensitivity | None) -> str:
 
 def plot_sensitivity(results: Sequence[Sensitivity], path: Path) -> None:
     """Draw a bar for each weight and format into `path`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     weights = list(dict.fromkeys(result.weight for result in results))
     formats = list(dict.fromkeys(result.format for result in results))
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * len(weights)), layout="constrained")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from expe_edge.cli.recipe import parse_size
-from expe_edge.errors import ExportError
+from expe_edge.errors import ConfigError, ExportError
 from expe_edge.quant.blocks import BLOCK_SIZE
 from expe_edge.quant.formats import LINEAR_FORMATS, ChannelInt8
 from expe_edge.quant.recipe import (
@@ -98,7 +98,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "message"), REFUSALS, ids=lambda value: str(value) if value else "")
 def test_a_recipe_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+    with pytest.raises((ConfigError, ExportError), match=f"^{re.escape(message)}$"):
         Recipe(**options)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from expe_edge.cli.output import PATH, require_plot, require_writable, write_json
+from expe_edge.cli.output import PATH, report_written, require_plot, require_writable, write_json
 from expe_edge.errors import ConfigError
 
 
@@ -58,9 +58,7 @@ def compare(
     write_json(json_file, result.to_dict())
     if plot_file is not None:
         plot_comparison(result, plot_file)
-    for file in (json_file, plot_file):
-        if file is not None:
-            click.echo(f"wrote {file}", err=True)
+    report_written(json_file, plot_file)
 
 
 def parse_lengths(text: str) -> list[int]:

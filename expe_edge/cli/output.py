@@ -12,8 +12,6 @@ from expe_edge.errors import ConfigError
 
 #: A path option or argument; whether it exists is for the command to say, in its own words.
 PATH = click.Path(path_type=Path)
-
-
 #: Formats of `--plot`.
 PLOT_SUFFIXES = (".png", ".svg")
 
@@ -24,6 +22,13 @@ def write_json(path: Path | None, value: Any) -> None:
         return
     require_writable(path)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def report_written(*files: Path | None) -> None:
+    """Name the files that were asked for."""
+    for file in files:
+        if file is not None:
+            click.echo(f"wrote {file}", err=True)
 
 
 def require_writable(path: Path | None) -> None:

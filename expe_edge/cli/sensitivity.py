@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from expe_edge.cli.output import PATH, require_plot, require_writable, write_json
+from expe_edge.cli.output import PATH, report_written, require_plot, require_writable, write_json
 from expe_edge.quant.recipe import BLOCK_SIZES, CALIBRATION_WINDOWS, PRECISIONS, SOLVERS, Recipe, require_known
 
 #: Precisions that a single weight can be measured in.
@@ -78,7 +78,7 @@ def sensitivity(
         text_field=text_field,
         progress=lambda line: click.echo(line, err=True),
     )
-    texts = exporter.text.beginnings(length, documents)
+    texts = exporter.text.beginnings((length,), documents)
     candidates = default_candidates(exporter.evidence, formats)
     with counted("measuring weights", sum(map(len, candidates.values()))) as advance:
         results = measure_sensitivity(exporter.evidence, recipe, candidates, texts, advance)
@@ -86,6 +86,4 @@ def sensitivity(
     write_json(json_file, {"tokens": sum(map(len, texts)), "results": [result.to_dict() for result in results]})
     if plot_file is not None:
         plot_sensitivity(results, plot_file)
-    for file in (json_file, plot_file):
-        if file is not None:
-            click.echo(f"wrote {file}", err=True)
+    report_written(json_file, plot_file)

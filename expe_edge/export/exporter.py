@@ -24,7 +24,7 @@ from expe_edge.export.graph import BuiltGraph
 from expe_edge.export.hub import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
 from expe_edge.export.parity import DECODED, Parity, measure_parity, require_parity
-from expe_edge.export.plan import Plan, oldest_onnxruntime, release
+from expe_edge.export.plan import Plan, oldest_onnxruntime
 from expe_edge.export.portable import require_portable
 from expe_edge.export.sizes import measure_parts
 from expe_edge.export.source import Source, open_source
@@ -33,13 +33,15 @@ from expe_edge.package import (
     MODEL_FILE,
     TOKENIZER_FILE,
     Manifest,
+    Package,
     read_package,
+    release,
     require_absent,
     seal_package,
     write_package,
 )
 from expe_edge.progress import counted
-from expe_edge.quant.auto import LINEAR_CANDIDATES, TEXTS, Choice, candidates_of, choose
+from expe_edge.quant.auto import LINEAR_CANDIDATES, Choice, candidates_of, choose
 from expe_edge.quant.calibration import Calibration
 from expe_edge.quant.channels import Range
 from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
@@ -50,6 +52,8 @@ POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.
 PARITY_LENGTHS = 16
 CONTEXT_LENGTHS = 64
+#: Texts that `auto` measures single weights on, one training length each, and the whole model on, as long as there are.
+TEXTS, LONGER_TEXTS, LONGER = 32, 64, (4, 2, 1)
 #: Files of the source's tokenizer that a package carries.
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 
@@ -176,7 +180,7 @@ class Exporter:
 
     def _refuse_text(self, recipe: Recipe) -> None:
         """Raise `CorpusError` or `ExportError` where there is too little text to calibrate on."""
-        formats = set(LINEAR_CANDIDATES) if recipe.precision == "auto" else {recipe.precision}
+        formats = _possible(recipe)
         ranges = any(LINEAR_FORMATS[name].calibrated for name in formats) and self.evidence.given_ranges is None
         moments = any(needs_moments(name, recipe.solver or DEFAULT_SOLVER) for name in formats)
         if not (ranges or moments or recipe.smoothing or recipe.cache == "int8"):
@@ -190,8 +194,7 @@ class Exporter:
     @staticmethod
     def _refuse_onnxruntime(recipe: Recipe) -> None:
         """Raise `ExportError` where this onnxruntime has no kernels for `recipe`, to validate it with."""
-        linears = set(LINEAR_CANDIDATES) if recipe.precision == "auto" else {recipe.precision}
-        needed = oldest_onnxruntime(recipe, linears)
+        needed = oldest_onnxruntime(recipe, _possible(recipe))
         if release(ort.__version__) < release(needed):
             raise ExportError(
                 f"{recipe.name} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it, or choose "
@@ -214,8 +217,9 @@ class Exporter:
 
     def _choose(self, recipe: Recipe) -> Choice:
         measurements = sum(map(len, candidates_of(self.evidence).values()))
+        texts, longer = self.text.beginnings((1,), TEXTS), self.text.beginnings(LONGER, LONGER_TEXTS)
         with counted("measuring weights", measurements) as advance:
-            return choose(self.evidence, recipe, self.text.beginnings(1, TEXTS), advance)
+            return choose(self.evidence, recipe, texts, longer, advance)
 
     def write(self, recipe: Recipe, path: Path, *, force: bool) -> ExportedPackage:
         """Build, verify, validate and write one package."""
@@ -233,7 +237,7 @@ class Exporter:
         manifest = self._manifest(plan, graph, parity, operators)
         with write_package(path, force=force) as directory:
             self._fill(directory, graph.model, manifest)
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = Package(path, manifest).size
         return ExportedPackage(path, recipe.name, size, parity, self.source.origin, plan.linears, plan.choice)
 
     @cached_property
@@ -289,3 +293,8 @@ class Exporter:
                 shutil.copyfile(self.source.path / name, directory / name)
         write_client_files(directory, self.config, manifest.contract, manifest.context_length)
         seal_package(directory, manifest)
+
+
+def _possible(recipe: Recipe) -> set[str]:
+    """Return the formats that linears may get."""
+    return set(LINEAR_CANDIDATES) if recipe.precision == "auto" else {recipe.precision}

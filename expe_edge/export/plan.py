@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expe_edge.export.graph import HEAD, graph_contract
-from expe_edge.package import GraphContract
+from expe_edge.package import GraphContract, release
 from expe_edge.quant.auto import Choice
 from expe_edge.quant.calibration import cache_scales
 from expe_edge.quant.evidence import EMBEDDING, Evidence
@@ -85,8 +85,3 @@ def oldest_onnxruntime(recipe: Recipe, linears: set[str]) -> str:
     else:
         needed = [SINCE_INT8_CACHE if recipe.cache == "int8" else SINCE_BIAS, *(kind.since for kind in kinds)]
     return max(needed, key=release)
-
-
-def release(version: str) -> tuple[int, ...]:
-    """Major and minor number of a version, for comparing."""
-    return tuple(int(part) for part in version.split(".")[:2])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -36,26 +38,28 @@ class CalibrationText:
         stream = np.concatenate(encode_documents(self.tokenizer, self.corpus.training))
         return sample_windows(stream, self.training_length, self.calibration)
 
-    def beginnings(self, length: int, count: int) -> list[Ids]:
-        """Return the first `length`·N tokens of up to `count` random documents of the training text.
+    def beginnings(self, lengths: Sequence[int], count: int) -> list[Ids]:
+        """Return the beginnings of up to `count` random documents of the training text.
+
+        Args:
+            lengths: in training lengths; the first that any document has is that of all beginnings.
 
         Raises:
             CorpusError: no document is that long.
         """
-        tokens = length * self.training_length
+        for length in lengths:
+            if found := list(islice(self._beginnings(length * self.training_length), count)):
+                return found
+        raise CorpusError(f"no document of {lengths[-1] * self.training_length} tokens to measure on; give longer text")
+
+    def _beginnings(self, tokens: int) -> Iterator[Ids]:
         # A token is at least one byte, so shorter texts need not be encoded.
         documents = [document for document in self.corpus.training if len(document.text.encode()) >= tokens - 1]
         np.random.default_rng(self.calibration.seed).shuffle(documents)
-        chosen: list[Ids] = []
         for document in documents:
             (ids,) = encode_documents(self.tokenizer, [document])
             if len(ids) >= tokens:
-                chosen.append(ids[:tokens].astype(np.int64))
-            if len(chosen) == count:
-                break
-        if not chosen:
-            raise CorpusError(f"no document of {tokens} tokens to measure on; give longer text")
-        return chosen
+                yield ids[:tokens].astype(np.int64)
 
     def longest(self, tokens: int) -> Ids:
         """Return the longest document, held-out if there is one, cut or repeated to `tokens` tokens."""

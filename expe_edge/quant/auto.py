@@ -24,8 +24,6 @@ from expe_edge.quant.sensitivity import Divergence, Loss, Sensitivity, measure_s
 #: What a weight may become, and the embedding.
 LINEAR_CANDIDATES = ("int4-weight", "int8-weight", "float16")
 EMBEDDING_CANDIDATES = ("int4", "int8", "float16")
-#: Texts for each single weight, whose divergence is known well from few, and for the whole model.
-WEIGHT_TEXTS, TEXTS = 32, 128
 #: The budget is counted in this many units.
 UNITS = 4000
 #: How much of a budget of divergence the loss on text may rise by, and how sure of that to be: one-sided, 95 %.
@@ -74,20 +72,24 @@ def candidates_of(evidence: Evidence) -> dict[str, tuple[str, ...]]:
 
 
 def choose(
-    evidence: Evidence, recipe: Recipe, texts: Sequence[Ids], advance: Callable[[], None] = lambda: None
+    evidence: Evidence,
+    recipe: Recipe,
+    texts: Sequence[Ids],
+    longer: Sequence[Ids] | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Choice:
     """Choose within `recipe.budget_kl` or `recipe.max_size`.
 
     Args:
-        texts: token ids (T,) to measure on, all of one length: the whole model on all of them, single weights on the
-            first `WEIGHT_TEXTS`. advance: called after each measurement of a weight.
+        texts: token ids (T,) to measure single weights on, all of one length. longer: the same for the whole model,
+            by default the same texts. advance: called after each measurement of a weight.
 
     Raises:
         ExportError: a budget that nothing meets; the message has the best that can be had.
     """
-    measured = measure_sensitivity(evidence, recipe, candidates_of(evidence), texts[:WEIGHT_TEXTS], advance)
+    measured = measure_sensitivity(evidence, recipe, candidates_of(evidence), texts, advance)
     options = [[one for one in measured if one.weight == weight] for weight in weights_of(evidence)]
-    divergence, int8_cache = Divergence(evidence, texts), recipe.cache == "int8"
+    divergence, int8_cache = Divergence(evidence, longer or texts), recipe.cache == "int8"
 
     def measure(chosen: Sequence[Sensitivity]) -> Choice:
         formats = {one.weight: one.format for one in chosen}

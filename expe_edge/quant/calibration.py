@@ -82,7 +82,6 @@ class Observations(NamedTuple):
 
     inputs: dict[str, Observed]
     cache: list[CacheScales]
-    tokens: int
 
 
 def sample_windows(stream: npt.NDArray[np.int32], length: int, calibration: Calibration) -> list[Ids]:
@@ -105,7 +104,6 @@ def observe(
     graph: BuiltGraph,
     contract: GraphContract,
     windows: Sequence[Ids],
-    advance: Callable[[], None] = lambda: None,
 ) -> Observations:
     """Run the float32 `graph` over `windows` and return what its linears and its cache saw."""
     tensors = sorted({linear.input for linear in graph.linears.values()})
@@ -126,10 +124,9 @@ def observe(
         assert cache is not None
         found = [np.abs(array[0]).max(axis=1) for array in cache]  # (Hkv, D)
         peaks = [np.maximum(a, b) for a, b in zip(peaks, found, strict=True)] if peaks else found
-        advance()
     inputs = {name: watchers[linear.input].observed() for name, linear in graph.linears.items()}
     layers = [CacheScales(*pair) for pair in zip(peaks[0::2], peaks[1::2], strict=True)]
-    return Observations(inputs, layers, sum(map(len, windows)))
+    return Observations(inputs, layers)
 
 
 class _Watcher:
@@ -190,9 +187,9 @@ def measure_ranges(
         session = ort.InferenceSession(str(plain), providers=["CPUExecutionProvider"])
         with redirect_stdout(sys.stderr):  # the histogram methods print what they do
             # They also stack what one call collects, so each call gets feeds of one shape.
-            calibrator.collect_data(_Reader(graph_feeds(contract, window[None]) for window in windows))
+            calibrator.collect_data(FeedsReader(graph_feeds(contract, window[None]) for window in windows))
             if len(windows[0]) > 1:
-                calibrator.collect_data(_Reader(_decode_feeds(session, contract, window) for window in windows))
+                calibrator.collect_data(FeedsReader(_decode_feeds(session, contract, window) for window in windows))
             data = calibrator.compute_data().data
     return {name: _bounds(data[linear.input]) for name, linear in graph.linears.items()}
 
@@ -257,7 +254,7 @@ def _decode_feeds(session: ort.InferenceSession, contract: GraphContract, window
     return graph_feeds(contract, window[None, -1:], cache)
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime publishes no types
+class FeedsReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime publishes no types
     """Feeds through the interface that the calibrators ask for."""
 
     def __init__(self, feeds: Iterator[Feeds]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -60,6 +60,7 @@ class Evidence:
     windows: Callable[[], Sequence[Ids]]
     given_ranges: Mapping[str, Range] | None = None
     progress: Callable[[str], None] = lambda _: None
+    _quantizers: dict[tuple[str, int | None], BlockQuantizer] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def contract(self) -> GraphContract:
@@ -119,7 +120,7 @@ class Evidence:
         """Return the format of each linear, given their names, ready to build a graph."""
         wanted = set(names.values())
         solver = recipe.solver or DEFAULT_SOLVER
-        blocks = BlockQuantizer(solver, recipe.block_size)
+        blocks = self._quantizers.setdefault((solver, recipe.block_size), BlockQuantizer(solver, recipe.block_size))
         if any(needs_moments(name, solver) for name in wanted):
             blocks.moments = self.moments
         ranges = self.ranges if any(LINEAR_FORMATS[name].calibrated for name in wanted) else {}

@@ -127,8 +127,7 @@ def measure_sensitivity(
 def stored_bytes(evidence: Evidence, graph: BuiltGraph, weight: str, name: str) -> int:
     """Return the bytes of `weight` in `graph`."""
     if weight == CACHE:
-        config = evidence.weights.config
-        return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
+        return graph_contract(evidence.weights.config, int8_cache=True).cache_bytes
     parts = measure_parts(graph.model, dict.fromkeys(graph.linears, name), name)
     return sum(part["bytes"] for part in parts if part["part"] == weight)
 

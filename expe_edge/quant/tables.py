@@ -36,6 +36,14 @@ class Table(ABC):
     def restored(self) -> Float:
         """Return the matrix as looked up, (V, C)."""
 
+    def dequantize(self, graph: GraphBuilder, codes: str, ids: str, zero_point: int, name: str) -> str:
+        """Append the nodes that turn `codes` (B, T, …, n) of `ids` into floats, by the scales (…) of their rows."""
+        levels = graph.op("Cast", codes, name="embedding.codes", to=FLOAT)
+        levels = graph.op("Sub", levels, graph.scalar(zero_point), name="embedding.levels")
+        steps = graph.op("Gather", self.scale, ids, name="embedding.steps")
+        steps = graph.op("Unsqueeze", steps, graph.ints(-1), name="embedding.steps")
+        return graph.op("Mul", levels, steps, name=name)
+
 
 @dataclass
 class FloatTable(Table):
@@ -63,11 +71,7 @@ class ChannelTable(Table):
         self.weight = graph.weight(WEIGHT, self.matrix.values.T)
         self.scale = graph.scales(SCALE, self.matrix.scale)
         codes = graph.op("Gather", self.weight, ids, name="embedding")
-        levels = graph.op("Cast", codes, name="embedding.codes", to=FLOAT)
-        levels = graph.op("Sub", levels, graph.scalar(self.matrix.zero_point), name="embedding.levels")
-        steps = graph.op("Gather", self.scale, ids, name="embedding.steps")
-        steps = graph.op("Unsqueeze", steps, graph.ints(-1), name="embedding.steps")
-        return graph.op("Mul", levels, steps, name="embedding.restored")
+        return self.dequantize(graph, codes, ids, self.matrix.zero_point, "embedding.restored")
 
     def restored(self) -> Float:
         return self.matrix.restored().T
@@ -86,11 +90,7 @@ class BlockTable(Table):
         codes = graph.op("Gather", self.weight, ids, name="embedding")  # (B, T, blocks, bytes)
         if matrix.bits == 4:
             codes = self._unpack(graph, codes, 0, 0, 0, matrix.block_size)
-        levels = graph.op("Cast", codes, name="embedding.codes", to=FLOAT)
-        levels = graph.op("Sub", levels, graph.scalar(midpoint(matrix.bits)), name="embedding.levels")
-        steps = graph.op("Gather", self.scale, ids, name="embedding.steps")
-        steps = graph.op("Unsqueeze", steps, graph.ints(-1), name="embedding.steps")
-        blocks = graph.op("Mul", levels, steps, name="embedding.blocks")
+        blocks = self.dequantize(graph, codes, ids, midpoint(matrix.bits), "embedding.blocks")
         rows = graph.op("Reshape", blocks, graph.ints(0, 0, -1), name="embedding.restored")
         if matrix.columns % matrix.block_size == 0:
             return rows

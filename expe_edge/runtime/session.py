@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError
-from expe_edge.package import GraphContract, Package, read_package
+from expe_edge.package import GraphContract, Package, read_package, release
 from expe_edge.runtime.cache import Cache, make_cache
 
 Ids = npt.NDArray[np.int64]
@@ -109,7 +109,7 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
             "or use --device cpu"
         )
     needed = package.manifest.requires_onnxruntime
-    if _release(ort.__version__) < _release(needed):
+    if release(ort.__version__) < release(needed):
         raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
@@ -126,8 +126,3 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     if session.get_providers()[0] != provider:
         raise GenerationError(f"--device {device}: {provider} found no device; use --device cpu")
     return session
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Major and minor number of a version."""
-    return tuple(int(part) for part in version.split(".")[:2])
