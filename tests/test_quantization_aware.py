@@ -431,6 +431,10 @@ REFUSALS = {
         ("--hidden-size", "32"),
         "hidden_size is 32, but 64 in the run of {checkpoint}; drop the option, or --from",
     ),
+    "a preset": (
+        ("--preset", "small"),
+        "--preset small has no meaning with --from, whose settings hold; drop it",
+    ),
     "resuming": (("--resume",), "--from starts a new run and --resume continues one; drop one of them"),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.errors import ConfigError
@@ -66,6 +67,9 @@ def train(
     flags["positional_parameters"] = dict(map(parse_parameter, positional_parameters)) or None
     if resume and flags["from_checkpoint"] is not None:
         raise ConfigError("--from starts a new run and --resume continues one; drop one of them")
+    given = click.get_current_context().get_parameter_source("preset") is ParameterSource.COMMANDLINE
+    if given and flags["from_checkpoint"] is not None:
+        raise ConfigError(f"--preset {preset} has no meaning with --from, whose settings hold; drop it")
     stored = stored_settings(out) if resume else None
     settings = make_settings(preset, config_file, flags, stored)  # refuse a bad setting before the slow imports
     from expe_edge.checkpoint import starting_settings
