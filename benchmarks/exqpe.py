@@ -46,13 +46,15 @@ def packages_of(checkpoint: Path, out: Path) -> dict[str, list[Path]]:
     }
 
 
-def measure_seed(runs: Path, out: Path, seed: int, lengths: list[int], documents: int) -> dict[str, dict[str, Any]]:
+def measure_seed(
+    runs: Path, out: Path, seed: int, lengths: list[int], documents: int, threads: int | None
+) -> dict[str, dict[str, Any]]:
     """Return, for every way, results by precision and the bytes that positions take."""
     found: dict[str, dict[str, Any]] = {}
     for encoding in ("expe", "exqpe"):
         packages = packages_of(train(runs, encoding, seed, []), out / f"{encoding}-seed{seed}")
         paths = [*packages["folded"], *packages["inline"]]
-        comparison = measure(paths, lengths, documents)
+        comparison = measure(paths, lengths, documents, threads)
         results = dict(zip(paths, (comparison.of(model) for model in comparison.models), strict=True))
         for way, (trained, positions) in WAYS.items():
             if trained == encoding:
@@ -96,11 +98,12 @@ def table(seeds: Sequence[Mapping[str, dict[str, Any]]], buckets: list[str]) -> 
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--lengths", default="1,2,4,8,16,32,64", show_default=True)
 @click.option("--documents", default=8, show_default=True)
-def main(out: Path, runs: Path | None, seeds: str, lengths: str, documents: int) -> None:
+@click.option("--threads", type=int, help="Threads of each session.")
+def main(out: Path, runs: Path | None, seeds: str, lengths: str, documents: int, threads: int | None) -> None:
     """Train, export, compare; print the table and write results.json into OUT."""
     ends = [int(end) for end in lengths.split(",")]
     out.mkdir(parents=True, exist_ok=True)
-    found = [measure_seed(runs or out, out, int(seed), ends, documents) for seed in seeds.split(",")]
+    found = [measure_seed(runs or out, out, int(seed), ends, documents, threads) for seed in seeds.split(",")]
     first: list[BucketResult] = found[0]["ExPE folded"]["results"]["float32"]
     print_whole(table(found, [bucket_name(result, first[0].bucket_end // ends[0]) for result in first]), Console())
     report = [

@@ -74,9 +74,9 @@ def make_packages(checkpoint: Path, out: Path) -> list[Path]:
     return found
 
 
-def measure(paths: list[Path], lengths: list[int], documents: int) -> Comparison:
+def measure(paths: list[Path], lengths: list[int], documents: int, threads: int | None = None) -> Comparison:
     """Compare all packages on the held-out documents of the first."""
-    scorers = [open_scorer(path) for path in paths]
+    scorers = [open_scorer(path, threads) for path in paths]
     tokens = lengths[-1] * scorers[0].training_length + 1
     chosen, byte_lengths = comparing.long_documents(scorers[0], (), "text", tokens, documents)
     with counted("comparing", len(chosen)) as advance:
@@ -126,10 +126,11 @@ def table(rows: list[Row]) -> Table:
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--lengths", default="1,2,4,8,16,32,64", show_default=True)
 @click.option("--documents", default=8, show_default=True)
-def main(checkpoint: Path, out: Path, lengths: str, documents: int) -> None:
+@click.option("--threads", type=int, help="Threads of each session.")
+def main(checkpoint: Path, out: Path, lengths: str, documents: int, threads: int | None) -> None:
     """Export, compare, print both tables; write results.json and quantization.png into OUT."""
     paths = make_packages(checkpoint, out)
-    result = measure(paths, [int(part) for part in lengths.split(",")], documents)
+    result = measure(paths, [int(part) for part in lengths.split(",")], documents, threads)
     reference, *others = map(read_package, paths)
     rows = [
         summarize(name, package, reference, result.of(name))

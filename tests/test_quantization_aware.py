@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from expe_edge.checkpoint import load_checkpoint, starting_settings
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.export.contract import graph_feeds
-from expe_edge.export.exporter import export
+from expe_edge.export.exporter import export, open_exporter
 from expe_edge.export.fold import extract_weights
 from expe_edge.export.graph import HEAD, build_graph, graph_contract
 from expe_edge.export.source import open_source
@@ -30,10 +30,11 @@ from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.package import read_package
 from expe_edge.positional import ExPE
 from expe_edge.quant import blocks
+from expe_edge.quant.calibration import Calibration
 from expe_edge.quant.channels import quantize_channels
 from expe_edge.quant.formats import Float32, FormatOptions, make_format
 from expe_edge.quant.recipe import WEIGHT_BITS, Recipe, WeightRounding
-from expe_edge.quant.solvers import BlockQuantizer
+from expe_edge.quant.solvers import BlockQuantizer, refined_gptq
 from expe_edge.quant.tables import EMBEDDING_FORMATS
 from expe_edge.quantization_aware import FakeQuantizer, distillation_loss, round_to_nearest, round_weights
 from expe_edge.settings import TrainSettings, make_settings
@@ -399,6 +400,19 @@ def test_positions_left_inside_are_not_what_was_trained(fine_tuned: Path) -> Non
 def test_a_recipe_takes_from_training_what_it_leaves_open(recipe: Recipe, settled: Recipe) -> None:
     assert recipe.settled(WeightRounding("int4-weight", 32)) == settled
     assert recipe.settled(None) == recipe
+
+
+def test_a_mixture_rounds_what_was_trained_for_it_to_the_nearest_and_solves_the_rest(fine_tuned: Path) -> None:
+    exporter = open_exporter(fine_tuned, calibration=Calibration(windows=8))
+    names = dict.fromkeys(exporter.evidence.plain.linears, "int8-weight") | {"head": "int4-weight"}
+    formats = exporter.evidence.formats(Recipe("auto", max_size=1), names)
+    for linear, plain in exporter.evidence.plain.linears.items():
+        weight = plain.weight
+        if linear == "head":
+            expected = blocks.round_to_nearest(weight.T, 4, 256)
+        else:
+            expected = refined_gptq(weight.T, 8, blocks.BLOCK_SIZE[8], exporter.evidence.moments[linear])
+        np.testing.assert_array_equal(formats[linear].restored(linear, weight), expected.restored().T)
 
 
 # Bad input.

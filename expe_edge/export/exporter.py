@@ -45,8 +45,8 @@ from expe_edge.quant.auto import LINEAR_CANDIDATES, Choice, candidates_of, choos
 from expe_edge.quant.calibration import Calibration
 from expe_edge.quant.channels import Range
 from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
-from expe_edge.quant.formats import LINEAR_FORMATS, needs_moments
-from expe_edge.quant.recipe import DEFAULT_SOLVER, Recipe
+from expe_edge.quant.formats import LINEAR_FORMATS
+from expe_edge.quant.recipe import Recipe
 
 POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.
@@ -151,7 +151,9 @@ class Exporter:
             raise ExportError(
                 "positions at the embedding pass through every norm and cannot be folded; use --positions inline"
             )
-        self.evidence = Evidence(source.weights, text.calibration, lambda: text.windows, progress=progress)
+        self.evidence = Evidence(
+            source.weights, text.calibration, lambda: text.windows, rounding=source.rounding, progress=progress
+        )
 
     def take_ranges(self, package: Path) -> None:
         """Use the static ranges of another package of the same model."""
@@ -182,7 +184,7 @@ class Exporter:
         """Raise `CorpusError` or `ExportError` where there is too little text to calibrate on."""
         formats = _possible(recipe)
         ranges = any(LINEAR_FORMATS[name].calibrated for name in formats) and self.evidence.given_ranges is None
-        moments = any(needs_moments(name, recipe.solver or DEFAULT_SOLVER) for name in formats)
+        moments = self.evidence.needs_moments(recipe, formats)
         if not (ranges or moments or recipe.smoothing or recipe.cache == "int8"):
             return
         _ = self.text.windows

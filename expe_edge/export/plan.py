@@ -10,7 +10,7 @@ from expe_edge.package import GraphContract, release
 from expe_edge.quant.auto import Choice
 from expe_edge.quant.calibration import cache_scales
 from expe_edge.quant.evidence import EMBEDDING, Evidence
-from expe_edge.quant.formats import LINEAR_FORMATS, needs_moments
+from expe_edge.quant.formats import LINEAR_FORMATS
 from expe_edge.quant.recipe import DEFAULT_SOLVER, Recipe
 
 #: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.
@@ -60,11 +60,10 @@ class Plan:
     def measured(self) -> dict[str, Any] | None:
         """Return what was measured on calibration text for this package; None where nothing was."""
         found: dict[str, Any] = {}
-        solver = self.recipe.solver or DEFAULT_SOLVER
         if any(LINEAR_FORMATS[name].calibrated for name in self.linears.values()):
             found["ranges"] = {name: list(bounds) for name, bounds in self.evidence.ranges.items()}
-        if any(needs_moments(name, solver) for name in self.linears.values()):
-            found["solver"] = solver
+        if self.evidence.needs_moments(self.recipe, set(self.linears.values())):
+            found["solver"] = self.recipe.solver or DEFAULT_SOLVER
         if self.recipe.cache == "int8":
             found["cache_scales"] = [  # the extremes; all of them are in the graph
                 {part: [float(scale.min()), float(scale.max())] for part, scale in layer._asdict().items()}

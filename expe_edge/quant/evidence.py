@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,7 +36,7 @@ from expe_edge.quant.formats import (
     make_format,
     needs_moments,
 )
-from expe_edge.quant.recipe import DEFAULT_SOLVER, Recipe
+from expe_edge.quant.recipe import Recipe, WeightRounding
 from expe_edge.quant.smoothing import smooth
 from expe_edge.quant.solvers import BlockQuantizer
 from expe_edge.quant.tables import EMBEDDING_FORMATS
@@ -52,13 +52,14 @@ class Evidence:
     """A model's weights, its float32 graph, and what calibration text shows of them.
 
     windows: called for the text when something must be measured. given_ranges: measured before, taken as they are.
-    progress: called with a line before long work.
+    rounding: what the weights were trained for, if anything. progress: called with a line before long work.
     """
 
     weights: ModelWeights
     calibration: Calibration
     windows: Callable[[], Sequence[Ids]]
     given_ranges: Mapping[str, Range] | None = None
+    rounding: WeightRounding | None = None
     progress: Callable[[str], None] = lambda _: None
     _quantizers: dict[tuple[str, int | None], BlockQuantizer] = field(default_factory=dict, init=False, repr=False)
 
@@ -118,14 +119,20 @@ class Evidence:
 
     def formats(self, recipe: Recipe, names: Mapping[str, str]) -> dict[str, LinearFormat]:
         """Return the format of each linear, given their names, ready to build a graph."""
-        wanted = set(names.values())
-        solver = recipe.solver or DEFAULT_SOLVER
-        blocks = self._quantizers.setdefault((solver, recipe.block_size), BlockQuantizer(solver, recipe.block_size))
-        if any(needs_moments(name, solver) for name in wanted):
+        made = {name: self._format(recipe, name) for name in set(names.values())}
+        return {linear: made[name] for linear, name in names.items()}
+
+    def _format(self, recipe: Recipe, name: str) -> LinearFormat:
+        solver, block_size = recipe.solver_for(name, self.rounding)
+        blocks = self._quantizers.setdefault((solver, block_size), BlockQuantizer(solver, block_size))
+        if needs_moments(name, solver):
             blocks.moments = self.moments
-        ranges = self.ranges if any(LINEAR_FORMATS[name].calibrated for name in wanted) else {}
-        options = FormatOptions(recipe.reduce_range, recipe.portable, ranges, blocks)
-        return {linear: make_format(name, options) for linear, name in names.items()}
+        ranges = self.ranges if LINEAR_FORMATS[name].calibrated else {}
+        return make_format(name, FormatOptions(recipe.reduce_range, recipe.portable, ranges, blocks))
+
+    def needs_moments(self, recipe: Recipe, names: Iterable[str]) -> bool:
+        """Tell whether any of the formats `names` is solved with the inputs' moments."""
+        return any(needs_moments(name, recipe.solver_for(name, self.rounding)[0]) for name in names)
 
     def build(self, recipe: Recipe, formats: Mapping[str, str]) -> BuiltGraph:
         """Return the graph with the formats of some weights given and all others in float32.
@@ -156,4 +163,4 @@ class Evidence:
         observations = self.observations
         self.progress("searching smoothing strengths")
         weights, strengths = smooth(self.weights, observations, make)
-        return Evidence(weights, self.calibration, self.windows, self.given_ranges, self.progress), strengths
+        return Evidence(weights, self.calibration, self.windows, self.given_ranges, progress=self.progress), strengths

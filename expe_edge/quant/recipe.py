@@ -63,7 +63,7 @@ class Recipe:
         embedding: format of the embedding; None for the precision's own.
         cache: float32 or int8.
         solver, block_size: how block-wise weights are quantized; None for gptq and the precision's own size, or for
-            what the weights were trained for, see `settled`.
+            what the weights were trained for, see `solver_for`.
         smoothing: move outliers of activations into weights, as far as that lowers the output error.
         reduce_range: 7-bit weights in the int8 formats.
         portable: standard ONNX operators alone.
@@ -118,16 +118,26 @@ class Recipe:
         marks = {"7bit": self.reduce_range, "int8-cache": self.cache == "int8", "portable": self.portable}
         return "-".join([self.precision, *(mark for mark, given in marks.items() if given)])
 
-    def settled(self, trained: WeightRounding | None) -> Recipe:
-        """Return the recipe with what it leaves open chosen for weights that were `trained` for a rounding.
+    def solver_for(self, precision: str, trained: WeightRounding | None) -> tuple[str, int | None]:
+        """Return solver and block size for weights of `precision`, given what they were `trained` for, if anything.
 
         Weights that have learned to be rounded to the nearest are, in the blocks they know, unless it asks for others.
         """
-        if trained is None or trained.precision != self.precision or self.precision not in BLOCKWISE or self.smoothing:
+        if trained is None or not self._leaves_to(trained, precision):
+            return self.solver or DEFAULT_SOLVER, self.block_size
+        return self.solver or "rtn", trained.block_size
+
+    def settled(self, trained: WeightRounding | None) -> Recipe:
+        """Return the recipe with what it leaves open filled in for weights that were `trained` for its precision."""
+        if trained is None or not self._leaves_to(trained, self.precision):
             return self
-        if self.block_size not in (None, trained.block_size):
-            return self
-        return replace(self, solver=self.solver or "rtn", block_size=trained.block_size)
+        solver, block_size = self.solver_for(self.precision, trained)
+        return replace(self, solver=solver, block_size=block_size)
+
+    def _leaves_to(self, trained: WeightRounding, precision: str) -> bool:
+        if trained.precision != precision or precision not in BLOCKWISE or self.smoothing:
+            return False
+        return self.block_size in (None, trained.block_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the manifest."""
