@@ -43,6 +43,8 @@ PACKAGES: dict[str, tuple[str, list[Recipe]]] = {
     "rtn": ("folded", [Recipe("int4-weight", solver="rtn")]),
     "positioned-keys": ("inline", [Recipe("float32", cache="int8")]),
 }
+#: The one that is always made: what the others are compared to.
+REFERENCE = "folded/float32"
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class Row:
     top1_clear: float
 
 
-def make_packages(checkpoint: Path, out: Path) -> list[Path]:
-    """Export every recipe of `PACKAGES`."""
+def make_packages(checkpoint: Path, out: Path, wanted: tuple[str, ...]) -> list[Path]:
+    """Export the recipes of `PACKAGES` that are wanted by name, all if none is named; always the reference."""
     found = []
     for directory, (positions, recipes) in PACKAGES.items():
-        packages = export(checkpoint, out / directory, recipes, positions=positions, force=True, progress=print)
-        found += [package.path for package in packages]
+        names = (*wanted, REFERENCE)
+        if chosen := [recipe for recipe in recipes if not wanted or f"{directory}/{recipe.name}" in names]:
+            packages = export(checkpoint, out / directory, chosen, positions=positions, force=True, progress=print)
+            found += [package.path for package in packages]
     return found
 
 
@@ -124,12 +128,17 @@ def table(rows: list[Row]) -> Table:
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--package", "wanted", multiple=True, help="Of all packages only this, as folded/int4-weight; repeatable."
+)
 @click.option("--lengths", default="1,2,4,8,16,32,64", show_default=True)
 @click.option("--documents", default=8, show_default=True)
 @click.option("--threads", type=int, help="Threads of each session.")
-def main(checkpoint: Path, out: Path, lengths: str, documents: int, threads: int | None) -> None:
+def main(
+    checkpoint: Path, out: Path, wanted: tuple[str, ...], lengths: str, documents: int, threads: int | None
+) -> None:
     """Export, compare, print both tables; write results.json and quantization.png into OUT."""
-    paths = make_packages(checkpoint, out)
+    paths = make_packages(checkpoint, out, wanted)
     result = measure(paths, [int(part) for part in lengths.split(",")], documents, threads)
     reference, *others = map(read_package, paths)
     rows = [
