@@ -27,7 +27,7 @@ EMBEDDING_CANDIDATES = ("int4", "int8", "float16")
 #: The budget is counted in this many units.
 UNITS = 4000
 #: How much of a budget of divergence the loss on text may rise by, and how sure of that to be: one-sided, 95 %.
-RISE_SHARE = 0.75
+RISE_SHARE = 0.5
 CONFIDENCE = 1.645
 #: How often a choice is made again after one missed the budget when measured whole; how much below what would just do.
 ATTEMPTS = 6

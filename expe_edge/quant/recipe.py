@@ -67,8 +67,8 @@ class Recipe:
         smoothing: move outliers of activations into weights, as far as that lowers the output error.
         reduce_range: 7-bit weights in the int8 formats.
         portable: standard ONNX operators alone.
-        budget_kl: for `auto`, the most KL divergence to float32, nats per token; the loss on text may rise by three
-            quarters of it. max_size: the most bytes of the graph.
+        budget_kl: for `auto`, the most KL divergence to float32, nats per token; the loss on text may rise by
+            half of it. max_size: the most bytes of the graph.
     """
 
     precision: str = "float32"
