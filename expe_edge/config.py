@@ -82,7 +82,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         self.use_cache = use_cache
         self._check_sizes(intermediate_size=intermediate_size, max_position_embeddings=max_position_embeddings)
         self.intermediate_size = intermediate_size or self._default_intermediate_size()
-        parameters = encoding_parameters(positional, positional_parameters or {})
+        parameters = encoding_parameters(positional, positional_parameters or {}, training_length)
         self.max_position_embeddings = max_position_embeddings or parameters.reach
         parameters.validate(hidden_size, self.head_dim, self.max_position_embeddings)
         self.positional_parameters = dataclasses.asdict(parameters)

@@ -51,6 +51,12 @@ class NoParameters:
     #: The largest number of positions the encoding can represent exactly.
     reach: ClassVar[int] = FLOAT32_EXACT
 
+    @classmethod
+    def defaults(cls, training_length: int) -> dict[str, Any]:
+        """Return the settings whose defaults depend on the training length."""
+        del training_length
+        return {}
+
     def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
         """Raise `ConfigError` where the settings do not fit the model. Nothing to check here."""
 
@@ -88,7 +94,7 @@ class ExPEParameters(NoParameters):
 
     Attributes:
         dims: l, the number of overridden dimensions.
-        start, step: one number, or one for each dimension.
+        start, step: one number, or one for each dimension. A model of N training positions has `defaults` of its own.
         where: one of `WHERE`. how: one of `HOW`.
     """
 
@@ -106,6 +112,14 @@ class ExPEParameters(NoParameters):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+
+    @classmethod
+    def defaults(cls, training_length: int) -> dict[str, Any]:
+        """Let the positions of training span 1, the step a power of two; longer spans are learnt later, or not at all.
+
+        That is this project's choice: docs/log.md has its measurement.
+        """
+        return {"step": 2.0 ** -(training_length - 1).bit_length()}
 
     @property
     def code(self) -> PositionCode:
@@ -140,6 +154,12 @@ class ExQPEParameters(ExPEParameters):
     step: float | tuple[float, ...] = 0.125
     limb_bits: int = 4
     limbs: int = 3
+
+    @classmethod
+    def defaults(cls, training_length: int) -> dict[str, Any]:
+        """Leave the step alone: the limbs span the same at every length."""
+        del training_length
+        return {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,12 +209,17 @@ POSITIONAL_PARAMETERS: dict[str, type[NoParameters]] = {
 }
 
 
-def encoding_parameters(name: str, values: Mapping[str, Any]) -> NoParameters:
-    """Make the parameters of encoding `name`, refusing unknown keys and naming the nearest known one."""
+def encoding_parameters(name: str, values: Mapping[str, Any], training_length: int | None = None) -> NoParameters:
+    """Make the parameters of encoding `name`, refusing unknown keys and naming the nearest known one.
+
+    Args:
+        training_length: N, for the settings left out that depend on it; None where `values` are complete.
+    """
     require_choice("positional encoding", name, tuple(POSITIONAL_PARAMETERS))
     kind = POSITIONAL_PARAMETERS[name]
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
             raise ConfigError(unknown_name(f"parameter of positional encoding {name!r}", key, known))
-    return kind(**values)
+    defaults = {} if training_length is None else kind.defaults(training_length)
+    return kind(**{**defaults, **values})

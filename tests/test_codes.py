@@ -234,6 +234,22 @@ def test_a_step_of_a_thousandth_is_refused_by_the_config() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("training_length", "step"), [(1, 1.0), (2, 0.5), (100, 1 / 128), (128, 1 / 128), (129, 1 / 256), (512, 1 / 512)]
+)
+def test_by_default_the_positions_of_training_span_at_most_one(training_length: int, step: float) -> None:
+    config = ExPEConfig(training_length=training_length)
+    assert config.positional_parameters["step"] == step
+    assert ExPEConfig.from_dict(config.to_dict()).positional_parameters["step"] == step
+
+
+def test_a_given_step_and_that_of_exqpe_are_the_same_at_every_training_length() -> None:
+    given_step = ExPEConfig(training_length=512, positional_parameters={"step": 0.25})
+    assert given_step.positional_parameters["step"] == 0.25
+    exqpe = [ExPEConfig(training_length=length, positional="exqpe") for length in (128, 512)]
+    assert exqpe[0].positional_parameters == exqpe[1].positional_parameters
+
+
 def test_exqpe_is_refused_beyond_its_reach_and_accepted_at_it() -> None:
     assert ExPEConfig(positional="exqpe", max_position_embeddings=32768).max_position_embeddings == 32768
     with pytest.raises(ConfigError) as raised:

@@ -62,7 +62,7 @@ def sensitivity(
     formats = list(dict.fromkeys(precisions))
     for name in formats:
         require_known("precision", name, MEASURABLE)
-    recipe = Recipe(formats[0], solver=solver, block_size=block_size)
+    recipes = [Recipe(name, solver=solver, block_size=block_size) for name in formats]
     from rich.console import Console
 
     from expe_edge.export.exporter import open_exporter
@@ -78,10 +78,12 @@ def sensitivity(
         text_field=text_field,
         progress=lambda line: click.echo(line, err=True),
     )
+    for recipe in recipes:
+        exporter.refuse(recipe)
     texts = exporter.text.beginnings((length,), documents)
     candidates = default_candidates(exporter.evidence, formats)
     with counted("measuring weights", sum(map(len, candidates.values()))) as advance:
-        results = measure_sensitivity(exporter.evidence, recipe, candidates, texts, advance)
+        results = measure_sensitivity(exporter.evidence, recipes[0], candidates, texts, advance)
     print_whole(sensitivity_table(results), Console())
     write_json(json_file, {"tokens": sum(map(len, texts)), "results": [result.to_dict() for result in results]})
     if plot_file is not None:
