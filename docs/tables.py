@@ -2,7 +2,8 @@
 
     python -m docs.tables demo/comparison.json runs/extrapolation/results.json runs/quantization/results.json
 
-The first file is written by `make demo`, the others by `python -m benchmarks.extrapolation` and `.quantization`.
+The first file is written by `make demo`, the others by `python -m benchmarks.extrapolation` and `.quantization`; any of
+them may be left out.
 """
 
 from __future__ import annotations
@@ -94,13 +95,17 @@ def fill(page: Path, marker: str, content: str) -> None:
     page.write_text(filled, encoding="utf-8")
 
 
-def main(*files: str) -> None:
-    comparison, extrapolation, quantization = (json.loads(Path(file).read_text(encoding="utf-8")) for file in files)
-    fill(README, "quality", quality_table(comparison))
-    fill(README, "extrapolation", extrapolation_table(extrapolation))
-    fill(QUANTIZATION, "formats", formats_table(quantization))
-    fill(QUANTIZATION, "cache", cache_table(quantization))
+def fill_from(report: dict) -> None:
+    """Fill the tables of one report, told by its keys from the others."""
+    if "nll" in report:
+        fill(README, "extrapolation", extrapolation_table(report))
+    elif "comparison" in report:
+        fill(QUANTIZATION, "formats", formats_table(report))
+        fill(QUANTIZATION, "cache", cache_table(report))
+    else:
+        fill(README, "quality", quality_table(report))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    for file in sys.argv[1:]:
+        fill_from(json.loads(Path(file).read_text(encoding="utf-8")))

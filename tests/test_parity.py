@@ -8,6 +8,7 @@ Every encoding and every linear format climbs it. A rung's tolerance stands in o
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,11 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from expe_edge.checkpoint import load_checkpoint
 from expe_edge.encodings import HOW, POSITIONAL_PARAMETERS, WHERE
+from expe_edge.errors import ExportError
 from expe_edge.export.contract import check_contract, graph_feeds
 from expe_edge.export.fold import extract_weights
 from expe_edge.export.graph import build_graph, graph_contract
+from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.export.positions import POSITION_NODES
 from expe_edge.positional import POSITIONAL_ENCODINGS
 from expe_edge.quant.calibration import Calibration, sample_windows
@@ -396,3 +399,54 @@ def test_generate_gives_the_greedy_tokens_of_full_forward_passes(name: str) -> N
         for _ in range(new):
             expected = np.append(expected, case.forward(expected[None])[0, -1].argmax())
         assert generated[index, -len(expected) :].tolist() == expected.tolist()
+
+
+# The exporter's own validation of every package.
+
+
+def parity(**changes: float) -> Parity:
+    agreeing = {"tokens": 2048, "prefill_max": 1e-5, "decode_max": 1e-5, "largest_logit": 12.0, "mean_kl": 1e-12}
+    return Parity(**{**agreeing, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefill_max": 2e-3}, "float32: logits differ from the reference at worst by 0.002, more than 0.001"),
+        ({"decode_max": 2e-3}, "float32: logits differ from the reference at worst by 0.002, more than 0.001"),
+        ({"mean_kl": 2e-8}, "float32: logits differ from the reference typically by 0.0002, more than 0.0001"),
+        (
+            {"decode_max": np.nan},
+            "float32: the graph gives NaN or infinite logits; export float32 and compare by layer",
+        ),
+    ],
+)
+def test_a_float_graph_that_is_off_is_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        require_parity(parity(**changes), "float32", folded=True, exact=True)
+
+
+def test_a_float_graph_may_be_off_by_rounding_and_more_where_logits_are_large_or_positions_inside() -> None:
+    require_parity(parity(prefill_max=5e-4, mean_kl=1e-9), "float32", folded=True, exact=True)
+    require_parity(parity(prefill_max=2e-3, largest_logit=64.0), "float32", folded=True, exact=True)
+    require_parity(parity(prefill_max=0.5, mean_kl=1e-4), "float32", folded=False, exact=True)
+
+
+def test_a_rounded_graph_may_differ_as_much_as_its_format_does_but_not_be_nan() -> None:
+    require_parity(parity(prefill_max=3.0, mean_kl=0.5), "int4-weight", folded=True, exact=False)
+    with pytest.raises(ExportError, match="NaN or infinite logits"):
+        require_parity(parity(mean_kl=np.inf), "int4-weight", folded=True, exact=False)
+
+
+def test_a_graph_with_one_wrong_weight_is_refused() -> None:
+    config = small_config(training_length=N)
+    model, tokens = random_model(config), random_tokens(config, 3 * N)[0]
+    with torch.inference_mode():
+        expected = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    weights, contract = extract_weights(model, folded=True), graph_contract(config)
+    right = measure_parity(expected, build_graph(weights, Float32()).model, contract, tokens)
+    require_parity(right, "float32", folded=True, exact=True)
+    weights.layers[0].out[0, 0] += 0.5
+    wrong = measure_parity(expected, build_graph(weights, Float32()).model, contract, tokens)
+    with pytest.raises(ExportError, match="logits differ from the reference"):
+        require_parity(wrong, "float32", folded=True, exact=True)

@@ -63,9 +63,9 @@ _OPTIONS = (
     click.option("--calibration-data", multiple=True, metavar="PATH", help="Text; else the training text."),
     click.option(
         "--calibration-method",
-        default="minmax",
+        default="output-error",
         show_default=True,
-        metavar="minmax|percentile|entropy|output-error",
+        metavar="output-error|minmax|percentile|entropy",
         help="Ranges of int8-static.",
     ),
     click.option(

@@ -20,9 +20,11 @@ Float = npt.NDArray[np.float32]
 #: Tokens decoded one at a time at the end of the sequence.
 DECODED = 16
 PREFILL_CHUNK = 256
-#: Largest difference of logits that a float32 graph may show, in units of max(1, largest logit / 16): float32 keeps 24
-#: bits, and logits beyond 16 have that much less after the point.
+#: Difference of logits that a float32 graph may typically show, in units of max(1, largest logit / 16): float32 keeps
+#: 24 bits, and logits beyond 16 have that much less after the point.
 FLOAT_TOLERANCE = 1e-4
+#: How much farther off the worst logit may be: a token whose attention wavers between two others shows rounding most.
+OUTLIERS = 10
 #: How much more is allowed where positions stay inside the products: float32 itself loses the content beside them.
 INLINE_ALLOWANCE = 1000
 
@@ -71,16 +73,22 @@ def measure_parity(
 
 def require_parity(parity: Parity, precision: str, *, folded: bool, exact: bool) -> None:
     """Raise `ExportError` where logits are not finite, or those of an `exact` graph differ by more than rounding."""
-    worst = max(parity.prefill_max, parity.decode_max)
-    if not np.isfinite(worst) or not np.isfinite(parity.mean_kl):
+    worst = float(np.maximum(parity.prefill_max, parity.decode_max))  # NaN where either is
+    if not np.isfinite([worst, parity.mean_kl]).all():
         raise ExportError(f"{precision}: the graph gives NaN or infinite logits; export float32 and compare by layer")
+    if not exact:
+        return
+    typical = float(np.sqrt(2 * max(parity.mean_kl, 0.0)))  # logits off by δ make a divergence of about δ²/2
     allowed = float_tolerance(parity.largest_logit, folded=folded)
-    if exact and worst > allowed:
-        raise ExportError(f"{precision}: logits differ from the reference by {worst:.2g}, more than {allowed:.2g}")
+    for how, distance, limit in (("typically", typical, allowed), ("at worst", worst, OUTLIERS * allowed)):
+        if distance > limit:
+            raise ExportError(
+                f"{precision}: logits differ from the reference {how} by {distance:.2g}, more than {limit:.2g}"
+            )
 
 
 def float_tolerance(largest_logit: float, *, folded: bool) -> float:
-    """Return by how much logits may differ between two ways of computing them in float32."""
+    """Return by how much logits may typically differ between two ways of computing them in float32."""
     return FLOAT_TOLERANCE * max(1.0, largest_logit / 16) * (1 if folded else INLINE_ALLOWANCE)
 
 

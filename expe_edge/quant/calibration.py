@@ -55,7 +55,7 @@ CACHE_LIMIT = 127
 class Calibration:
     """How ranges are measured. windows: texts of one training length each. seed: which windows."""
 
-    method: str = "minmax"
+    method: str = OUTPUT_ERROR
     windows: int = CALIBRATION_WINDOWS
     seed: int = 0
 
