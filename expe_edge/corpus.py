@@ -54,13 +54,14 @@ class Corpus:
     held_out: tuple[Document, ...]
 
 
-def load_corpus(sources: Sequence[str] = (), text_field: str = "text") -> Corpus:
+def load_corpus(sources: Sequence[str] = (), text_field: str = "text", *, option: str = "--data") -> Corpus:
     """Read all documents of `sources`; of the standard library where there are none.
 
     Args:
         sources: files, folders, globs, `.jsonl`, `.parquet`, names of `datasets` datasets (`NAME` or
             `NAME:CONFIG`), `python-stdlib` or `python-stdlib+tests`.
         text_field: the field that holds the text in JSON lines, parquet and datasets.
+        option: of the command line, that would name other sources.
 
     Raises:
         CorpusError: a source that is missing, unreadable or holds no text.
@@ -68,13 +69,14 @@ def load_corpus(sources: Sequence[str] = (), text_field: str = "text") -> Corpus
     sources = tuple(sources) or (STDLIB,)
     documents: dict[str, Document] = {}
     for source in sources:
-        found = False
-        for document in read_source(source, text_field):
-            if len(document.text) >= SHORTEST_DOCUMENT:
-                found = True
-                documents.setdefault(document.text, document)
+        try:
+            found = [one for one in read_source(source, text_field) if len(one.text) >= SHORTEST_DOCUMENT]
+        except CorpusError as error:
+            raise CorpusError(f"{option} {error}") from error
         if not found:
-            raise CorpusError(f"--data {source}: no text of at least {SHORTEST_DOCUMENT} characters in it")
+            raise CorpusError(f"{option} {source}: no text of at least {SHORTEST_DOCUMENT} characters in it")
+        for document in found:
+            documents.setdefault(document.text, document)
     training = tuple(document for document in documents.values() if not document.held_out)
     held_out = tuple(document for document in documents.values() if document.held_out)
     if not training:  # one document, or a few that chance puts on one side: there is nothing to hold out
@@ -104,7 +106,7 @@ def read_source(source: str, text_field: str) -> Iterator[Document]:
         names = sorted(glob.glob(source, recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
         yield from _files([Path(name) for name in names], text_field)
     elif path.suffix or source.startswith(("/", "./", "../", "~")) or source.endswith("/"):
-        raise CorpusError(f"--data {source}: no such file or folder")
+        raise CorpusError(f"{source}: no such file or folder")
     else:
         yield from _hub_dataset(source, text_field)
 
@@ -132,9 +134,9 @@ def _files(paths: Iterable[Path], text_field: str) -> Iterator[Document]:
             else:
                 yield Document(str(path), path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise CorpusError(f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+            raise CorpusError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
         except OSError as error:
-            raise CorpusError(f"--data {path}: {error.strerror or error}") from error
+            raise CorpusError(f"{path}: {error.strerror or error}") from error
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
@@ -146,10 +148,10 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
                 text = str(json.loads(line)[text_field])
             except (ValueError, KeyError, TypeError) as error:
                 raise CorpusError(
-                    f"--data {path}: line {number} is not a JSON object with a {text_field!r} field; set --text-field"
+                    f"{path}: line {number} is not a JSON object with a {text_field!r} field; set --text-field"
                 ) from error
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise CorpusError(f"--data {path}: line {number} holds half a surrogate pair, which is no text")
+                raise CorpusError(f"{path}: line {number} holds half a surrogate pair, which is no text")
             yield Document(f"{path}:{number}", text)
 
 
@@ -160,10 +162,10 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise CorpusError(f"--data {path}: not a parquet file") from error
+        raise CorpusError(f"{path}: not a parquet file") from error
     if text_field not in file.schema_arrow.names:
         raise CorpusError(
-            f"--data {path}: no column {text_field!r}, there are {', '.join(file.schema_arrow.names)}; set --text-field"
+            f"{path}: no column {text_field!r}, there are {', '.join(file.schema_arrow.names)}; set --text-field"
         )
     row = 0
     for batch in file.iter_batches(columns=[text_field]):
@@ -180,8 +182,8 @@ def _hub_dataset(source: str, text_field: str) -> Iterator[Document]:
         dataset = datasets.load_dataset(name, config or None, split="train")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CorpusError(f"--data {source}: no such file, and not a dataset within reach ({reason})") from error
+        raise CorpusError(f"{source}: no such file, and not a dataset within reach ({reason})") from error
     if text_field not in dataset.column_names:
-        raise CorpusError(f"--data {source}: no column {text_field!r}, there are {', '.join(dataset.column_names)}")
+        raise CorpusError(f"{source}: no column {text_field!r}, there are {', '.join(dataset.column_names)}")
     for row, text in enumerate(dataset[text_field]):
         yield Document(f"{source}:{row}", str(text))

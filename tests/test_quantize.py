@@ -257,7 +257,12 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["--reduce-range"], "--reduce-range has no meaning for float32; it is for int8-dynamic and int8-static"),
     (["--budget-kl", "0.1"], "--budget-kl is for --precision auto, not float32"),
     (["--max-size", "1MB"], "--max-size is for --precision auto, not float32"),
-    (["--precision", "auto"], "--precision auto needs one of --budget-kl and --max-size"),
+    (["--precision", "auto"], "--precision auto needs --budget-kl or --max-size, one of them"),
+    (
+        ["--precision", "auto", "--max-size", "1MB", "--budget-kl", "0.1"],
+        "--precision auto needs --budget-kl or --max-size, one of them",
+    ),
+    (["--calibration-data", "gone.txt"], "--calibration-data gone.txt: no such file or folder"),
     (["--precision", "auto", "--max-size", "big"], "--max-size big: expected bytes, as 600kB or 1.5MB"),
     (
         ["--precision", "int4-weight", "--calibration-windows", "2"],

@@ -74,10 +74,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"precision": "int4-weight", "reduce_range": True},
         "--reduce-range has no meaning for int4-weight; it is for int8-dynamic and int8-static",
     ),
-    ({"precision": "auto"}, "--precision auto needs one of --budget-kl and --max-size"),
+    ({"precision": "auto"}, "--precision auto needs --budget-kl or --max-size, one of them"),
     (
         {"precision": "auto", "budget_kl": 0.1, "max_size": 9},
-        "--precision auto needs one of --budget-kl and --max-size",
+        "--precision auto needs --budget-kl or --max-size, one of them",
     ),
     ({"budget_kl": 0.1}, "--budget-kl is for --precision auto, not float32"),
     ({"precision": "int8-static", "max_size": 9}, "--max-size is for --precision auto, not int8-static"),

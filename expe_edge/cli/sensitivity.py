@@ -34,7 +34,12 @@ MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"
 )
 @click.option("--length", default=1, show_default=True, help="Length of each text, in training lengths.")
 @click.option("--documents", default=32, show_default=True, help="Most texts: beginnings of documents.")
-@click.option("--data", multiple=True, metavar="PATH", help="Text to measure on; else the training text.")
+@click.option(
+    "--calibration-data",
+    multiple=True,
+    metavar="PATH",
+    help="Text to calibrate and measure on; else the training text.",
+)
 @click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
 @click.option("--seed", default=0, show_default=True, help="Which texts.")
 @click.option("--json", "json_file", type=PATH, help="Write all figures there.")
@@ -47,7 +52,7 @@ def sensitivity(
     calibration_windows: int,
     length: int,
     documents: int,
-    data: tuple[str, ...],
+    calibration_data: tuple[str, ...],
     text_field: str,
     seed: int,
     json_file: Path | None,
@@ -74,7 +79,7 @@ def sensitivity(
     exporter = open_exporter(
         source,
         calibration=Calibration(windows=calibration_windows, seed=seed),
-        calibration_data=data,
+        calibration_data=calibration_data,
         text_field=text_field,
         progress=lambda line: click.echo(line, err=True),
     )

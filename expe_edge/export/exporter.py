@@ -52,8 +52,10 @@ POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.
 PARITY_LENGTHS = 16
 CONTEXT_LENGTHS = 64
-#: Texts that `auto` measures single weights on, one training length each, and the whole model on, as long as there are.
-TEXTS, LONGER_TEXTS, LONGER = 32, 64, (4, 2, 1)
+#: Tokens that `auto` measures single weights on, in texts of one training length, and the whole model, in texts as many
+#: training lengths long as there are.
+TOKENS, LONGER_TOKENS, LONGER = 4096, 32768, (4, 2, 1)
+LEAST_TEXTS = 8
 #: Files of the source's tokenizer that a package carries.
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 
@@ -132,7 +134,8 @@ def open_exporter(
     if positions not in POSITIONS:
         raise ExportError(unknown_name("positions", positions, POSITIONS) + "; change --positions")
     opened = open_source(source, folded=positions == "folded")
-    corpus = load_corpus(calibration_data, text_field) if calibration_data else load_corpus(**opened.corpus)
+    sources = {"sources": calibration_data, "text_field": text_field} if calibration_data else opened.corpus
+    corpus = load_corpus(**sources, option="--calibration-data")
     if calibration_data:  # text given for this purpose is used whole
         corpus = dataclasses.replace(corpus, training=corpus.training + corpus.held_out)
     text = CalibrationText(corpus, opened.tokenizer, opened.config.training_length, calibration or Calibration())
@@ -219,9 +222,13 @@ class Exporter:
 
     def _choose(self, recipe: Recipe) -> Choice:
         measurements = sum(map(len, candidates_of(self.evidence).values()))
-        texts, longer = self.text.beginnings((1,), TEXTS), self.text.beginnings(LONGER, LONGER_TEXTS)
+        texts, longer = self._beginnings((1,), TOKENS), self._beginnings(LONGER, LONGER_TOKENS)
         with counted("measuring weights", measurements) as advance:
             return choose(self.evidence, recipe, texts, longer, advance)
+
+    def _beginnings(self, lengths: Sequence[int], tokens: int) -> list[npt.NDArray[np.int64]]:
+        count = tokens // (lengths[0] * self.config.training_length)
+        return self.text.beginnings(lengths, max(count, LEAST_TEXTS))
 
     def write(self, recipe: Recipe, path: Path, *, force: bool) -> ExportedPackage:
         """Build, verify, validate and write one package."""

@@ -50,7 +50,10 @@ class CalibrationText:
         for length in lengths:
             if found := list(islice(self._beginnings(length * self.training_length), count)):
                 return found
-        raise CorpusError(f"no document of {lengths[-1] * self.training_length} tokens to measure on; give longer text")
+        raise CorpusError(
+            f"no document of {lengths[-1] * self.training_length} tokens to measure on; give longer text with "
+            "--calibration-data"
+        )
 
     def _beginnings(self, tokens: int) -> Iterator[Ids]:
         # A token is at least one byte, so shorter texts need not be encoded.

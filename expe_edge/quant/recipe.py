@@ -102,7 +102,7 @@ class Recipe:
     def _check_budget(self) -> None:
         given = [name for name in ("budget_kl", "max_size") if getattr(self, name) is not None]
         if self.precision == "auto" and len(given) != 1:
-            raise ExportError("--precision auto needs one of --budget-kl and --max-size")
+            raise ExportError("--precision auto needs --budget-kl or --max-size, one of them")
         if self.precision == "auto" and (self.smoothing or self.embedding):
             option = "--smoothing" if self.smoothing else "--embedding"
             raise ExportError(f"{option} does not go with --precision auto, which chooses for itself; drop it")
