@@ -54,7 +54,7 @@ def formats_table(report: dict) -> str:
     rows = [row(heading[0], list(heading[1:])), "|---" * len(heading) + "|"]
     for one in report["rows"]:
         cells = [
-            f"{one['worst_kl']:.5f}",
+            f"{one['worst_kl']:.2g}",
             f"{one['flatness']:.2f}",
             f"{one['perplexity']:+.2%} ± {one['perplexity_stderr']:.2%}",
             f"{one['size']:.3f}",
