@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from expe_edge.package import Manifest, Package
+from expe_edge.quant.recipe import Recipe
 
 
 def inspection_tables(package: Package) -> Iterator[Table]:
@@ -30,7 +31,9 @@ def inspection_tables(package: Package) -> Iterator[Table]:
 
 def _summary(package: Package) -> dict[str, str]:
     manifest, model = package.manifest, package.manifest.model
-    options = {name: value for name, value in manifest.recipe.items() if value and name != "precision"}
+    usual = Recipe().to_dict()
+    options = {name: value for name, value in manifest.recipe.items() if value != usual.get(name)}
+    options.pop("precision", None)
     return {
         "path": str(package.path),
         "precision": manifest.precision,
