@@ -231,11 +231,13 @@ def complete_packages(out: Path) -> list[str]:
     return names(out)
 
 
-def test_export_interrupted_while_calibrating(checkpoint: Path) -> None:
+@pytest.mark.parametrize(("method", "stage"), [("output-error", "observing"), ("minmax", "calibrating")])
+def test_export_interrupted_while_calibrating(checkpoint: Path, method: str, stage: str) -> None:
     process = start(
-        *("export", checkpoint, "--out", "out", "--precision", "int8-static", "--calibration-windows", "20000")
+        *("export", checkpoint, "--out", "out", "--precision", "int8-static", "--calibration-windows", "20000"),
+        *("--calibration-method", method),
     )
-    assert list(lines_until(process.stderr, "calibrating 20000 windows"))
+    assert stage in list(lines_until(process.stderr, "20000 windows"))[-1]
 
     rest = interrupt(process)
 

@@ -54,7 +54,7 @@ class Tolerance(NamedTuple):
 TOLERANCES = {
     "torch": Tolerance(1e-4, "float32 keeps 2^-24 of scores of about 100 through two layers of softmax"),
     "cached": Tolerance(1e-4, "the same float32 sums in blocks of other sizes"),
-    "onnx": Tolerance(1e-4, "float32 in other kernels"),
+    "onnx": Tolerance(2e-4, "float32 in other kernels, which differ from machine to machine: two roundings apart"),
     "inline": Tolerance(1e-3, "positions inside the products: float32 itself rounds the content beside them"),
     "half": Tolerance(0.001, "11 or 8 bits of weights", 1e-8),
     "int8": Tolerance(0.02, "8 bits of weights and activations; ranges of one training length hold at 16", 1e-5),
@@ -284,7 +284,12 @@ def test_the_float32_graph_equals_torch_in_one_pass_and_in_chunks_and_single_ste
 @pytest.mark.parametrize("positional", ["expe", "exqpe"])
 def test_the_folded_float32_graph_keeps_its_accuracy_at_position_8000(positional: str) -> None:
     config = small_config(
-        positional=positional, hidden_size=24, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+        training_length=128,  # 64 of which are 8192 tokens
+        positional=positional,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
     )
     model, contract = random_model(config), graph_contract(config)
     session = open_session(build_graph(extract_weights(model, folded=True), Float32()).model)

@@ -39,10 +39,10 @@ from tests.graphs import normal, open_session
 from tests.manifests import edit_manifest, read_manifest
 from tests.strategies import random_model, random_tokens, small_config
 from tests.test_clients import genai_tokens, optimum_tokens, our_tokens
-from tests.test_parity import every_variant, parts, subject
+from tests.test_parity import TOLERANCES, every_variant, parts, subject
 
 #: Largest difference of float32 logits: the sums are the same, their order differs.
-LOGITS_TOLERANCE = 1e-4
+LOGITS_TOLERANCE = TOLERANCES["onnx"].limit
 #: Mean nats per token between two ways of computing one int8 graph. A value in the middle between two levels goes
 #: either way with the last bit of float32, and MatMulNBits rounds activations that the standard does not; random
 #: weights feel that most, a trained model ten times less.
