@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,21 @@ def packages(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
     out = tmp_path_factory.mktemp("packages")
     export(checkpoint, out, PRECISIONS)
     return out
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty directory, where anything written by mistake would show."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be damaged."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("trainer")))
+
+
+@pytest.fixture
+def own_package(packages: Path, tmp_path: Path) -> Path:
+    """A copy of the float32 package, to be damaged."""
+    return Path(shutil.copytree(packages / "float32", tmp_path / "package"))

@@ -39,6 +39,8 @@ from tests.command_line import names, refused, succeed
 from tests.graphs import CONFIG, LINEARS, plain_graph, random_weights, run_text, token_stream
 from tests.strategies import small_config
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 # Knapsack.
 
 costs = st.tuples(st.floats(0, 1), st.integers(1, 1000))
@@ -241,12 +243,6 @@ def test_a_choice_is_measured_whole_and_kept() -> None:
 
 
 # The command line.
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in an empty directory, where anything written by mistake would show."""
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -27,11 +27,7 @@ from tests.command_line import (
     write_text,
 )
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in an empty directory, where anything written by mistake would show."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_train_takes_flags_file_and_preset(text_folder: Path, tmp_path: Path) -> None:

@@ -29,14 +29,10 @@ from tests.graphs import arrays_of, random_weights
 from tests.small import small_settings
 from tests.strategies import small_config
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 #: Everything that a recipe may change beside the precision.
 RICH = Recipe("int8-static", embedding="int4", cache="int8", smoothing=True, reduce_range=True)
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in an empty directory, where anything written by mistake would show."""
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
