@@ -138,8 +138,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 384,
         "num_hidden_layers": 8,
         "num_attention_heads": 6,
-        "max_steps": 5000,
-        "learning_rate": 1e-3,
+        "max_steps": 2000,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
         "warmup_steps": 200,
     },
     "base": {
