@@ -140,7 +140,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 6,
         "max_steps": 2000,
         "batch_size": 16,
-        "learning_rate": 2e-3,
+        "learning_rate": 6e-4,
         "warmup_steps": 200,
     },
     "base": {
@@ -154,7 +154,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "max_steps": 20000,
         "batch_size": 64,
-        "learning_rate": 6e-4,
+        "learning_rate": 3e-4,
         "warmup_steps": 500,
         "save_every": 1000,
     },
