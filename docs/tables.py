@@ -3,7 +3,7 @@
     python -m docs.tables demo/comparison.json runs/extrapolation/results.json runs/quantization/results.json
 
 The first file is written by `make demo`, the others by `python -m benchmarks.extrapolation` and `.quantization`; any of
-them may be left out.
+them may be left out. Results of `.quantization` on several models are told apart by their training length.
 """
 
 from __future__ import annotations
@@ -65,13 +65,17 @@ def formats_table(report: dict) -> str:
     return "\n".join(rows)
 
 
-def cache_table(report: dict) -> str:
+#: Packages with float32 weights and an int8 cache, and what is in it.
+CACHES = {
+    "folded/float32-int8-cache": "position-free keys",
+    "positioned-keys/float32-int8-cache": "keys that carry their positions",
+}
+
+
+def cache_table(comparison: dict) -> str:
     """KL divergence by length of float32 weights with an int8 cache, keys with and without their positions."""
-    comparison = report["comparison"]
-    n, names = comparison["training_length"], {"folded/float32-int8-cache": "position-free keys"}
-    names["positioned-keys/float32-int8-cache"] = "keys that carry their positions"
-    rows = []
-    for model, name in names.items():
+    n, rows = comparison["training_length"], []
+    for model, name in CACHES.items():
         results = [result for result in comparison["results"] if result["model"] == model]
         if not rows:
             rows.append(row("KL, nats/token", [f"{r['bucket_start'] // n}–{r['bucket_end'] // n} N" for r in results]))
@@ -100,8 +104,10 @@ def fill_from(report: dict) -> None:
     if "nll" in report:
         fill(README, "extrapolation", extrapolation_table(report))
     elif "comparison" in report:
-        fill(QUANTIZATION, "formats", formats_table(report))
-        fill(QUANTIZATION, "cache", cache_table(report))
+        comparison = report["comparison"]
+        fill(QUANTIZATION, f"formats, N = {comparison['training_length']}", formats_table(report))
+        if set(CACHES) <= set(comparison["models"]):
+            fill(QUANTIZATION, "cache", cache_table(comparison))
     else:
         fill(README, "quality", quality_table(report))
 
