@@ -83,7 +83,7 @@ def measure(paths: list[Path], lengths: list[int], documents: int, threads: int 
     scorers = [open_scorer(path, threads) for path in paths]
     tokens = lengths[-1] * scorers[0].training_length + 1
     chosen, byte_lengths = comparing.long_documents(scorers[0], (), "text", tokens, documents)
-    with counted("comparing", len(chosen)) as advance:
+    with counted("comparing tokens", len(chosen) * (tokens - 1)) as advance:
         return comparing.compare(scorers, chosen, byte_lengths, lengths, advance=advance)
 
 

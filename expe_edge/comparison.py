@@ -89,7 +89,7 @@ def compare(
     byte_lengths: npt.NDArray[np.int64],
     lengths: Sequence[int],
     *,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Comparison:
     """Score `documents` with every model and gather the results by length.
 
@@ -98,7 +98,7 @@ def compare(
         documents: token ids (T,), each at least max(lengths)·N + 1 long (see `long_documents`).
         byte_lengths: bytes of each token id, (V,).
         lengths: ends of the buckets in units of the reference's N, rising.
-        advance: called after each document.
+        advance: called with the number of tokens that every model has just scored.
     """
     names, training_length = unique_names([scorer.path for scorer in scorers]), scorers[0].training_length
     ends = np.array(lengths, dtype=np.int64) * training_length
@@ -106,11 +106,10 @@ def compare(
     for index, document in enumerate(documents):
         tokens, targets = document[: ends[-1]], document[1 : ends[-1] + 1]
         buckets = np.searchsorted(ends, np.arange(len(tokens)), side="right")
-        for model, measured in enumerate(_measure(scorers, tokens, targets)):
+        for model, measured in enumerate(_measure(scorers, tokens, targets, advance)):
             measured["bytes"] = byte_lengths[targets].astype(np.float64)
             for column, name in enumerate(_MEASURES):
                 np.add.at(sums[model, index, :, column], buckets, measured[name])
-        advance()
     results = [
         _result(name, int(start), int(end), sums[model, :, bucket])
         for model, name in enumerate(names)
@@ -125,7 +124,9 @@ _MEASURES = ("tokens", "bytes", "nll", "change", "kl", "top1", "clear", "clear_t
 NEAR_TIE = 0.05
 
 
-def _measure(scorers: Sequence[Scorer], tokens: Ids, targets: Ids) -> list[dict[str, Double]]:
+def _measure(
+    scorers: Sequence[Scorer], tokens: Ids, targets: Ids, advance: Callable[[int], None]
+) -> list[dict[str, Double]]:
     """Return for every model the measures of every token, each (T,)."""
     parts: list[list[dict[str, Double]]] = [[] for _ in scorers]
     begin = 0
@@ -150,6 +151,7 @@ def _measure(scorers: Sequence[Scorer], tokens: Ids, targets: Ids) -> list[dict[
                     "clear_top1": clear * agreed,
                 }
             )
+        advance(len(wanted))
     return [{name: np.concatenate([part[name] for part in of]) for name in of[0]} for of in parts]
 
 

@@ -28,7 +28,7 @@ def progress_bar(*columns: str) -> Progress:
 
 @contextmanager
 def counted(description: str, total: int) -> Iterator[Any]:
-    """Show a bar over `total` items; yields the function to call after each."""
+    """Show a bar over `total` items; yields the function to call after each, or with how many have been done."""
     with progress_bar() as progress:
         task = progress.add_task(description, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda done=1: progress.advance(task, done)

@@ -52,7 +52,7 @@ def compare(
     comparison.require_same_vocabulary(scorers)
     tokens = ends[-1] * scorers[0].training_length + 1
     chosen, byte_lengths = comparison.long_documents(scorers[0], data, text_field, tokens, documents)
-    with counted("comparing", len(chosen)) as advance:
+    with counted("comparing tokens", len(chosen) * (tokens - 1)) as advance:
         result = comparison.compare(scorers, chosen, byte_lengths, ends, advance=advance)
     print_whole(comparison_table(result), Console())
     write_json(json_file, result.to_dict())
