@@ -194,6 +194,28 @@ def test_compare_options_out_of_range(packages: Path, options: list[str], messag
     assert refused("compare", packages / "float32", packages / "int8-static", *options, *outputs) == message
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--length", "0"], "--length is 0; at least 1"),
+        (["--documents", "0"], "--documents is 0; at least 1"),
+        (
+            ["--length", "400"],
+            "no document of 12800 tokens to measure on; lower --length, or give longer text with --calibration-data",
+        ),
+        (["--calibration-windows", "0"], "--calibration-windows is 0; at least 1"),
+        (
+            ["--precision", "int8-dynamic", "--solver", "rtn"],
+            "--solver is for --precision int8-weight and int4-weight; add such a precision, or drop the option",
+        ),
+    ],
+)
+def test_sensitivity_options_out_of_range(packages: Path, options: list[str], message: str) -> None:
+    outputs = ["--json", "figures.json", "--plot", "plot.png"]
+
+    assert refused("sensitivity", packages / "float32", *options, *outputs) == message
+
+
 def test_no_document_is_long_enough(packages: Path) -> None:
     found = refused("compare", packages / "float32", "--lengths", "1,400", "--json", "figures.json")
 

@@ -19,6 +19,7 @@ from expe_edge.quant.recipe import (
     SEVEN_BIT,
     SOLVERS,
     Recipe,
+    require_used,
 )
 from expe_edge.quant.solvers import SOLVERS as SOLVER_FUNCTIONS
 from expe_edge.quant.tables import EMBEDDING_FORMATS
@@ -105,6 +106,43 @@ def test_a_recipe_that_cannot_be_is_refused(options: dict[str, Any], message: st
 def test_a_recipe_is_plain_data_that_makes_it_again() -> None:
     recipe = Recipe("int4-weight", embedding="int4", cache="int8", solver="rtn", block_size=32)
     assert Recipe(**recipe.to_dict()) == recipe
+
+
+BLOCKS = "int8-weight and int4-weight"
+
+
+@pytest.mark.parametrize(
+    ("settings", "option", "served"),
+    [
+        ({"solver": "rtn"}, "--solver", BLOCKS),
+        ({"block_size": 64}, "--block-size", BLOCKS),
+        ({"smoothing": True}, "--smoothing", "int8-dynamic and int8-static and int8-weight and int4-weight"),
+    ],
+)
+def test_an_option_that_no_package_uses_is_refused(settings: dict[str, Any], option: str, served: str) -> None:
+    recipes = [Recipe("float32", **settings), Recipe("float16", **settings)]
+    message = f"{option} is for --precision {served}; add such a precision, or drop the option"
+
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        require_used(recipes)
+    require_used([*recipes, Recipe("int4-weight", **settings)])
+
+
+def test_auto_uses_solvers() -> None:
+    require_used([Recipe("auto", budget_kl=0.1, solver="rtn", block_size=64)])
+
+
+def test_ranges_that_no_package_uses_are_refused() -> None:
+    message = "--ranges-from is for --precision int8-static; add such a precision, or drop the option"
+
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        require_used([Recipe("int4-weight")], ranges_from=True)
+    require_used([Recipe("int4-weight"), Recipe("int8-static")], ranges_from=True)
+    require_used([Recipe("int4-weight")])
+
+
+def test_an_int4_embedding_has_blocks_too() -> None:
+    require_used([Recipe("int8-dynamic", embedding="int4", block_size=64)])
 
 
 @pytest.mark.parametrize(

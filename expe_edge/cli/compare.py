@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from expe_edge.cli.output import PATH, report_written, require_plot, require_writable, write_json
+from expe_edge.cli.output import PATH, report_written, require_counts, require_plot, require_writable, write_json
 from expe_edge.errors import ConfigError
 
 
@@ -46,8 +46,7 @@ def compare(
     ends = parse_lengths(lengths)
     comparison.require_rising(ends)
     comparison.unique_names(models)
-    if documents < 1:
-        raise ConfigError(f"--documents is {documents}; at least 1")
+    require_counts(documents=documents)
     scorers = [open_scorer(path, threads) for path in models]
     comparison.require_same_vocabulary(scorers)
     tokens = ends[-1] * scorers[0].training_length + 1

@@ -1,4 +1,4 @@
-"""What the commands share: paths as options, and JSON written whole or not at all."""
+"""What the commands share: paths and counts as options, and JSON written whole or not at all."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def require_writable(path: Path | None) -> None:
         raise ConfigError(f"{path.parent} is not a directory; create it, or change where {path.name} goes")
     if path is not None and path.is_dir():
         raise ConfigError(f"{path} is a directory; name a file in it")
+
+
+def require_counts(**options: int) -> None:
+    """Raise `ConfigError` unless each option, by its name without dashes, is 1 or more."""
+    for name, value in options.items():
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}; at least 1")
 
 
 def require_plot(path: Path | None) -> None:

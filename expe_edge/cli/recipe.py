@@ -19,6 +19,7 @@ from expe_edge.quant.recipe import (
     PRECISIONS,
     SOLVERS,
     Recipe,
+    require_used,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def make_packages(
     require_writable(json_file)
     size = parse_size(max_size)
     recipes = [Recipe(precision, max_size=size, **formats) for precision in dict.fromkeys(precisions)]
+    require_used(recipes, ranges_from=ranges_from is not None)
     from expe_edge.export.exporter import export
     from expe_edge.quant.calibration import Calibration
 

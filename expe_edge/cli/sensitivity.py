@@ -6,8 +6,16 @@ from pathlib import Path
 
 import click
 
-from expe_edge.cli.output import PATH, report_written, require_plot, require_writable, write_json
-from expe_edge.quant.recipe import BLOCK_SIZES, CALIBRATION_WINDOWS, PRECISIONS, SOLVERS, Recipe, require_known
+from expe_edge.cli.output import PATH, report_written, require_counts, require_plot, require_writable, write_json
+from expe_edge.quant.recipe import (
+    BLOCK_SIZES,
+    CALIBRATION_WINDOWS,
+    PRECISIONS,
+    SOLVERS,
+    Recipe,
+    require_known,
+    require_used,
+)
 
 #: Precisions that a single weight can be measured in.
 MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"))
@@ -68,6 +76,8 @@ def sensitivity(
     for name in formats:
         require_known("precision", name, MEASURABLE)
     recipes = [Recipe(name, solver=solver, block_size=block_size) for name in formats]
+    require_used(recipes)
+    require_counts(length=length, documents=documents)
     from rich.console import Console
 
     from expe_edge.export.exporter import open_exporter

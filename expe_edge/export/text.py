@@ -51,8 +51,8 @@ class CalibrationText:
             if found := list(islice(self._beginnings(length * self.training_length), count)):
                 return found
         raise CorpusError(
-            f"no document of {lengths[-1] * self.training_length} tokens to measure on; give longer text with "
-            "--calibration-data"
+            f"no document of {lengths[-1] * self.training_length} tokens to measure on; "
+            f"{'lower --length, or ' if lengths[-1] > 1 else ''}give longer text with --calibration-data"
         )
 
     def _beginnings(self, tokens: int) -> Iterator[Ids]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,6 +143,23 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the manifest."""
         return dict(vars(self))
+
+
+def require_used(recipes: Sequence[Recipe], *, ranges_from: bool = False) -> None:
+    """Raise `ExportError` for an option that none of `recipes`, all made with the same options, has a use for."""
+    precisions = {recipe.precision for recipe in recipes}
+    if "auto" in precisions:
+        precisions.update(BLOCKWISE)
+    users = {
+        "--solver": (any(recipe.solver for recipe in recipes), BLOCKWISE),
+        "--block-size": (any(recipe.block_size and recipe.embedding != "int4" for recipe in recipes), BLOCKWISE),
+        "--smoothing": (any(recipe.smoothing for recipe in recipes), tuple(WEIGHT_BITS)),
+        "--ranges-from": (ranges_from, ("int8-static",)),
+    }
+    for option, (given, served) in users.items():
+        if given and precisions.isdisjoint(served):
+            wanted = f"{option} is for --precision {' and '.join(served)}"
+            raise ExportError(f"{wanted}; add such a precision, or drop the option")
 
 
 def require_block_size(size: int | None) -> None:
