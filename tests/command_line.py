@@ -23,7 +23,7 @@ QUICK = (
 #: Stages that `export` and `quantize` report before an error can come.
 PROGRESS = re.compile(
     r"\S+: (building|validating against \S+)|(calibrating|observing) \d+ windows of \d+ tokens|searching smoothing.*"
-    r"|measuring weights .*"
+    r"|measuring weights .*|choosing formats: .*"
 )
 
 

@@ -80,7 +80,7 @@ def test_the_choice_is_the_best_of_all_that_fit_but_for_the_rounding_of_weights(
 # Budgets, with a model whose divergence is more than the sum of its weights'.
 
 
-def measured(more: float, overhead: int = 100) -> Callable[[Sequence[Sensitivity]], Choice]:
+def whole(more: float, overhead: int = 100) -> Callable[[Sequence[Sensitivity]], Choice]:
     def measure(chosen: Sequence[Sensitivity]) -> Choice:
         loss = Loss(more * sum(one.kl for one in chosen), 0.0, 0.0, 0.0)
         return Choice(tuple(chosen), loss, overhead + sum(one.bytes for one in chosen))
@@ -93,7 +93,7 @@ def measured(more: float, overhead: int = 100) -> Callable[[Sequence[Sensitivity
 def test_a_budget_of_divergence_is_kept_by_the_whole_model(
     table: list[list[tuple[float, int]]], budget: float, more: float
 ) -> None:
-    options, measure = options_of(table), measured(more)
+    options, measure = options_of(table), whole(more)
     best = measure([min(formats, key=lambda one: one.kl) for formats in options])
     if best.loss.kl > budget:
         with pytest.raises(ExportError, match=r"^--budget-kl \S+ is out of reach: "):
@@ -107,7 +107,7 @@ def test_a_budget_of_divergence_is_kept_by_the_whole_model(
 @settings(max_examples=60)
 @given(choices, st.integers(50, 3000))
 def test_a_budget_of_bytes_is_kept_by_the_whole_graph(table: list[list[tuple[float, int]]], size: int) -> None:
-    options, measure = options_of(table), measured(1.2)
+    options, measure = options_of(table), whole(1.2)
     smallest = measure([min(formats, key=lambda one: one.bytes) for formats in options])
     if smallest.size > size:
         message = f"--max-size {size} is out of reach: the smallest choice of formats takes {smallest.size} bytes, at "
@@ -124,7 +124,7 @@ def test_a_budget_of_bytes_is_kept_by_the_whole_graph(table: list[list[tuple[flo
 def test_a_choice_whose_sum_promised_too_much_is_made_again() -> None:
     """0.9 of a budget of 1 would do by itself, but is 1.17 in the whole; half of it is 0.65."""
     (formats,) = options = options_of([[(0.9, 10), (0.5, 20), (0.1, 40)]])
-    assert smallest_within(1.0, options, measured(1.3)).chosen == (formats[1],)
+    assert smallest_within(1.0, options, whole(1.3)).chosen == (formats[1],)
 
 
 @pytest.mark.parametrize(("rise", "spread", "expected"), [(0.1, 0.0, 0), (0.4, 0.0, 1), (0.1, 0.2, 1), (0.8, 0.3, 2)])
@@ -142,6 +142,17 @@ def test_what_the_text_loses_for_sure_counts_as_well(rise: float, spread: float,
     assert found.loss.rise + 1.645 * found.loss.rise_stderr <= 0.5
 
 
+def test_a_weight_that_costs_loss_alone_stands_in_no_other_s_way() -> None:
+    """The first saves most for its divergence, but makes the loss rise by all of the budget."""
+    first, second = options = options_of([[(0.30, 10), (0.01, 30)], [(0.31, 10), (0.01, 20)]])
+
+    def measure(chosen: Sequence[Sensitivity]) -> Choice:
+        loss = Loss(sum(one.kl for one in chosen), 0.0, 1.0 * (first[0] in chosen), 0.0)
+        return Choice(tuple(chosen), loss, sum(one.bytes for one in chosen))
+
+    assert smallest_within(1.0, options, measure).chosen == (first[1], second[0])
+
+
 def test_a_loss_that_falls_pays_for_no_divergence() -> None:
     assert Choice((), Loss(0.3, 0.0, -1.0, 0.1), 1).cost == 0.3
     assert Choice((), Loss(0.3, 0.0, 0.1, math.nan), 1).cost == 0.3  # one text tells no spread
@@ -151,8 +162,8 @@ def test_a_choice_whose_nodes_take_more_than_others_is_made_again() -> None:
     """200 of 220 bytes would do, but for the 50 that this format's nodes take."""
     (formats,) = options = options_of([[(1.0, 100), (0.1, 200)]])
     nodes = {formats[0]: 100, formats[1]: 150}
-    assert best_within(320, options, lambda chosen: measured(1, nodes[chosen[0]])(chosen)).chosen == (formats[0],)
-    assert best_within(350, options, lambda chosen: measured(1, nodes[chosen[0]])(chosen)).chosen == (formats[1],)
+    assert best_within(320, options, lambda chosen: whole(1, nodes[chosen[0]])(chosen)).chosen == (formats[0],)
+    assert best_within(350, options, lambda chosen: whole(1, nodes[chosen[0]])(chosen)).chosen == (formats[1],)
 
 
 # A real model.
@@ -227,7 +238,10 @@ def test_what_is_chosen_among_is_every_linear_and_an_embedding_of_its_own() -> N
 
 def test_a_choice_is_measured_whole_and_kept() -> None:
     small, few = shallow(), sample_windows(token_stream(900).astype(np.int64), 48, Calibration(windows=40, seed=1))
-    loose, tight = (choose(small, Recipe("auto", cache="int8", budget_kl=budget), few) for budget in (0.05, 0.005))
+    measured = measure_sensitivity(small, Recipe(), candidates_of(small), few)
+    loose, tight = (
+        choose(small, Recipe("auto", cache="int8", budget_kl=budget), measured, few) for budget in (0.05, 0.005)
+    )
     assert loose.loss.kl <= 0.05
     assert tight.loss.kl <= 0.005
     assert loose.size < tight.size
@@ -237,7 +251,7 @@ def test_a_choice_is_measured_whole_and_kept() -> None:
     assert graph.model.ByteSize() == tight.size
 
     size = tight.size + 1000  # nodes take more bytes for some formats than for others, which is not counted
-    fitted = choose(small, Recipe("auto", cache="int8", max_size=size), few)
+    fitted = choose(small, Recipe("auto", cache="int8", max_size=size), measured, few)
     assert fitted.size <= size
     assert fitted.loss.kl <= 1.2 * tight.loss.kl  # the same problem from the other side, but for what sums leave out
 

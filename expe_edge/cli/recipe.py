@@ -24,7 +24,6 @@ from expe_edge.quant.recipe import (
 
 if TYPE_CHECKING:
     from expe_edge.export.exporter import ExportedPackage
-    from expe_edge.quant.auto import Choice
 
 #: Sizes as people write them.
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
@@ -145,14 +144,8 @@ def report(package: ExportedPackage) -> None:
 
         from expe_edge.reporting import print_whole, sensitivity_table
 
-        click.echo(f"chosen by what each weight costs alone; together {describe(package.choice)}:")
+        click.echo(f"chosen by what each weight costs alone; together {package.choice}:")
         print_whole(sensitivity_table(package.choice.chosen), Console())
-
-
-def describe(choice: Choice) -> str:
-    """What a choice costs as a whole."""
-    loss = choice.loss
-    return f"{loss.kl:.2g} nats per token, the loss on text {loss.rise:+.2g} ± {loss.rise_stderr:.1g}"
 
 
 def parse_size(text: str | None) -> int | None:

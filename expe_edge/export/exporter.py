@@ -47,6 +47,7 @@ from expe_edge.quant.channels import Range
 from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
 from expe_edge.quant.formats import LINEAR_FORMATS
 from expe_edge.quant.recipe import Recipe
+from expe_edge.quant.sensitivity import measure_sensitivity
 
 POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.
@@ -221,10 +222,11 @@ class Exporter:
         return Plan(recipe, evidence, formats, strengths)
 
     def _choose(self, recipe: Recipe) -> Choice:
-        measurements = sum(map(len, candidates_of(self.evidence).values()))
+        candidates = candidates_of(self.evidence)
         texts, longer = self._beginnings((1,), TOKENS), self._beginnings(LONGER, LONGER_TOKENS)
-        with counted("measuring weights", measurements) as advance:
-            return choose(self.evidence, recipe, texts, longer, advance)
+        with counted("measuring weights", sum(map(len, candidates.values()))) as advance:
+            measured = measure_sensitivity(self.evidence, recipe, candidates, texts, advance)
+        return choose(self.evidence, recipe, measured, longer)
 
     def _beginnings(self, lengths: Sequence[int], tokens: int) -> list[npt.NDArray[np.int64]]:
         count = tokens // (lengths[0] * self.config.training_length)

@@ -4,6 +4,7 @@ Every weight is measured alone in each format. Divergences of single weights ver
 model, so the choice is a knapsack problem, solved exactly but for rounding; the whole model is then measured, and the
 choice made again with less where the sum promised too much, or where the text itself is predicted worse than the
 divergence tells: a trained model is a little too sure of itself, so rounding costs more perplexity than divergence.
+What that leaves of a budget is spent on one weight after another, measured whole each time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from expe_edge.errors import ExportError
 from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
 from expe_edge.quant.recipe import Recipe
-from expe_edge.quant.sensitivity import Divergence, Loss, Sensitivity, measure_sensitivity, weights_of
+from expe_edge.quant.sensitivity import Divergence, Loss, Sensitivity, weights_of
 
 #: What a weight may become, and the embedding.
 LINEAR_CANDIDATES = ("int4-weight", "int8-weight", "float16")
@@ -32,6 +33,7 @@ CONFIDENCE = 1.645
 #: How often a choice is made again after one missed the budget when measured whole; how much below what would just do.
 ATTEMPTS = 6
 MARGIN = 0.97
+TINY = 1e-12
 
 Ids = npt.NDArray[np.int64]
 Options = list[list[Sensitivity]]
@@ -59,9 +61,20 @@ class Choice:
         rise = self.loss.rise + CONFIDENCE * self.loss.rise_stderr
         return max(self.loss.kl, float(np.nan_to_num(rise)) / RISE_SHARE)
 
+    def __str__(self) -> str:
+        loss = self.loss
+        return (
+            f"{self.size / 1e6:.2f} MB, {loss.kl:.2g} nats per token, the loss on text {loss.rise:+.2g} ± "
+            f"{loss.rise_stderr:.1g}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the manifest."""
         return {**self.loss._asdict(), "size": self.size, "weights": [one.to_dict() for one in self.chosen]}
+
+
+#: Measures the whole model with one format for each weight.
+Measure = Callable[[Sequence[Sensitivity]], Choice]
 
 
 def candidates_of(evidence: Evidence) -> dict[str, tuple[str, ...]]:
@@ -71,30 +84,25 @@ def candidates_of(evidence: Evidence) -> dict[str, tuple[str, ...]]:
     }
 
 
-def choose(
-    evidence: Evidence,
-    recipe: Recipe,
-    texts: Sequence[Ids],
-    longer: Sequence[Ids] | None = None,
-    advance: Callable[[], None] = lambda: None,
-) -> Choice:
+def choose(evidence: Evidence, recipe: Recipe, measured: Sequence[Sensitivity], texts: Sequence[Ids]) -> Choice:
     """Choose within `recipe.budget_kl` or `recipe.max_size`.
 
     Args:
-        texts: token ids (T,) to measure single weights on, all of one length. longer: the same for the whole model,
-            by default the same texts. advance: called after each measurement of a weight.
+        measured: every weight in each of its formats, see `candidates_of`.
+        texts: token ids (T,) to measure the whole model on, all of one length.
 
     Raises:
         ExportError: a budget that nothing meets; the message has the best that can be had.
     """
-    measured = measure_sensitivity(evidence, recipe, candidates_of(evidence), texts, advance)
     options = [[one for one in measured if one.weight == weight] for weight in weights_of(evidence)]
-    divergence, int8_cache = Divergence(evidence, longer or texts), recipe.cache == "int8"
+    divergence, int8_cache = Divergence(evidence, texts), recipe.cache == "int8"
 
     def measure(chosen: Sequence[Sensitivity]) -> Choice:
         formats = {one.weight: one.format for one in chosen}
         graph = evidence.build(recipe, {**formats, CACHE: "int8"} if int8_cache else formats)
-        return Choice(tuple(chosen), divergence.of(graph.model, int8_cache=int8_cache), graph.model.ByteSize())
+        found = Choice(tuple(chosen), divergence.of(graph.model, int8_cache=int8_cache), graph.model.ByteSize())
+        evidence.progress(f"choosing formats: {found}")
+        return found
 
     if recipe.budget_kl is not None:
         return smallest_within(recipe.budget_kl, options, measure)
@@ -102,7 +110,7 @@ def choose(
     return best_within(recipe.max_size, options, measure)
 
 
-def smallest_within(budget: float, options: Options, measure: Callable[[Sequence[Sensitivity]], Choice]) -> Choice:
+def smallest_within(budget: float, options: Options, measure: Measure) -> Choice:
     """Return the smallest choice whose cost, measured whole, is within `budget`."""
     best = measure([min(formats, key=lambda one: one.kl) for formats in options])
     if best.cost > budget:
@@ -121,10 +129,31 @@ def smallest_within(budget: float, options: Options, measure: Callable[[Sequence
         if missed == math.inf:
             break
         limit = math.sqrt(kept * missed) if kept else limit * MARGIN * budget / found.cost
+    return shrink(best, budget, options, measure)
+
+
+def shrink(best: Choice, budget: float, options: Options, measure: Measure) -> Choice:
+    """Give one weight of `best` after another a smaller format, most bytes for their divergence first, while it fits.
+
+    What a weight does to the loss on text is far from what it does to the divergence, so the knapsack, blind to that,
+    leaves much of the budget where the loss is what fills it.
+    """
+    given = {one.weight: one for one in best.chosen}
+
+    def saving(one: Sensitivity) -> float:
+        return (given[one.weight].bytes - one.bytes) / max(one.kl - given[one.weight].kl, TINY)
+
+    smaller = [one for formats in options for one in formats if one.bytes < given[one.weight].bytes]
+    for one in sorted(smaller, key=saving, reverse=True):
+        changed = [one if other.weight == one.weight else other for other in best.chosen]
+        still_smaller = sum(other.bytes for other in changed) < sum(other.bytes for other in best.chosen)
+        if still_smaller and sum(other.kl for other in changed) <= budget:
+            found = measure(changed)
+            best = found if found.cost <= budget else best
     return best
 
 
-def best_within(size: int, options: Options, measure: Callable[[Sequence[Sensitivity]], Choice]) -> Choice:
+def best_within(size: int, options: Options, measure: Measure) -> Choice:
     """Return the choice of least divergence whose graph takes at most `size` bytes."""
     smallest = measure([min(formats, key=lambda one: one.bytes) for formats in options])
     if smallest.size > size:
