@@ -14,7 +14,7 @@ from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.positional import ExPE
 from expe_edge.quant.formats import FormatOptions, make_format
 from expe_edge.quant.recipe import WeightRounding
-from expe_edge.quant.solvers import BlockQuantizer
+from expe_edge.quant.solvers import WeightQuantizer
 from expe_edge.quant.tables import EMBEDDING_FORMATS
 from expe_edge.quantization_aware import round_weights
 
@@ -36,7 +36,7 @@ def rounded(model: ExPEForCausalLM, rounding: WeightRounding) -> ExPEForCausalLM
 
 def stored(weights: ModelWeights, rounding: WeightRounding) -> ModelWeights:
     """The weights that `export --solver rtn` stores, restored."""
-    kind = make_format(rounding.precision, FormatOptions(blocks=BlockQuantizer("rtn", rounding.block_size)))
+    kind = make_format(rounding.precision, FormatOptions(quantizer=WeightQuantizer("rtn", rounding.block_size)))
     layers = [
         dataclasses.replace(
             layer,

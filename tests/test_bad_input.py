@@ -205,8 +205,8 @@ def test_compare_options_out_of_range(packages: Path, options: list[str], messag
         ),
         (["--calibration-windows", "0"], "--calibration-windows is 0; at least 1"),
         (
-            ["--precision", "int8-dynamic", "--solver", "rtn"],
-            "--solver is for --precision int8-weight and int4-weight; add such a precision, or drop the option",
+            ["--precision", "int8-dynamic", "--block-size", "64"],
+            "--block-size is for --precision int8-weight and int4-weight; add such a precision, or drop the option",
         ),
     ],
 )

@@ -24,7 +24,7 @@ from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.package import read_package
 from expe_edge.quant import blocks
 from expe_edge.quant.calibration import Calibration
-from expe_edge.quant.recipe import WEIGHT_BITS, Recipe, WeightRounding
+from expe_edge.quant.recipe import PER_CHANNEL, WEIGHT_BITS, Recipe, WeightRounding
 from expe_edge.quant.solvers import refined_gptq
 from expe_edge.quantization_aware import distillation_loss
 from expe_edge.settings import TrainSettings, make_settings
@@ -149,7 +149,7 @@ def test_other_encodings_are_fine_tuned_too(tmp_path: Path, text_folder: Path, p
 # Exporting.
 
 
-@pytest.mark.parametrize("recipe", [Recipe("int4-weight", portable=True), Recipe("int8-static")], ids=str)
+@pytest.mark.parametrize("recipe", [Recipe("int4-weight", portable=True), Recipe("int8-static", solver="rtn")], ids=str)
 def test_onnxruntime_restores_the_weights_that_training_saw(recipe: Recipe, fine_tuned: Path, tmp_path: Path) -> None:
     """From the file that an export writes, by its own DequantizeLinear nodes."""
     (package,) = export(fine_tuned, tmp_path, [recipe])
@@ -208,6 +208,13 @@ def test_positions_left_inside_are_not_what_was_trained(fine_tuned: Path) -> Non
 def test_a_recipe_takes_from_training_what_it_leaves_open(recipe: Recipe, settled: Recipe) -> None:
     assert recipe.settled(WeightRounding("int4-weight", 32)) == settled
     assert recipe.settled(None) == recipe
+
+
+@pytest.mark.parametrize("precision", PER_CHANNEL)
+def test_weights_trained_for_one_int8_product_serve_the_other(precision: str) -> None:
+    for trained in PER_CHANNEL:
+        assert Recipe(precision).settled(WeightRounding(trained)) == Recipe(precision, solver="rtn")
+    assert Recipe("int8-weight").settled(WeightRounding(precision)) == Recipe("int8-weight")
 
 
 def test_a_mixture_rounds_what_was_trained_for_it_to_the_nearest_and_solves_the_rest(fine_tuned: Path) -> None:

@@ -55,7 +55,7 @@ def test_quantized_bytes_by_hand() -> None:
 def test_seven_bits_by_hand() -> None:
     """Scales 1/64 and 1 of a largest magnitude of 63; int8 around 0, whose kernel is the faster one without VNNI."""
     weight = np.array([[63 / 64, 0.0], [-63 / 64, 2.5], [1.5 / 64, -63.0]], dtype=np.float32)
-    quantized = quantize_channels(weight, reduce_range=True)
+    quantized = quantize_channels(weight, 7)
     assert quantized.values.dtype == np.int8
     assert quantized.scale.tolist() == [1 / 64, 1.0]
     assert quantized.values.T.tolist() == [[63, -63, 2], [0, 2, -63]]
@@ -88,7 +88,7 @@ signed = st.builds(lambda sign, value: sign * value, st.sampled_from((-1, 0, 1))
 
 @given(arrays.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=signed), st.booleans())
 def test_a_weight_is_restored_to_half_a_step_of_its_own_channel(weight: np.ndarray, reduce_range: bool) -> None:
-    values, scale, zero_point = quantize_channels(weight, reduce_range=reduce_range)
+    values, scale, zero_point = quantize_channels(weight, 7 if reduce_range else 8)
     levels = values.astype(np.float64) - zero_point
     restored = levels * scale
     assert np.abs(levels).max() <= (63 if reduce_range else 127)  # the levels are symmetric

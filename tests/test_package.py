@@ -31,7 +31,7 @@ from tests.manifests import edit_manifest, read_manifest
 
 DAMAGED = "export the package again"
 #: Precisions that rest on calibration text: for ranges, or for gptq's view of the inputs.
-MEASURED = ("int8-static", "int8-weight", "int4-weight")
+MEASURED = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from expe_edge.package import TensorSpec, read_package
 from expe_edge.quant.evidence import EMBEDDING
 from expe_edge.quant.formats import LINEAR_FORMATS, Float32, FormatOptions, make_format
 from expe_edge.quant.recipe import Recipe
-from expe_edge.quant.solvers import BlockQuantizer
+from expe_edge.quant.solvers import WeightQuantizer
 from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.session import Step
 from expe_edge.statistics import divergence
@@ -195,7 +195,7 @@ def test_heads_of_any_size_are_portable() -> None:
 def test_the_standard_operators_restore_the_matrix_that_the_blocks_stand_for(
     precision: str, tied: bool, shape: tuple[int, int]
 ) -> None:
-    linear = make_format(precision, FormatOptions(portable=True, blocks=BlockQuantizer("rtn", 32)))
+    linear = make_format(precision, FormatOptions(portable=True, quantizer=WeightQuantizer("rtn", 32)))
     weight, graph = normal(0, *shape), GraphBuilder()
     columns, rows = shape
     specs = [TensorSpec("ids", "int64", (1, rows)), TensorSpec("hidden", "float32", (columns, columns))]

@@ -15,8 +15,8 @@ from expe_edge.quant.recipe import (
     BLOCK_SIZES,
     BLOCKWISE,
     EMBEDDINGS,
+    PER_CHANNEL,
     PRECISIONS,
-    SEVEN_BIT,
     SOLVERS,
     Recipe,
     require_used,
@@ -30,7 +30,7 @@ def test_the_names_of_the_command_line_are_those_of_the_registries() -> None:
     assert set(PRECISIONS) == {*LINEAR_FORMATS, "auto"}
     assert set(EMBEDDINGS) == set(EMBEDDING_FORMATS)
     assert set(SOLVERS) == set(SOLVER_FUNCTIONS)
-    assert set(SEVEN_BIT) == {name for name, kind in LINEAR_FORMATS.items() if issubclass(kind, ChannelInt8)}
+    assert set(PER_CHANNEL) == {name for name, kind in LINEAR_FORMATS.items() if issubclass(kind, ChannelInt8)}
     assert set(BLOCKWISE) == {name for name, kind in LINEAR_FORMATS.items() if kind.blockwise}
     assert {kind.embedding for kind in LINEAR_FORMATS.values()} <= set(EMBEDDINGS)
     assert set(BLOCK_SIZE.values()) <= set(BLOCK_SIZES)
@@ -109,14 +109,15 @@ def test_a_recipe_is_plain_data_that_makes_it_again() -> None:
 
 
 BLOCKS = "int8-weight and int4-weight"
+INTEGERS = "int8-dynamic and int8-static and int8-weight and int4-weight"
 
 
 @pytest.mark.parametrize(
     ("settings", "option", "served"),
     [
-        ({"solver": "rtn"}, "--solver", BLOCKS),
+        ({"solver": "rtn"}, "--solver", INTEGERS),
         ({"block_size": 64}, "--block-size", BLOCKS),
-        ({"smoothing": True}, "--smoothing", "int8-dynamic and int8-static and int8-weight and int4-weight"),
+        ({"smoothing": True}, "--smoothing", INTEGERS),
     ],
 )
 def test_an_option_that_no_package_uses_is_refused(settings: dict[str, Any], option: str, served: str) -> None:

@@ -20,11 +20,13 @@ from expe_edge.quant.blocks import (
 )
 from expe_edge.quant.recipe import SOLVERS as SOLVER_NAMES
 from expe_edge.quant.solvers import (
+    CHUNK,
     MOMENT_SOLVERS,
     NARROWEST,
     SOLVERS,
     WIDEST,
-    BlockQuantizer,
+    WeightQuantizer,
+    chunks,
     descend,
     gptq,
     refined_gptq,
@@ -201,7 +203,7 @@ def test_a_quantizer_works_on_the_transposed_weight_with_the_moments_of_its_line
     solver: str, bits: int, block_size: int | None
 ) -> None:
     moments = {"a": correlated_moments(0, 40), "b": correlated_moments(1, 40)}
-    weight, quantizer = normal(2, 40, 8), BlockQuantizer(solver, block_size, moments)
+    weight, quantizer = normal(2, 40, 8), WeightQuantizer(solver, block_size, moments)
     for linear in moments:
         expected = SOLVERS[solver](weight.T, bits, block_size or BLOCK_SIZE[bits], moments[linear])
         found = quantizer.quantize(linear, weight, bits)
@@ -210,7 +212,33 @@ def test_a_quantizer_works_on_the_transposed_weight_with_the_moments_of_its_line
 
 
 def test_a_linear_without_moments_is_refused_by_name() -> None:
-    quantizer = BlockQuantizer("gptq", moments={"head": np.eye(4)})
+    quantizer = WeightQuantizer("gptq", moments={"head": np.eye(4)})
     with pytest.raises(ExportError, match=r"^calibration measured no inputs of 'layers\.0\.feed_forward\.up'; use "):
         quantizer.quantize("layers.0.feed_forward.up", normal(0, 4, 4), 4)
-    BlockQuantizer("rtn").quantize("layers.0.feed_forward.up", normal(0, 4, 4), 4)
+    WeightQuantizer("rtn").quantize("layers.0.feed_forward.up", normal(0, 4, 4), 4)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_a_whole_row_in_one_block_is_solved_with_less_output_error(bits: int) -> None:
+    """More columns than are rounded at a time, so that errors cross from one run of them to the next."""
+    columns, generator = CHUNK + 60, np.random.default_rng(7)
+    inputs = generator.normal(size=(900, columns)) @ generator.normal(size=(columns, columns)) + 1.0
+    moments, weight = inputs.T @ inputs / len(inputs), normal(3, columns, 24)
+    rounded, solved = (
+        WeightQuantizer(solver, moments={"up": moments}).quantize("up", weight, bits, block_size=columns)
+        for solver in ("rtn", "gptq")
+    )
+
+    def error(codes: BlockCodes) -> float:
+        return float(((inputs @ (codes.restored().T - weight)) ** 2).sum())
+
+    assert solved.scale.shape == (24, 1)
+    assert (int(solved.codes.min()) >= 1, int(solved.codes.max()) < 2**bits) == (True, True)
+    assert error(solved) < 0.5 * error(rounded)
+
+
+@pytest.mark.parametrize(("columns", "block_size"), [(1, 1), (96, 32), (100, 256), (256, 256), (300, 300), (400, 256)])
+def test_chunks_cover_all_columns_once_within_blocks(columns: int, block_size: int) -> None:
+    found = list(chunks(columns, block_size))
+    assert [column for begin, end in found for column in range(begin, end)] == list(range(columns))
+    assert all(end - begin <= CHUNK and begin // block_size == (end - 1) // block_size for begin, end in found)

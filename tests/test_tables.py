@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from expe_edge.export.graph import HEAD, build_graph, graph_contract
 from expe_edge.export.nodes import GraphBuilder
 from expe_edge.quant.formats import LINEAR_FORMATS, FormatOptions, make_format
-from expe_edge.quant.solvers import BlockQuantizer
+from expe_edge.quant.solvers import WeightQuantizer
 from expe_edge.quant.tables import EMBEDDING_FORMATS, Table
 from tests.graphs import LINEARS, normal, random_weights, run_nodes, run_text, token_stream
 from tests.strategies import seeds, small_config
@@ -140,7 +140,7 @@ def test_a_tied_head_is_stored_once_and_computes_as_if_it_were_stored_twice(
     widths = {name: 88 if name.endswith("down") else 32 for name in LINEARS}
     moments = {name: np.diag(np.arange(1.0, width + 1)) for name, width in widths.items()}
     options = FormatOptions(
-        reduce_range, False, dict.fromkeys(LINEARS, (-6.0, 6.0)), BlockQuantizer(solver, 32, moments)
+        reduce_range, False, dict.fromkeys(LINEARS, (-6.0, 6.0)), WeightQuantizer(solver, 32, moments)
     )
     linear = make_format(precision, options)
     untied = dataclasses.replace(weights, config=UNTIED)

@@ -45,7 +45,7 @@ _OPTIONS = (
     click.option(
         "--solver",
         metavar="|".join(SOLVERS),
-        help="For int*-weight; by default gptq, or rtn for weights trained for it.",
+        help="For integer weights; by default gptq, or rtn for weights trained for it.",
     ),
     click.option("--block-size", type=int, help=f"For int*-weight: {', '.join(map(str, BLOCK_SIZES))}."),
     click.option("--smoothing", is_flag=True, help="Move outliers of activations into weights where that helps."),

@@ -32,7 +32,7 @@ MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"
     metavar="|".join(MEASURABLE),
     help="Format to measure every weight in; repeatable.",
 )
-@click.option("--solver", metavar="|".join(SOLVERS), help="For int*-weight.")
+@click.option("--solver", metavar="|".join(SOLVERS), help="For integer weights.")
 @click.option("--block-size", type=int, help=f"For int*-weight: {', '.join(map(str, BLOCK_SIZES))}.")
 @click.option(
     "--calibration-windows",

@@ -85,11 +85,11 @@ def into_blocks(matrix: npt.NDArray[np.floating], block_size: int) -> npt.NDArra
 def widest_scale(values: npt.NDArray[np.floating], bits: int) -> npt.NDArray[np.floating]:
     """Return the scale (…) that just covers `values` (…, block), before rounding; 1 for zeros alone.
 
-    8 bits are symmetric, ±127. Of 4 bits all 16 codes are used: the largest magnitude becomes code 0, −8 times a
-    scale of the other sign.
+    8 and 7 bits are symmetric, ±127 and ±63. Of 4 bits all 16 codes are used: the largest magnitude becomes code 0, −8
+    times a scale of the other sign.
     """
-    if bits == 8:
-        scale = np.abs(values).max(axis=-1) / 127
+    if bits > 4:
+        scale = np.abs(values).max(axis=-1) / (midpoint(bits) - 1)
     else:
         largest = np.take_along_axis(values, np.abs(values).argmax(axis=-1)[..., None], axis=-1)[..., 0]
         scale = -largest / midpoint(bits)
@@ -98,7 +98,7 @@ def widest_scale(values: npt.NDArray[np.floating], bits: int) -> npt.NDArray[np.
 
 def encode(values: npt.NDArray[np.floating], scale: npt.NDArray[np.floating], bits: int) -> npt.NDArray[np.uint8]:
     """Return the nearest codes of `values` (…, block) for `scale` (…)."""
-    lowest = 1 if bits == 8 else 0
+    lowest = 1 if bits > 4 else 0
     levels = np.rint(values / scale[..., None]) + midpoint(bits)
     codes: npt.NDArray[np.uint8] = np.clip(levels, lowest, (1 << bits) - 1).astype(np.uint8)
     return codes

@@ -12,14 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expe_edge.quant.blocks import Float, storable
+from expe_edge.quant.blocks import BlockCodes, Float, midpoint, round_to_nearest
 
 #: A tensor's lowest and highest value on calibration text.
 Range = tuple[float, float]
 
-#: Largest magnitude of a symmetric weight of 8 and of 7 bits.
-LIMIT_8_BIT, LIMIT_7_BIT = 127, 63
-ZERO_POINT = 128
+#: Bits of weights of a reduced range.
+REDUCED_BITS = 7
 ACTIVATION_LEVELS = 255
 
 
@@ -51,15 +50,17 @@ class CacheScales(NamedTuple):
     value: Float
 
 
-def quantize_channels(weight: Float, *, reduce_range: bool = False) -> ChannelCodes:
-    """Round (C_in, C_out) float32 to the nearest of 255 levels per output channel; of 127 with `reduce_range`."""
-    limit = LIMIT_7_BIT if reduce_range else LIMIT_8_BIT
-    scale = np.abs(weight).max(axis=0) / limit
-    scale = storable(np.where(scale == 0, 1, scale))
-    levels = np.clip(np.rint(weight / scale), -limit, limit)
-    if reduce_range:
-        return ChannelCodes(levels.astype(np.int8), scale, 0)
-    return ChannelCodes((levels + ZERO_POINT).astype(np.uint8), scale, ZERO_POINT)
+def quantize_channels(weight: Float, bits: int = 8) -> ChannelCodes:
+    """Round (C_in, C_out) float32 to the nearest of 255 levels per output channel; of 127 with 7 bits."""
+    return channel_codes(round_to_nearest(weight.T, bits, len(weight)))
+
+
+def channel_codes(rows: BlockCodes) -> ChannelCodes:
+    """Return codes (C_out, C_in) of 8 or 7 bits, in one block each, as the int8 kernels want them."""
+    scale = rows.scale[:, 0]
+    if rows.bits == REDUCED_BITS:
+        return ChannelCodes(rows.levels(), scale, 0)
+    return ChannelCodes(rows.codes[:, 0].T, scale, midpoint(rows.bits))
 
 
 def activation_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:

@@ -38,7 +38,7 @@ from expe_edge.quant.formats import (
 )
 from expe_edge.quant.recipe import Recipe, WeightRounding
 from expe_edge.quant.smoothing import smooth
-from expe_edge.quant.solvers import BlockQuantizer
+from expe_edge.quant.solvers import WeightQuantizer
 from expe_edge.quant.tables import EMBEDDING_FORMATS
 
 Ids = npt.NDArray[np.int64]
@@ -61,7 +61,7 @@ class Evidence:
     given_ranges: Mapping[str, Range] | None = None
     rounding: WeightRounding | None = None
     progress: Callable[[str], None] = lambda _: None
-    _quantizers: dict[tuple[str, int | None], BlockQuantizer] = field(default_factory=dict, init=False, repr=False)
+    _quantizers: dict[tuple[str, int | None], WeightQuantizer] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def contract(self) -> GraphContract:
@@ -124,11 +124,11 @@ class Evidence:
 
     def _format(self, recipe: Recipe, name: str) -> LinearFormat:
         solver, block_size = recipe.solver_for(name, self.rounding)
-        blocks = self._quantizers.setdefault((solver, block_size), BlockQuantizer(solver, block_size))
+        quantizer = self._quantizers.setdefault((solver, block_size), WeightQuantizer(solver, block_size))
         if needs_moments(name, solver):
-            blocks.moments = self.moments
+            quantizer.moments = self.moments
         ranges = self.ranges if LINEAR_FORMATS[name].calibrated else {}
-        return make_format(name, FormatOptions(recipe.reduce_range, recipe.portable, ranges, blocks))
+        return make_format(name, FormatOptions(recipe.reduce_range, recipe.portable, ranges, quantizer))
 
     def needs_moments(self, recipe: Recipe, names: Iterable[str]) -> bool:
         """Tell whether any of the formats `names` is solved with the inputs' moments."""
@@ -157,7 +157,7 @@ class Evidence:
         """Return the same model with outliers moved into its weights, and the strength chosen for each linear."""
 
         def make(linear: str, bounds: Range) -> LinearFormat:
-            fresh = BlockQuantizer("rtn", recipe.block_size)
+            fresh = WeightQuantizer("rtn", recipe.block_size)
             return make_format(names[linear], FormatOptions(recipe.reduce_range, False, {linear: bounds}, fresh))
 
         observations = self.observations

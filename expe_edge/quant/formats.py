@@ -13,8 +13,16 @@ from onnx import TensorProto
 from expe_edge.errors import ConfigError, ExportError, unknown_name
 from expe_edge.export.nodes import MICROSOFT, GraphBuilder
 from expe_edge.quant.blocks import BlockCodes, Float, midpoint
-from expe_edge.quant.channels import ChannelCodes, Range, activation_scale, quantize_channels, round_activations
-from expe_edge.quant.solvers import MOMENT_SOLVERS, BlockQuantizer
+from expe_edge.quant.channels import (
+    REDUCED_BITS,
+    ChannelCodes,
+    Range,
+    activation_scale,
+    channel_codes,
+    round_activations,
+)
+from expe_edge.quant.recipe import WEIGHT_BITS
+from expe_edge.quant.solvers import MOMENT_SOLVERS, WeightQuantizer
 from expe_edge.quant.tables import FLOAT, BlockTable, ChannelTable, FloatTable, Table
 
 #: The range of rows divided by their largest magnitude, and the divisor of rows that are all zero.
@@ -27,13 +35,13 @@ class FormatOptions:
     """What formats are made with.
 
     reduce_range: 7-bit weights in the int8 formats. portable: standard operators alone.
-    ranges: of every linear's input, for static formats. blocks: quantizes the weights of block-wise formats.
+    ranges: of every linear's input, for static formats. quantizer: of the weights of integer formats.
     """
 
     reduce_range: bool = False
     portable: bool = False
     ranges: Mapping[str, Range] = field(default_factory=dict)
-    blocks: BlockQuantizer = field(default_factory=BlockQuantizer)
+    quantizer: WeightQuantizer = field(default_factory=WeightQuantizer)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class LinearFormat(ABC):
     rounds_activations: ClassVar[bool] = False
     #: Whether that range is fixed, so that `product` needs `options.ranges`.
     calibrated: ClassVar[bool] = False
-    #: Whether weights are in blocks, quantized by `options.blocks`.
+    #: Whether weights are in blocks.
     blockwise: ClassVar[bool] = False
     #: The embedding's format where nothing else is asked for.
     embedding: ClassVar[str] = "float32"
@@ -145,12 +153,13 @@ class ChannelInt8(LinearFormat):
     rounds_activations = True
     embedding = "int8"
 
-    def quantized(self, weight: Float) -> ChannelCodes:
-        return quantize_channels(weight, reduce_range=self.options.reduce_range)
+    def quantized(self, linear: str, weight: Float) -> ChannelCodes:
+        bits = REDUCED_BITS if self.options.reduce_range else 8
+        return channel_codes(self.options.quantizer.quantize(linear, weight, bits, block_size=len(weight)))
 
     def store(self, graph: GraphBuilder, linear: str, weight: Float, tied: Table | None) -> tuple[str, str, str]:
         """Return the tensors of the codes (C_in, C_out), their scales and zero points (C_out,)."""
-        codes = self.quantized(weight)
+        codes = self.quantized(linear, weight)
         zero_points = graph.constant(codes.zero_points)
         if tied is not None:
             return graph.op("Transpose", tied.weight, name=f"{linear}.tied", perm=[1, 0]), tied.scale, zero_points
@@ -158,10 +167,10 @@ class ChannelInt8(LinearFormat):
         return stored, graph.scales(f"{linear}.scale", codes.scale), zero_points
 
     def table(self, linear: str, weight: Float) -> Table:
-        return ChannelTable(self.quantized(weight))
+        return ChannelTable(self.quantized(linear, weight))
 
     def restored(self, linear: str, weight: Float) -> Float:
-        return self.quantized(weight).restored()
+        return self.quantized(linear, weight).restored()
 
     def round_inputs(self, linear: str, hidden: Float, *, peaked: bool = False) -> Float:
         if not peaked:
@@ -236,7 +245,7 @@ class BlockWeight(LinearFormat):
     bits: ClassVar[int]
 
     def quantized(self, linear: str, weight: Float) -> BlockCodes:
-        return self.options.blocks.quantize(linear, weight, self.bits)
+        return self.options.quantizer.quantize(linear, weight, self.bits)
 
     def product(
         self, graph: GraphBuilder, linear: str, hidden: str, weight: Float, *, within: Range | None = None,
@@ -330,4 +339,4 @@ def make_format(name: str, options: FormatOptions | None = None) -> LinearFormat
 
 def needs_moments(name: str, solver: str) -> bool:
     """Tell whether the format `name` needs the inputs' moments."""
-    return LINEAR_FORMATS[name].blockwise and solver in MOMENT_SOLVERS
+    return name in WEIGHT_BITS and solver in MOMENT_SOLVERS

@@ -16,8 +16,8 @@ DEFAULT_SOLVER = "gptq"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 #: Texts of one training length each that calibration runs on (GPTQ's paper takes as many).
 CALIBRATION_WINDOWS = 128
-#: Precisions that `reduce_range` changes.
-SEVEN_BIT = ("int8-dynamic", "int8-static")
+#: Precisions whose weights have a scale for each output channel; `reduce_range` changes them.
+PER_CHANNEL = ("int8-dynamic", "int8-static")
 #: Bits of the weights of the precisions that store integers, and those of them that have a scale for each block.
 WEIGHT_BITS = {"int8-dynamic": 8, "int8-static": 8, "int8-weight": 8, "int4-weight": 4}
 BLOCKWISE = ("int8-weight", "int4-weight")
@@ -63,8 +63,8 @@ class Recipe:
         precision: format of the linears; `auto` chooses one for each.
         embedding: format of the embedding; None for the precision's own.
         cache: float32 or int8.
-        solver, block_size: how block-wise weights are quantized; None for gptq and the precision's own size, or for
-            what the weights were trained for, see `solver_for`.
+        solver, block_size: how integer weights are rounded; None for gptq and the precision's own size, or for what the
+            weights were trained for, see `solver_for`.
         smoothing: move outliers of activations into weights, as far as that lowers the output error.
         reduce_range: 7-bit weights in the int8 formats.
         portable: standard ONNX operators alone.
@@ -89,9 +89,9 @@ class Recipe:
         require_known("cache", self.cache, CACHES)
         require_known("solver", self.solver or DEFAULT_SOLVER, SOLVERS)
         require_block_size(self.block_size)
-        if self.reduce_range and self.precision not in SEVEN_BIT:
+        if self.reduce_range and self.precision not in PER_CHANNEL:
             raise ExportError(
-                f"--reduce-range has no meaning for {self.precision}; it is for {' and '.join(SEVEN_BIT)}"
+                f"--reduce-range has no meaning for {self.precision}; it is for {' and '.join(PER_CHANNEL)}"
             )
         if self.portable and self.cache != "float32":
             raise ExportError(
@@ -136,7 +136,8 @@ class Recipe:
         return replace(self, solver=solver, block_size=block_size)
 
     def _leaves_to(self, trained: WeightRounding, precision: str) -> bool:
-        if trained.precision != precision or precision not in BLOCKWISE or self.smoothing:
+        same_weights = trained.precision == precision or {trained.precision, precision} == set(PER_CHANNEL)
+        if not same_weights or self.smoothing:
             return False
         return self.block_size in (None, trained.block_size)
 
@@ -149,9 +150,9 @@ def require_used(recipes: Sequence[Recipe], *, ranges_from: bool = False) -> Non
     """Raise `ExportError` for an option that none of `recipes`, all made with the same options, has a use for."""
     precisions = {recipe.precision for recipe in recipes}
     if "auto" in precisions:
-        precisions.update(BLOCKWISE)
+        precisions.update(BLOCKWISE)  # among which it chooses
     users = {
-        "--solver": (any(recipe.solver for recipe in recipes), BLOCKWISE),
+        "--solver": (any(recipe.solver for recipe in recipes), tuple(WEIGHT_BITS)),
         "--block-size": (any(recipe.block_size and recipe.embedding != "int4" for recipe in recipes), BLOCKWISE),
         "--smoothing": (any(recipe.smoothing for recipe in recipes), tuple(WEIGHT_BITS)),
         "--ranges-from": (ranges_from, ("int8-static",)),

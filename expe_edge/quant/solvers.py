@@ -1,11 +1,11 @@
-"""How a matrix gets its block codes: rounding to the nearest, or GPTQ, which rounds with the inputs in view.
+"""How a matrix gets its codes: rounding to the nearest, or GPTQ, which rounds with the inputs in view.
 
 What GPTQ leaves is refined: both minimise the output's squared error tr(E·M·Eᵀ), E = Ŵ − W, M the inputs' moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +28,8 @@ from expe_edge.quant.blocks import (
 DAMPING = 0.01
 #: How far the widest scale is shrunk in search of the least weighted error.
 SHRINKAGE = np.linspace(1.0, 0.6, 17)
+#: Most columns that are rounded before what they do to all later ones is worked out.
+CHUNK = 128
 #: Rounds of refinement: later ones gain less than a hundredth.
 REFINEMENTS = 3
 #: How far a round may take a scale, as a factor.
@@ -68,19 +70,26 @@ def descend(matrix: Float, solved: BlockCodes, moments: Double) -> BlockCodes:
     gradient = (levels * scales - matrix) @ moments
     codes = solved.codes.copy()
     flat = codes.reshape(len(codes), -1)
-    for begin in range(0, solved.columns, solved.block_size):
-        block = slice(begin, min(begin + solved.block_size, solved.columns))
+    for begin, end in chunks(solved.columns, solved.block_size):
+        block = slice(begin, end)
         within, before = moments[block, block], levels[:, block].copy()
-        for column in range(block.stop - begin):
-            at = begin + column
+        for column, at in enumerate(range(begin, end)):
             best = levels[:, at] - gradient[:, at] / (within[column, column] * scales[:, at])
             flat[:, at] = encode(best[:, None], np.ones(len(best)), solved.bits)[:, 0]
             chosen = flat[:, at] - float(midpoint(solved.bits))
             gradient[:, block] += np.outer((chosen - levels[:, at]) * scales[:, at], within[column])
             levels[:, at] = chosen
         changes = (levels[:, block] - before) * scales[:, block]
-        gradient[:, block.stop :] += changes @ moments[block, block.stop :]
+        gradient[:, end:] += changes @ moments[block, end:]
     return solved._replace(codes=codes)
+
+
+def chunks(columns: int, block_size: int) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of runs of columns within whole blocks, few enough that work within a run stays in cache."""
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        for begin in range(start, stop, CHUNK):
+            yield begin, min(begin + CHUNK, stop)
 
 
 def _levels(solved: BlockCodes) -> Double:
@@ -104,17 +113,19 @@ def gptq(matrix: Float, bits: int, block_size: int, moments: Double | None) -> B
     weights = np.pad(power, (0, padding))
     codes = np.empty((rows, remaining.shape[1] // block_size, block_size), dtype=np.uint8)
     scales = np.empty(codes.shape[:2], dtype=np.float32)
-    for index in range(codes.shape[1]):
-        begin, end = index * block_size, (index + 1) * block_size
-        block = remaining[:, begin:end]
-        scale = scales[:, index] = _fitted_scale(block, weights[begin:end], bits)
-        errors = np.empty_like(block)
-        for column in range(block_size):
-            at = begin + column
-            codes[:, index, column] = encode(block[:, column, None], scale, bits)[:, 0]
-            restored = (codes[:, index, column].astype(np.float64) - midpoint(bits)) * scale
-            errors[:, column] = (block[:, column] - restored) / inverse[at, at]
-            block[:, column + 1 :] -= np.outer(errors[:, column], inverse[at, at + 1 : end])
+    flat = codes.reshape(rows, -1)
+    for begin, end in chunks(remaining.shape[1], block_size):
+        index = begin // block_size
+        if begin % block_size == 0:
+            block = slice(begin, begin + block_size)
+            scales[:, index] = _fitted_scale(remaining[:, block], weights[block], bits)
+        scale, chunk = scales[:, index], remaining[:, begin:end]
+        errors = np.empty_like(chunk)
+        for column, at in enumerate(range(begin, end)):
+            flat[:, at] = encode(chunk[:, column, None], scale, bits)[:, 0]
+            restored = (flat[:, at].astype(np.float64) - midpoint(bits)) * scale
+            errors[:, column] = (chunk[:, column] - restored) / inverse[at, at]
+            chunk[:, column + 1 :] -= np.outer(errors[:, column], inverse[at, at + 1 : end])
         remaining[:, end:] -= errors @ inverse[begin:end, end:]
     return BlockCodes(codes, scales, bits, columns)
 
@@ -152,7 +163,7 @@ MOMENT_SOLVERS = ("gptq",)
 
 
 @dataclass
-class BlockQuantizer:
+class WeightQuantizer:
     """Quantizes the weights of one model, each once however often it is asked.
 
     block_size: None for the default of each width. moments: by linear, what calibration measured; empty where the
@@ -162,15 +173,16 @@ class BlockQuantizer:
     solver: str = "rtn"
     block_size: int | None = None
     moments: Mapping[str, Double] = field(default_factory=dict)
-    _done: dict[tuple[str, int], BlockCodes] = field(default_factory=dict, repr=False)
+    _done: dict[tuple[str, int, int], BlockCodes] = field(default_factory=dict, repr=False)
 
-    def quantize(self, linear: str, weight: Float, bits: int) -> BlockCodes:
-        """Return codes of the transpose of `weight` (C_in, C_out)."""
-        key = linear, bits
+    def quantize(self, linear: str, weight: Float, bits: int, block_size: int | None = None) -> BlockCodes:
+        """Return codes of the transpose of `weight` (C_in, C_out). block_size: a format's own."""
+        block_size = block_size or self.block_size or BLOCK_SIZE[bits]
+        key = linear, bits, block_size
         if key not in self._done:
             needed = self.solver in MOMENT_SOLVERS
             if needed and linear not in self.moments:
                 raise ExportError(f"calibration measured no inputs of {linear!r}; use --solver rtn")
             moments = self.moments[linear] if needed else None
-            self._done[key] = SOLVERS[self.solver](weight.T, bits, self.block_size or BLOCK_SIZE[bits], moments)
+            self._done[key] = SOLVERS[self.solver](weight.T, bits, block_size, moments)
         return self._done[key]
