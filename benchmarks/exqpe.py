@@ -23,10 +23,18 @@ from benchmarks.quantization import measure
 from expe_edge.comparison import BucketResult
 from expe_edge.export.exporter import export
 from expe_edge.package import read_package
+from expe_edge.quant.recipe import Recipe
 from expe_edge.reporting import bucket_name, print_whole, short
 
-#: Formats compared. bfloat16 is of the weights alone.
-PRECISIONS = ("float32", "bfloat16", "int8-dynamic", "int8-static", "int4-weight")
+#: Formats compared. bfloat16 is of the weights alone; those of 8 bits are rounded to the nearest, as anyone does it.
+RECIPES = (
+    Recipe("float32"),
+    Recipe("bfloat16"),
+    Recipe("int8-dynamic", solver="rtn"),
+    Recipe("int8-static", solver="rtn"),
+    Recipe("int4-weight"),
+)
+PRECISIONS = tuple(recipe.precision for recipe in RECIPES)
 #: Way to the encoding that a model is trained with, and where its graph has the positions.
 WAYS = {
     "ExPE inline": ("expe", "inline"),
@@ -40,7 +48,7 @@ def packages_of(checkpoint: Path, out: Path) -> dict[str, list[Path]]:
     """Export every precision with positions folded and inline; the first folded one is the reference."""
     return {
         positions: [
-            package.path for package in export(checkpoint, out / positions, PRECISIONS, positions=positions, force=True)
+            package.path for package in export(checkpoint, out / positions, RECIPES, positions=positions, force=True)
         ]
         for positions in ("folded", "inline")
     }
