@@ -49,13 +49,10 @@ def train(out: Path, variant: str, seed: int, extra: list[str]) -> Path:
 
 def measure(directories: list[Path], lengths: list[int], documents: int) -> dict[str, list[float]]:
     """Return nats per token by bucket for each directory, all on the same documents."""
-    from expe_edge.comparison import compare, long_documents
+    from expe_edge.comparison import compare_by_length
     from expe_edge.scoring import open_scorer
 
-    scorers = [open_scorer(directory) for directory in directories]
-    tokens = lengths[-1] * scorers[0].training_length + 1
-    chosen, byte_lengths = long_documents(scorers[0], (), "text", tokens, documents)
-    comparison = compare(scorers, chosen, byte_lengths, lengths)
+    comparison = compare_by_length([open_scorer(directory) for directory in directories], lengths, documents)
     return {name: [result.nll for result in comparison.of(name)] for name in comparison.models}
 
 

@@ -13,11 +13,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from expe_edge import comparison as comparing
-from expe_edge.comparison import BucketResult, Comparison
+from expe_edge.comparison import BucketResult, Comparison, compare_by_length
 from expe_edge.export.exporter import export
 from expe_edge.package import Package, read_package
-from expe_edge.progress import counted
 from expe_edge.quant.recipe import Recipe
 from expe_edge.reporting import comparison_table, plot_comparison, print_whole, short
 from expe_edge.scoring import open_scorer
@@ -81,10 +79,7 @@ def make_packages(checkpoint: Path, out: Path, wanted: tuple[str, ...]) -> list[
 def measure(paths: list[Path], lengths: list[int], documents: int, threads: int | None = None) -> Comparison:
     """Compare all packages on the held-out documents of the first."""
     scorers = [open_scorer(path, threads) for path in paths]
-    tokens = lengths[-1] * scorers[0].training_length + 1
-    chosen, byte_lengths = comparing.long_documents(scorers[0], (), "text", tokens, documents)
-    with counted("comparing tokens", len(chosen) * (tokens - 1)) as advance:
-        return comparing.compare(scorers, chosen, byte_lengths, lengths, advance=advance)
+    return compare_by_length(scorers, lengths, documents)
 
 
 def summarize(name: str, package: Package, reference: Package, results: list[BucketResult]) -> Row:

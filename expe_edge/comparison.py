@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from expe_edge.corpus import load_corpus
 from expe_edge.errors import ConfigError, CorpusError
+from expe_edge.progress import counted
 from expe_edge.scoring import Scorer, tokenizer_path
 from expe_edge.statistics import log_divergence, log_softmax, ratio_of_sums
 from expe_edge.tokenization import encode_documents, load_tokenizer, token_byte_lengths
@@ -81,6 +82,24 @@ class Comparison:
             "lengths": list(self.lengths),
             "results": [result.to_dict() for result in self.results],
         }
+
+
+def compare_by_length(
+    scorers: Sequence[Scorer],
+    lengths: Sequence[int],
+    documents: int,
+    *,
+    sources: Sequence[str] = (),
+    text_field: str = "text",
+) -> Comparison:
+    """Compare on up to `documents` documents as long as the last bucket needs, with a progress bar.
+
+    Arguments and errors as for `long_documents` and `compare`.
+    """
+    tokens = lengths[-1] * scorers[0].training_length
+    chosen, byte_lengths = long_documents(scorers[0], sources, text_field, tokens + 1, documents)
+    with counted("comparing tokens", len(chosen) * tokens) as advance:
+        return compare(scorers, chosen, byte_lengths, lengths, advance=advance)
 
 
 def compare(

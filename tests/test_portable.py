@@ -29,7 +29,7 @@ from expe_edge.export.portable import require_portable, require_standard_operato
 from expe_edge.package import TensorSpec, read_package
 from expe_edge.quant.evidence import EMBEDDING
 from expe_edge.quant.formats import LINEAR_FORMATS, Float32, FormatOptions, make_format
-from expe_edge.quant.recipe import Recipe
+from expe_edge.quant.recipe import BLOCKWISE, Recipe
 from expe_edge.quant.solvers import WeightQuantizer
 from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.session import Step
@@ -50,7 +50,6 @@ ROUNDED_KL = 0.01
 PROMPTS = ["The old tree grows", "a", "Document 3.\nthe river runs under the bright stone and the tree grows over it."]
 #: Models that differ in what the graph is made of.
 KINDS = ["expe-default", "exqpe-query_key_value-override", "relative", "tied-head", "gelu", "one-shared-head"]
-BLOCKWISE = [name for name, kind in LINEAR_FORMATS.items() if kind.blockwise]
 ROUNDING = [name for name, kind in LINEAR_FORMATS.items() if kind.kernel != Float32.kernel]
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 every_kind = pytest.mark.parametrize("name", KINDS)

@@ -10,7 +10,7 @@ import pytest
 from expe_edge.cli.recipe import parse_size
 from expe_edge.errors import ConfigError, ExportError
 from expe_edge.quant.blocks import BLOCK_SIZE
-from expe_edge.quant.formats import LINEAR_FORMATS, ChannelInt8
+from expe_edge.quant.formats import LINEAR_FORMATS, BlockWeight, ChannelInt8
 from expe_edge.quant.recipe import (
     BLOCK_SIZES,
     BLOCKWISE,
@@ -31,7 +31,7 @@ def test_the_names_of_the_command_line_are_those_of_the_registries() -> None:
     assert set(EMBEDDINGS) == set(EMBEDDING_FORMATS)
     assert set(SOLVERS) == set(SOLVER_FUNCTIONS)
     assert set(PER_CHANNEL) == {name for name, kind in LINEAR_FORMATS.items() if issubclass(kind, ChannelInt8)}
-    assert set(BLOCKWISE) == {name for name, kind in LINEAR_FORMATS.items() if kind.blockwise}
+    assert set(BLOCKWISE) == {name for name, kind in LINEAR_FORMATS.items() if issubclass(kind, BlockWeight)}
     assert {kind.embedding for kind in LINEAR_FORMATS.values()} <= set(EMBEDDINGS)
     assert set(BLOCK_SIZE.values()) <= set(BLOCK_SIZES)
 

@@ -39,7 +39,6 @@ def compare(
     from rich.console import Console
 
     from expe_edge import comparison
-    from expe_edge.progress import counted
     from expe_edge.reporting import comparison_table, plot_comparison, print_whole
     from expe_edge.scoring import open_scorer
 
@@ -49,10 +48,7 @@ def compare(
     require_counts(documents=documents)
     scorers = [open_scorer(path, threads) for path in models]
     comparison.require_same_vocabulary(scorers)
-    tokens = ends[-1] * scorers[0].training_length + 1
-    chosen, byte_lengths = comparison.long_documents(scorers[0], data, text_field, tokens, documents)
-    with counted("comparing tokens", len(chosen) * (tokens - 1)) as advance:
-        result = comparison.compare(scorers, chosen, byte_lengths, ends, advance=advance)
+    result = comparison.compare_by_length(scorers, ends, documents, sources=data, text_field=text_field)
     print_whole(comparison_table(result), Console())
     write_json(json_file, result.to_dict())
     if plot_file is not None:

@@ -81,9 +81,8 @@ def sensitivity(
     from rich.console import Console
 
     from expe_edge.export.exporter import open_exporter
-    from expe_edge.progress import counted
     from expe_edge.quant.calibration import Calibration
-    from expe_edge.quant.sensitivity import default_candidates, measure_sensitivity
+    from expe_edge.quant.sensitivity import default_candidates
     from expe_edge.reporting import plot_sensitivity, print_whole, sensitivity_table
 
     exporter = open_exporter(
@@ -97,8 +96,7 @@ def sensitivity(
         exporter.refuse(recipe)
     texts = exporter.text.beginnings((length,), documents)
     candidates = default_candidates(exporter.evidence, formats)
-    with counted("measuring weights", sum(map(len, candidates.values()))) as advance:
-        results = measure_sensitivity(exporter.evidence, recipes[0], candidates, texts, advance)
+    results = exporter.measure_weights(recipes[0], candidates, texts)
     print_whole(sensitivity_table(results), Console())
     write_json(json_file, {"tokens": sum(map(len, texts)), "results": [result.to_dict() for result in results]})
     if plot_file is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +47,7 @@ from expe_edge.quant.channels import Range
 from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
 from expe_edge.quant.formats import LINEAR_FORMATS
 from expe_edge.quant.recipe import Recipe
-from expe_edge.quant.sensitivity import measure_sensitivity
+from expe_edge.quant.sensitivity import Sensitivity, measure_sensitivity
 
 POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.
@@ -222,11 +222,16 @@ class Exporter:
         return Plan(recipe, evidence, formats, strengths)
 
     def _choose(self, recipe: Recipe) -> Choice:
-        candidates = candidates_of(self.evidence)
         texts, longer = self._beginnings((1,), TOKENS), self._beginnings(LONGER, LONGER_TOKENS)
-        with counted("measuring weights", sum(map(len, candidates.values()))) as advance:
-            measured = measure_sensitivity(self.evidence, recipe, candidates, texts, advance)
+        measured = self.measure_weights(recipe, candidates_of(self.evidence), texts)
         return choose(self.evidence, recipe, measured, longer)
+
+    def measure_weights(
+        self, recipe: Recipe, candidates: Mapping[str, Sequence[str]], texts: Sequence[npt.NDArray[np.int64]]
+    ) -> list[Sensitivity]:
+        """Return the cost of every weight in its candidate formats, see `measure_sensitivity`, with a progress bar."""
+        with counted("measuring weights", sum(map(len, candidates.values()))) as advance:
+            return measure_sensitivity(self.evidence, recipe, candidates, texts, advance)
 
     def _beginnings(self, lengths: Sequence[int], tokens: int) -> list[npt.NDArray[np.int64]]:
         count = tokens // (lengths[0] * self.config.training_length)

@@ -57,8 +57,6 @@ class LinearFormat(ABC):
     rounds_activations: ClassVar[bool] = False
     #: Whether that range is fixed, so that `product` needs `options.ranges`.
     calibrated: ClassVar[bool] = False
-    #: Whether weights are in blocks.
-    blockwise: ClassVar[bool] = False
     #: The embedding's format where nothing else is asked for.
     embedding: ClassVar[str] = "float32"
     #: The oldest onnxruntime with the kernel on CPUs; of a portable package, that runs it, be it by slower kernels.
@@ -240,7 +238,6 @@ class BlockWeight(LinearFormat):
     """
 
     kernel = "MatMulNBits"
-    blockwise = True
     embedding = "int8"
     bits: ClassVar[int]
 

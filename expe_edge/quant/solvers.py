@@ -145,10 +145,12 @@ def _damped(moments: Double) -> Double:
 def _fitted_scale(values: Double, weights: Double, bits: int) -> Float:
     """Return the scale (rows,) of `values` (rows, block) with the least squared error, weighted by column."""
     widest = widest_scale(values, bits)
-    candidates = np.stack([storable(widest * shrunk) for shrunk in SHRINKAGE])  # (candidates, rows)
-    restored = (encode(values, candidates, bits).astype(np.float64) - midpoint(bits)) * candidates[..., None]
-    best = ((restored - values) ** 2 @ weights).argmin(axis=0)
-    fitted: Float = candidates[best, np.arange(len(values))]
+    fitted, least = storable(widest), np.full(len(values), np.inf)
+    for shrunk in SHRINKAGE:  # one at a time: a block may be as long as the row, and the rows a vocabulary
+        scale = storable(widest * shrunk)
+        restored = (encode(values, scale, bits).astype(np.float64) - midpoint(bits)) * scale[:, None]
+        error = (restored - values) ** 2 @ weights
+        fitted, least = np.where(error < least, scale, fitted), np.minimum(error, least)
     return fitted
 
 
