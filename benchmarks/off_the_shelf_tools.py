@@ -64,9 +64,13 @@ class PlainAttention(nn.Module):
 
     def forward(self, hidden: Tensor, shared: Shared) -> Tensor:
         spec, dims = shared.spec, shared.spec.dims
-        override = shared.vectors if spec.how == "override" else hidden[..., :dims] + shared.vectors
-        positioned = torch.cat([override, hidden[..., dims:]], dim=-1)
-        query, key = self._split(self.query(positioned)), self._split(self.key(positioned))
+        base = 0.0 if spec.how == "override" else hidden[..., :dims]
+        positioned = torch.cat([base + shared.vectors, hidden[..., dims:]], dim=-1)
+        query_vectors = (
+            shared.vectors.new_tensor(spec.starts).expand_as(shared.vectors) if spec.relative else shared.vectors
+        )
+        query_input = torch.cat([base + query_vectors, hidden[..., dims:]], dim=-1)
+        query, key = self._split(self.query(query_input)), self._split(self.key(positioned))
         value = self._split(self.value(positioned if spec.where == "query_key_value" else hidden))
         if shared.cache is not None:
             key, value = shared.cache.update(key, value, self.layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,8 +83,8 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         self.intermediate_size = intermediate_size or self._default_intermediate_size()
         parameters = encoding_parameters(positional, positional_parameters or {}, training_length)
         self.max_position_embeddings = max_position_embeddings or parameters.reach
-        parameters.validate(hidden_size, self.head_dim, self.max_position_embeddings)
-        self.positional_parameters = dataclasses.asdict(parameters)
+        parameters.validate(hidden_size, num_attention_heads, self.head_dim, self.max_position_embeddings)
+        self.positional_parameters = parameters.to_dict()
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,

@@ -15,10 +15,12 @@ from typing import Any, ClassVar
 from expe_edge.errors import ConfigError, unknown_name
 from expe_edge.quant.codes import FLOAT32_EXACT, INT8_LIMIT, WHOLE, PositionCode, require_exact
 
-#: Where ExPE puts the position vector. `query_key` is the paper's choice.
-WHERE = ("query_key", "query_key_value", "embedding")
+#: Where ExPE puts the position vector. `query_key` is the paper's choice; `key`, the keys' input alone, is ours.
+WHERE = ("key", "query_key", "query_key_value", "embedding")
 #: How: `override` replaces the first dimensions, as in the paper; `add` adds to them.
 HOW = ("override", "add")
+#: How the slopes of the heads begin: as ALiBi's, at zero, or as the random weights give them.
+SLOPES = ("alibi", "zero", "random")
 
 
 def require_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -52,12 +54,16 @@ class NoParameters:
     reach: ClassVar[int] = FLOAT32_EXACT
 
     @classmethod
-    def defaults(cls, training_length: int) -> dict[str, Any]:
-        """Return the settings whose defaults depend on the training length."""
-        del training_length
+    def defaults(cls, given: Mapping[str, Any], training_length: int) -> dict[str, Any]:
+        """Return the settings whose defaults depend on those `given` or on the training length."""
+        del given, training_length
         return {}
 
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, from which `encoding_parameters` makes the same again."""
+        return dataclasses.asdict(self)
+
+    def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
         """Raise `ConfigError` where the settings do not fit the model. Nothing to check here."""
 
 
@@ -67,7 +73,7 @@ class RotaryParameters(NoParameters):
 
     theta: float = 10000.0
 
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
+    def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
         require_positive(theta=self.theta)
         if head_dim % 2:
             raise ConfigError(f"rotary needs an even head_dim, got {head_dim}; change num_attention_heads")
@@ -80,7 +86,7 @@ class RelativeParameters(NoParameters):
     buckets: int = 32
     max_distance: int = 128
 
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
+    def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
         if self.buckets < 2 or self.max_distance <= self.buckets // 2:
             raise ConfigError(
                 f"relative: buckets={self.buckets}, max_distance={self.max_distance}; "
@@ -94,32 +100,57 @@ class ExPEParameters(NoParameters):
 
     Attributes:
         dims: l, the number of overridden dimensions.
-        start, step: one number, or one for each dimension. A model of N training positions has `defaults` of its own.
-        where: one of `WHERE`. how: one of `HOW`.
+        start, step: one number, or one for each dimension; where dimensions are `halved`, one number for the half that
+            it fills. A model of N training positions has `defaults` of its own.
+        where: one of `WHERE`. With `key` the queries' input gets `start` alone, so that attention is exactly relative.
+        how: one of `HOW`.
+        slopes: how training begins, one of `SLOPES` or a slope for each head, in nats per position of distance.
     """
 
     dims: int = 16
     start: float | tuple[float, ...] = 0.0
     step: float | tuple[float, ...] = 0.0078125
-    where: str = "query_key"
+    where: str = "key"
     how: str = "override"
+    slopes: str | tuple[float, ...] = "random"
 
     def __post_init__(self) -> None:
         require_positive(dims=self.dims)
         require_choice("where", self.where, WHERE)
         require_choice("how", self.how, HOW)
-        for name in ("start", "step"):
+        for name in ("start", "step", "slopes"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        if isinstance(self.slopes, str):
+            require_choice("slopes", self.slopes, SLOPES)
+        if self.slopes != "random" and self.where not in ("key", "query_key"):
+            raise ConfigError(f"slopes is {self.slopes!r}, which needs where: key or query_key, not {self.where}")
 
     @classmethod
-    def defaults(cls, training_length: int) -> dict[str, Any]:
+    def defaults(cls, given: Mapping[str, Any], training_length: int) -> dict[str, Any]:
         """Let the positions of training span 1, the step a power of two; longer spans are learnt later, or not at all.
 
         That is this project's choice: docs/log.md has its measurement.
         """
-        return {"step": 2.0 ** -(training_length - 1).bit_length()}
+        defaults = {"step": cls.unit_step(training_length)}
+        if given.get("where", cls.where) == "key":
+            defaults["slopes"] = "alibi"
+        if given.get("slopes", defaults.get("slopes", "random")) != "random" or "slopes" in defaults:
+            defaults["start"] = 1.0
+        return defaults
+
+    @classmethod
+    def unit_step(cls, training_length: int) -> float:
+        """What one position adds to a dimension that counts, where no step is given."""
+        return float(2.0 ** -(training_length - 1).bit_length())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Leave out what configs written before slopes were a setting do not have, so that those stay as they are."""
+        values = dataclasses.asdict(self)
+        if not self.halved:
+            del values["slopes"]
+        return values
 
     @property
     def code(self) -> PositionCode:
@@ -127,19 +158,90 @@ class ExPEParameters(NoParameters):
         return WHOLE
 
     @property
+    def relative(self) -> bool:
+        """Whether queries carry no position, so that attention depends on distances alone."""
+        return self.where == "key"
+
+    @property
+    def halved(self) -> bool:
+        """Whether half of each limb's dimensions are constant and the other half count, so that slopes can be set."""
+        return self.relative or self.slopes != "random"
+
+    @property
     def starts(self) -> tuple[float, ...]:
         """`start` for each dimension."""
-        return per_dimension("start", self.start, self.dims)
+        return self._spread("start", self.start, half=0)
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """What one unit of its limb adds to each dimension."""
+        return self._spread("step", self.step, half=1)
+
+    def _spread(self, name: str, value: float | tuple[float, ...], half: int) -> tuple[float, ...]:
+        values = per_dimension(name, value, self.dims)
+        if not self.halved or isinstance(value, tuple):
+            return values
+        group = self.dims // self.code.limbs
+        return tuple(v if 2 * (dim % group) // group == half else 0.0 for dim, v in enumerate(values))
 
     @property
     def limb_steps(self) -> tuple[tuple[float, ...], ...]:
         """What one unit of each limb adds to each dimension: (limbs, dims)."""
-        return (per_dimension("step", self.step, self.dims),)
+        return (self.steps,)
 
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
+    def head_slopes(self, heads: int) -> tuple[float, ...] | None:
+        """The slope that each head begins with, in nats per position; None where they are random."""
+        if self.slopes == "random":
+            return None
+        if self.slopes == "alibi":
+            return tuple(alibi_slopes(heads))
+        return (0.0,) * heads if self.slopes == "zero" else tuple(map(float, self.slopes))
+
+    def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
         if self.dims > hidden_size:
             raise ConfigError(f"dims is {self.dims}, above hidden_size {hidden_size}; lower dims")
+        if self.halved and self.dims < 2 * self.code.limbs:
+            raise ConfigError(
+                f"dims is {self.dims}, but half of each limb's dims are constant: raise dims to {2 * self.code.limbs}"
+            )
+        slopes = self.head_slopes(heads)
+        if slopes is not None:
+            self._validate_slopes(slopes, heads)
+        self._require_exact(max_positions)
+
+    def _validate_slopes(self, slopes: tuple[float, ...], heads: int) -> None:
+        if len(slopes) != heads or not all(map(math.isfinite, slopes)):
+            raise ConfigError(
+                f"slopes is {self.slopes}; give {', '.join(SLOPES)}, or a number for each of {heads} heads"
+            )
+        if any(slopes) and self.readings() is None:
+            raise ConfigError(
+                f"slopes is {self.slopes!r}, but start={self.start} and step={self.step} cannot be told apart; give one "
+                "number for each, neither of them 0, or slopes=random"
+            )
+
+    def readings(self) -> tuple[tuple[float, ...], ...] | None:
+        """Return what to multiply p_n by to read one part of it alone, (1 + limbs, dims): start's share, then each limb.
+
+        The inner product with p_n is 1 and nothing of the limbs for the first row, the limb's value for each other:
+        the least such rows. None where start is a combination of the steps, so that the two cannot be told apart.
+        """
+        import numpy as np
+
+        parts = np.array([self.starts, *self.limb_steps])
+        if np.linalg.matrix_rank(parts) < len(parts):
+            return None
+        return tuple(map(tuple, np.linalg.pinv(parts).T.tolist()))
+
+    def _require_exact(self, max_positions: int) -> None:
         require_exact(self.starts, self.limb_steps[0], max_positions)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Return the slope of each head as in ALiBi's code: a geometric sequence, interleaved off powers of two."""
+    closest = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * (h + 1) / closest) for h in range(closest)]
+    return slopes + [2.0 ** (-4.0 * (2 * h + 1) / closest) for h in range(heads - closest)]
 
 
 @dataclass(frozen=True)
@@ -156,10 +258,10 @@ class ExQPEParameters(ExPEParameters):
     limbs: int = 3
 
     @classmethod
-    def defaults(cls, training_length: int) -> dict[str, Any]:
-        """Leave the step alone: the limbs span the same at every length."""
+    def unit_step(cls, training_length: int) -> float:
+        """The same for every length, as are the spans of the limbs."""
         del training_length
-        return {}
+        return 0.125
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,15 +281,12 @@ class ExQPEParameters(ExPEParameters):
 
     @property
     def limb_steps(self) -> tuple[tuple[float, ...], ...]:
-        steps = per_dimension("step", self.step, self.dims)
-        group = self.dims // self.limbs
+        steps, group = self.steps, self.dims // self.limbs
         return tuple(
             tuple(step if dim // group == limb else 0.0 for dim, step in enumerate(steps)) for limb in range(self.limbs)
         )
 
-    def validate(self, hidden_size: int, head_dim: int, max_positions: int) -> None:
-        if self.dims > hidden_size:
-            raise ConfigError(f"dims is {self.dims}, above hidden_size {hidden_size}; lower dims")
+    def _require_exact(self, max_positions: int) -> None:
         if max_positions > self.reach:
             raise ConfigError(
                 f"max_position_embeddings is {max_positions}, but {self.limbs} limbs of {self.limb_bits} bits are "
@@ -221,5 +320,5 @@ def encoding_parameters(name: str, values: Mapping[str, Any], training_length: i
     for key in values:
         if key not in known:
             raise ConfigError(unknown_name(f"parameter of positional encoding {name!r}", key, known))
-    defaults = {} if training_length is None else kind.defaults(training_length)
+    defaults = {} if training_length is None else kind.defaults(values, training_length)
     return kind(**{**defaults, **values})

@@ -210,6 +210,7 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         elif isinstance(module, Block):
             for writer in (module.attention.out, module.feed_forward.down):
                 writer.weight.data.normal_(std=deviation / math.sqrt(2 * self.config.num_hidden_layers))
+            self.positional.begin(module.attention.qkv.weight)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding

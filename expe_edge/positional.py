@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expe_edge.config import ExPEConfig
-from expe_edge.encodings import ExPEParameters, RelativeParameters, RotaryParameters
+from expe_edge.encodings import ExPEParameters, RelativeParameters, RotaryParameters, alibi_slopes
 from expe_edge.quant.codes import WHOLE, PositionCode
 
 
@@ -127,6 +127,9 @@ class PositionalEncoding(nn.Module):
         """Return what is added to the scores, (B, H, T, S) float32, for positions (B, T) and (B, S)."""
         del query_positions, key_positions
         return None
+
+    def begin(self, weight: Tensor) -> None:
+        """Set what the encoding wants of a new layer's fused weight (C_out, C), random so far. Nothing, as a rule."""
 
     def limbs(self, positions: Tensor) -> Tensor:
         """Return the integer code of `positions` (…), as (…, G) int64."""
@@ -231,7 +234,10 @@ class ExPE(PositionalEncoding):
         return torch.cat([vectors, hidden[..., dims:]], dim=-1)
 
     def fold(self, weight: Tensor) -> FoldedProjection:
-        """Take the positions out of the fused weight (C_out, C). Exact; α and β in float32 or wider."""
+        """Take the positions out of the fused weight (C_out, C). Exact; α and β in float32 or wider.
+
+        Of the relative form the queries' β is 0, as their input has the start alone.
+        """
         rows, dims = self.positioned_rows, self.spec.dims
         position = weight[:, :dims].to(torch.promote_types(weight.dtype, torch.float32))
         position = F.pad(position[:rows], (0, 0, 0, len(weight) - rows))  # zero where no position enters
@@ -241,7 +247,10 @@ class ExPE(PositionalEncoding):
             kept[:rows, :dims] = 0
             content = weight * kept
         start, steps = self.start_and_steps(position)
-        return FoldedProjection(content, position @ start, position @ steps.T)
+        beta = position @ steps.T
+        if self.spec.relative:
+            beta = F.pad(beta[self.heads.query_rows :], (0, 0, self.heads.query_rows, 0))
+        return FoldedProjection(content, position @ start, beta)
 
     def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
         if not self.in_projection:
@@ -250,7 +259,7 @@ class ExPE(PositionalEncoding):
             content, alpha, beta = self.fold(weight)
         query, key, value = self.heads.split(F.linear(hidden, self.stored(content)))
         with torch.autocast(hidden.device.type, enabled=False):
-            query_term, _, value_term = self.heads.split(alpha + self.limbs(positions).to(beta.dtype) @ beta.T)
+            query_term, _, value_term = self.heads.split(self._terms(alpha, beta, positions))
             query = query.to(beta.dtype) + query_term
             if self.spec.where == "query_key_value":
                 value = value.to(beta.dtype) + value_term
@@ -259,10 +268,46 @@ class ExPE(PositionalEncoding):
                 exact = self._float_queries(content.to(beta.dtype), hidden.to(beta.dtype)) + query_term
             return Projected(query, key, value, self.slopes(exact, beta))
 
+    def _terms(self, alpha: Tensor, beta: Tensor, positions: Tensor) -> Tensor:
+        """Return what positions add to every row of the product, (B or 1, T or 1, C_out)."""
+        if self.spec.relative:  # nothing that grows: the queries have the start alone, and keys hold no position
+            return alpha[None, None]
+        return alpha + self.limbs(positions).to(beta.dtype) @ beta.T
+
     def _float_queries(self, content: Tensor, hidden: Tensor) -> Tensor:
         """Return the queries (B, H, T, D) without their positions, by unrounded weights."""
         rows = F.linear(hidden, content[: self.heads.query_rows])
         return torch.unflatten(rows, -1, (-1, self.heads.size)).transpose(1, 2)
+
+    @torch.no_grad()
+    def begin(self, weight: Tensor) -> None:
+        """Let the slopes begin as the settings say, whatever the content, in a random direction of each key head.
+
+        With v of length 1, W_q·start = a·v and W_k·step = b·v, and so the slope a·b/√D. All heads that share keys share
+        v and b. Columns of queries and of keys are made equally large; they train as any weight.
+        """
+        slopes, readings = self.spec.head_slopes(self.heads.queries), self.spec.readings()
+        if slopes is None:
+            return
+        heads, dims = self.heads, self.spec.dims
+        wanted = weight.new_tensor(slopes).view(heads.keys, -1) * math.sqrt(heads.size)  # a·b of every head
+        queries = weight[: heads.query_rows, :dims].view(heads.keys, -1, heads.size, dims)
+        keys = weight[heads.query_rows : heads.query_rows + heads.key_rows, :dims].view(heads.keys, heads.size, dims)
+        direction = F.normalize(torch.randn_like(keys[..., 0]), dim=-1)  # v, (Hkv, D)
+        queries.zero_()
+        keys.zero_()
+        if readings is None:  # no slope at all
+            return
+        constant, unit = weight.new_tensor(readings[0]), self.unit_reading(weight.new_tensor(readings[1:]))
+        shared = (wanted.abs().amax(dim=-1) * constant.norm() / unit.norm()).sqrt()  # b, (Hkv,)
+        own = wanted / shared.clamp(min=torch.finfo(wanted.dtype).tiny)[:, None]  # a, (Hkv, H/Hkv)
+        queries += (own[:, :, None] * direction[:, None, :])[..., None] * constant
+        keys += (shared[:, None] * direction)[..., None] * unit
+
+    def unit_reading(self, limbs: Tensor) -> Tensor:
+        """Return what reads the position itself of p_n, (l,), from what reads each limb, (G, l)."""
+        assert self.code is not None
+        return limbs.new_tensor(self.code.weights) @ limbs
 
     def slopes(self, query: Tensor, beta: Tensor) -> Tensor:
         """Return q_i·β_k for every limb: (B, H, T, G) from queries (B, H, T, D) and beta (C_out, G)."""
@@ -275,13 +320,6 @@ class ExPE(PositionalEncoding):
 def inverse_frequencies(width: int, theta: float) -> Tensor:
     """Return theta^(−2i/width) for i in [0, width/2), float32."""
     return theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
-
-
-def alibi_slopes(heads: int) -> list[float]:
-    """Return the slope of each head as in the paper's code: a geometric sequence, interleaved off powers of two."""
-    closest = 2 ** math.floor(math.log2(heads))
-    slopes = [2.0 ** (-8.0 * (h + 1) / closest) for h in range(closest)]
-    return slopes + [2.0 ** (-4.0 * (2 * h + 1) / closest) for h in range(heads - closest)]
 
 
 def relative_buckets(distance: Tensor, parameters: RelativeParameters) -> Tensor:

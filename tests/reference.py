@@ -64,8 +64,8 @@ def attention(config: ExPEConfig, weights: Weights, fused: Double, hidden: Doubl
     """Causal attention of (T, C) with the fused weight (H·D + 2·Hkv·D, C): (T, H·D)."""
     heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     query_weight, key_weight, value_weight = np.split(fused, [heads * size, (heads + shared) * size])
-    positioned, value_input = attention_inputs(config, hidden, positions)
-    queries, keys, values = positioned @ query_weight.T, positioned @ key_weight.T, value_input @ value_weight.T
+    query_input, key_input, value_input = attention_inputs(config, hidden, positions)
+    queries, keys, values = query_input @ query_weight.T, key_input @ key_weight.T, value_input @ value_weight.T
     hidden_future = np.triu(np.full((len(hidden), len(hidden)), -np.inf), k=1)
     mixed = []
     for head in range(heads):
@@ -91,16 +91,25 @@ def embed(config: ExPEConfig, embeddings: Double, positions: Ids) -> Double:
     return embeddings
 
 
-def attention_inputs(config: ExPEConfig, hidden: Double, positions: Ids) -> tuple[Double, Double]:
-    """What enters the query and key products, and what enters the value product, both (T, C)."""
+def attention_inputs(config: ExPEConfig, hidden: Double, positions: Ids) -> tuple[Double, Double, Double]:
+    """What enters the query, key and value products, each (T, C)."""
     where = config.positional_parameters.get("where")
-    positioned = with_positions(config, hidden, positions) if where in ("query_key", "query_key_value") else hidden
-    return positioned, positioned if where == "query_key_value" else hidden
+    if where not in ("key", "query_key", "query_key_value"):
+        return hidden, hidden, hidden
+    positioned = with_positions(config, hidden, positions)
+    if where == "key":  # the queries' input gets what p_n is without its steps
+        return with_vectors(config, hidden, starts(config)), positioned, hidden
+    return positioned, positioned, positioned if where == "query_key_value" else hidden
 
 
 def with_positions(config: ExPEConfig, hidden: Double, positions: Ids) -> Double:
-    """Override, or add to, the first l dimensions of (T, C)."""
-    vectors, changed = position_vectors(config, positions), hidden.copy()
+    """Override, or add to, the first l dimensions of (T, C) by their position vectors."""
+    return with_vectors(config, hidden, position_vectors(config, positions))
+
+
+def with_vectors(config: ExPEConfig, hidden: Double, vectors: Double) -> Double:
+    """Override, or add to, the first l dimensions of (T, C) by (T, l) or (l,)."""
+    changed = hidden.copy()
     dims = vectors.shape[-1]
     if config.positional_parameters["how"] == "override":
         changed[:, :dims] = vectors
@@ -113,12 +122,30 @@ def position_vectors(config: ExPEConfig, positions: Ids) -> Double:
     """p_n = start + step·n (T, l); for ExQPE n is replaced, in each group of dimensions, by a digit of n."""
     parameters = config.positional_parameters
     dims = parameters["dims"]
-    start, step = (np.broadcast_to(np.array(parameters[name], dtype=np.float64), dims) for name in ("start", "step"))
+    start, step = starts(config), spread(config, "step", half=1)
     counts = np.broadcast_to(positions[:, None], (len(positions), dims))
     if config.positional == "exqpe":
         counts = np.array([digits(int(n), parameters["limb_bits"], parameters["limbs"]) for n in positions])
         counts = counts.repeat(dims // parameters["limbs"], axis=1)
     return start + step * counts
+
+
+def starts(config: ExPEConfig) -> Double:
+    """`start` for each dimension, (l,)."""
+    return spread(config, "start", half=0)
+
+
+def spread(config: ExPEConfig, name: str, half: int) -> Double:
+    """A setting for each dimension, (l,). In the relative form one number is for a half of every limb's dimensions."""
+    parameters = config.positional_parameters
+    value, dims, limbs = parameters[name], parameters["dims"], parameters.get("limbs", 1)
+    halved = parameters["where"] == "key" or parameters.get("slopes", "random") != "random"
+    if not halved or not isinstance(value, float | int):
+        return np.broadcast_to(np.array(value, dtype=np.float64), dims)
+    group = dims // limbs
+    first = -(-group // 2)
+    one = [value] * first + [0.0] * (group - first) if half == 0 else [0.0] * first + [value] * (group - first)
+    return np.array(one * limbs, dtype=np.float64)
 
 
 def digits(number: int, bits: int, limbs: int) -> list[int]:

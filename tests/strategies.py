@@ -47,21 +47,22 @@ _starts = st.integers(-4 * 128, 4 * 128).map(lambda units: units / 128)
 @st.composite
 def expe_parameters(draw: st.DrawFn, hidden_size: int, *, where: tuple[str, ...] = WHERE) -> dict[str, Any]:
     """Settings of ExPE: scalar and per-dimension start and step, up to all dimensions, every `where` and `how`."""
-    dims = draw(st.integers(1, hidden_size))
+    dims = draw(st.integers(2, hidden_size))
     return {
         "dims": dims,
         "start": draw(_scalar_or_each(_starts, dims)),
         "step": draw(_scalar_or_each(_steps, dims)),
         "where": draw(st.sampled_from(where)),
         "how": draw(st.sampled_from(HOW)),
+        "slopes": "random",
     }
 
 
 @st.composite
 def exqpe_parameters(draw: st.DrawFn, hidden_size: int, *, where: tuple[str, ...] = WHERE) -> dict[str, Any]:
     """Settings of ExQPE: the same, with one to four limbs of up to seven bits."""
-    limbs = draw(st.integers(1, min(4, hidden_size)))
-    dims = limbs * draw(st.integers(1, hidden_size // limbs))
+    limbs = draw(st.integers(1, min(4, hidden_size // 2)))
+    dims = limbs * draw(st.integers(2, hidden_size // limbs))
     return {
         **draw(expe_parameters(dims, where=where)),
         "dims": dims,

@@ -93,6 +93,11 @@ MATRIX: dict[str, dict[str, Any]] = {
     **{f"expe-{where}-{how}": expe(where=where, how=how) for where in WHERE for how in HOW},
     **{f"exqpe-{where}-{how}": exqpe(where=where, how=how) for where in WHERE for how in HOW},
     "expe-default": {"positional": "expe"},
+    "expe-paper": expe(where="query_key"),
+    "expe-random-slopes": expe(slopes="random"),
+    "expe-own-slopes": expe(slopes=(0.5, 0.0, -0.125, 0.03125)),
+    "expe-odd-dimensions": expe(dims=7),
+    "exqpe-default": {"positional": "exqpe", "max_position_embeddings": 2048},
     "expe-each-dimension": {
         **expe(dims=4, start=(0.5, -1.0, 0.0, 2.0), step=(0.125, -0.0625, 0.25, 0.0078125)),
         "max_position_embeddings": 4096,
@@ -129,7 +134,7 @@ class Subject:
         self.logits = self.forward(self.tokens)[0]
         #: Whether positions can be folded out of the products.
         where = self.config.positional_parameters.get("where")
-        self.foldable = where in ("query_key", "query_key_value")
+        self.foldable = where in ("key", "query_key", "query_key_value")
 
     def forward(self, tokens: np.ndarray, **inputs: Any) -> np.ndarray:
         with torch.inference_mode():

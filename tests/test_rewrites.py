@@ -24,7 +24,7 @@ from tests.strategies import placed_configs, random_model, random_tokens, small_
 
 LENGTH = 5
 #: Where positions enter the projections, and so where the rewrites act.
-PROJECTED = ("query_key", "query_key_value")
+PROJECTED = ("key", "query_key", "query_key_value")
 #: float64 keeps 2^-53 of the largest term; sums of some tens of terms and their cancellation cost three digits.
 DOUBLE = 1e-12
 #: The same for float32 (2^-24), in which folded weights are stored.
@@ -61,8 +61,8 @@ class Layer:
         heads = self.positional.heads
         split = [heads.query_rows, heads.query_rows + heads.key_rows]
         query_weight, key_weight, value_weight = np.split(self.weight, split)
-        positioned, value_input = reference.attention_inputs(self.config, self.hidden, self.positions)
-        products = (positioned @ query_weight.T, positioned @ key_weight.T, value_input @ value_weight.T)
+        inputs = reference.attention_inputs(self.config, self.hidden, self.positions)
+        products = [states @ weight.T for states, weight in zip(inputs, (query_weight, key_weight, value_weight))]
         return tuple(states.reshape(len(states), -1, self.size).transpose(1, 0, 2) for states in products)
 
     def codes(self) -> np.ndarray:
@@ -95,7 +95,11 @@ def test_keys_hold_no_position(case, seed: int, offset: int) -> None:
     moved = (positions + offset) % config.max_position_embeddings
     here, there = Layer(config, positions, seed).rewritten(), Layer(config, moved, seed).rewritten()
     assert torch.equal(here.key, there.key)
-    assert not torch.equal(here.query, there.query) or np.array_equal(positions, moved)
+    if config.positional_parameters["where"] == "key":  # then nothing does
+        assert torch.equal(here.query, there.query)
+        assert torch.equal(here.slopes, there.slopes)
+    else:
+        assert not torch.equal(here.query, there.query) or np.array_equal(positions, moved)
 
 
 @given(cases, strategies.seeds)
@@ -154,7 +158,9 @@ def test_stored_limbs_rebuild_what_positions_add_to_queries_and_values(case, see
     codes = np.stack(layer.positional.code.stored.split(layer.positions), axis=-1).astype(np.float64)
     layer.hidden = np.zeros_like(layer.hidden)  # leaves what positions add, under `override` and `add` alike
     query, _, value = (states.transpose(1, 0, 2).reshape(LENGTH, -1) for states in layer.plain())
-    close(folded.query_start + codes @ folded.query_limbs, query, SINGLE)
+    grown = 0.0 if folded.query_limbs is None else codes @ folded.query_limbs
+    assert (folded.query_limbs is None) == layer.config.encoding_parameters.relative
+    close(folded.query_start + np.broadcast_to(grown, query.shape), query, SINGLE)
     if layer.config.positional_parameters["where"] == "query_key_value":
         close(folded.value_start + codes @ folded.value_limbs, value, SINGLE)
     else:
@@ -167,13 +173,15 @@ def test_folded_slopes_are_queries_times_beta_over_the_root_of_the_head_size(cas
     layer = Layer(*case, seed)
     folded = fold_positions(layer.positional, torch.from_numpy(layer.weight))
     codes = np.stack(layer.positional.code.stored.split(layer.positions), axis=-1).astype(np.float64)
-    found = layer.hidden @ folded.slope_weight + folded.slope_start + codes @ folded.slope_limbs
+    found = layer.hidden @ folded.slope_weight + folded.slope_start
+    if not layer.config.encoding_parameters.relative:
+        found = found + codes @ folded.slope_limbs
     slopes = layer.rewritten().slopes[0].numpy() / np.sqrt(layer.size)  # (H, T, G)
     close(found, slopes.transpose(1, 0, 2).reshape(LENGTH, -1), SINGLE)
 
 
 def test_limbs_of_a_whole_number_are_exact_multiples_of_its_beta() -> None:
-    config = small_config()
+    config = small_config(positional_parameters={"where": "query_key"})
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     folded = fold_positions(ExPE(config), weight)
     assert folded.query_limbs.shape == (3, 32)
@@ -222,9 +230,12 @@ class PlainExPE(ExPE):
         return Projected(*self.heads.split(fused), None)
 
 
-def positioned_config(name: str) -> ExPEConfig:
-    step = {"positional_parameters": {"step": 2.0**-7}}
-    return small_config(positional=name, training_length=N, initializer_range=0.15, **step)
+def positioned_config(name: str, where: str) -> ExPEConfig:
+    parameters = {"positional_parameters": {"step": 2.0**-7, "where": where}}
+    return small_config(positional=name, training_length=N, initializer_range=0.15, **parameters)
+
+
+every_form = pytest.mark.parametrize("where", ["key", "query_key"])
 
 
 def logits_at(model: torch.nn.Module, tokens: np.ndarray, offset: int) -> np.ndarray:
@@ -232,10 +243,13 @@ def logits_at(model: torch.nn.Module, tokens: np.ndarray, offset: int) -> np.nda
     return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].double().numpy()
 
 
+@every_form
 @pytest.mark.parametrize("name", ["expe", "exqpe"])
 @pytest.mark.parametrize("offset", [0, FAR, 30000])
-def test_float32_logits_stay_close_to_float64_over_16_training_lengths_from_any_offset(name: str, offset: int) -> None:
-    config = positioned_config(name)
+def test_float32_logits_stay_close_to_float64_over_16_training_lengths_from_any_offset(
+    name: str, offset: int, where: str
+) -> None:
+    config = positioned_config(name, where)
     tokens = random_tokens(config, 16 * N)
     exact = logits_at(random_model(config).double(), tokens, offset)
     assert exact.std() > 0.5  # far from a model that predicts nothing
@@ -254,10 +268,11 @@ def half_precision_error(model: ExPEForCausalLM, offset: int, *, autocast: bool 
     return float(np.sqrt(((rounded - exact) ** 2).mean()))
 
 
+@every_form
 @half_precision
 @pytest.mark.parametrize("name", ["expe", "exqpe"])
-def test_bfloat16_is_about_as_close_far_out_as_at_the_start(name: str, autocast: bool) -> None:
-    model = random_model(positioned_config(name))
+def test_bfloat16_is_about_as_close_far_out_as_at_the_start(name: str, autocast: bool, where: str) -> None:
+    model = random_model(positioned_config(name, where))
     model = model if autocast else model.bfloat16()
     near, far = (half_precision_error(model, offset, autocast=autocast) for offset in (0, FAR))
     assert 0 < far < BFLOAT16_GROWTH * near
@@ -265,7 +280,7 @@ def test_bfloat16_is_about_as_close_far_out_as_at_the_start(name: str, autocast:
 
 def test_the_plain_override_collapses_in_bfloat16_where_the_rewrite_does_not() -> None:
     """That the case above is one in which something can be lost."""
-    model = random_model(positioned_config("expe"))
+    model = random_model(positioned_config("expe", "query_key"))
     model.positional = PlainExPE(model.config)
     near, far = (half_precision_error(model, offset) for offset in (0, FAR))
     assert far > PLAIN_GROWTH * near
@@ -273,7 +288,7 @@ def test_the_plain_override_collapses_in_bfloat16_where_the_rewrite_does_not() -
 
 def positions_alone(name: str, *, autocast: bool, step: float) -> ExPEForCausalLM:
     """A model whose queries and keys are made of positions alone, so that nothing of them may be rounded to 8 bits."""
-    model = random_model(small_config(positional=name, positional_parameters={"step": step}))
+    model = random_model(small_config(positional=name, positional_parameters={"step": step, "where": "query_key"}))
     positional = model.positional
     for block in model.blocks:
         block.attention.qkv.weight[: positional.positioned_rows, positional.spec.dims :] = 0

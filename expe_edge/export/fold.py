@@ -77,15 +77,15 @@ def fold_positions(positional: ExPE, weight: Tensor) -> FoldedPositions:
         slopes: Tensor = positional.slopes(query, beta) / heads.size**0.5  # (H, n, Gk)
         return slopes.transpose(0, 1).flatten(1)
 
-    in_values = positional.spec.where == "query_key_value"
+    in_values, relative = positional.spec.where == "query_key_value", positional.spec.relative
     return FoldedPositions(
         query_start=_array(alpha[queries]),
-        query_limbs=_array(storage[:, queries]),
+        query_limbs=None if relative else _array(storage[:, queries]),
         value_start=_array(alpha[values]) if in_values else None,
         value_limbs=_array(storage[:, values]) if in_values else None,
         slope_weight=_array(slope(content[queries].T.contiguous())),
         slope_start=_array(slope(alpha[None, queries])[0]),
-        slope_limbs=_array(slope(storage[:, queries])),
+        slope_limbs=None if relative else _array(slope(storage[:, queries])),
     )
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from expe_edge.config import ExPEConfig
-from expe_edge.encodings import ExPEParameters, RotaryParameters
+from expe_edge.encodings import ExPEParameters, RotaryParameters, alibi_slopes
 from expe_edge.export.nodes import GraphBuilder
 from expe_edge.export.weights import Float, FoldedPositions, LayerWeights, ModelWeights
-from expe_edge.positional import alibi_slopes, inverse_frequencies
+from expe_edge.positional import inverse_frequencies
 from expe_edge.quant.codes import PositionCode
 
 #: Appends a linear's nodes: its name, the tensor that enters it, its weight (C_in, C_out); returns its output.
@@ -180,7 +180,9 @@ class ExPENodes(PositionNodes):
         return parameters
 
     def begin(self) -> None:
-        self.shared["codes"] = self.codes("queries", "position_ids", self.parameters.code.stored)
+        distances_alone = self.weights.folded and self.parameters.relative and self.parameters.code.limbs == 1
+        if not distances_alone:
+            self.shared["codes"] = self.codes("queries", "position_ids", self.parameters.code.stored)
 
     def codes(self, name: str, positions: str, code: PositionCode) -> str:
         """Append the limbs of int64 `positions` (…) by integer arithmetic: (…, G) float32, every value exact."""
@@ -205,25 +207,33 @@ class ExPENodes(PositionNodes):
             self.shared["vectors"] = self.graph.op("Add", grown, start, name="positions.vectors")
         return self.shared["vectors"]
 
-    def positioned(self, name: str, hidden: str) -> str:
-        """Override, or add to, the first l dimensions of `hidden` (B, T, C)."""
+    def start_vectors(self) -> str:
+        """p_n without its steps, (B, T, l): what the queries' input gets where positions enter the keys' alone."""
+        if "start_vectors" not in self.shared:
+            shape = self.graph.op("Shape", self.vectors(), name="positions.shape")
+            self.shared["start_vectors"] = self.graph.op("Expand", "positions.start", shape, name="positions.started")
+        return self.shared["start_vectors"]
+
+    def positioned(self, name: str, hidden: str, vectors: str) -> str:
+        """Override the first l dimensions of `hidden` (B, T, C) by `vectors` (B, T, l), or add to them."""
         graph, dims = self.graph, self.parameters.dims
         sizes = graph.ints(dims, self.config.hidden_size - dims)
         head, tail = graph.multi("Split", [hidden, sizes], 2, name=f"{name}.parts", axis=-1)
-        vectors = self.vectors()
         if self.parameters.how == "add":
             vectors = graph.op("Add", head, vectors, name=f"{name}.added")
         return graph.op("Concat", vectors, tail, name=f"{name}.positioned", axis=-1)
 
     def embed(self, hidden: str) -> str:
-        return self.positioned("embedding", hidden) if self.parameters.where == "embedding" else hidden
+        if self.parameters.where != "embedding":
+            return hidden
+        return self.positioned("embedding", hidden, self.vectors())
 
     def project(self, layer: str, hidden: str, weights: LayerWeights) -> Projection:
         if weights.positions is not None:
             return self.project_folded(layer, hidden, weights, weights.positions)
         if self.parameters.where == "embedding":
             return super().project(layer, hidden, weights)
-        positioned = self.positioned(layer, hidden)
+        positioned = self.positioned(layer, hidden, self.vectors())
         if self.parameters.where == "query_key_value":
             return super().project(layer, positioned, weights)
         return self.project_inline(layer, hidden, positioned, weights)
@@ -231,6 +241,12 @@ class ExPENodes(PositionNodes):
     def project_inline(self, layer: str, hidden: str, positioned: str, weights: LayerWeights) -> Projection:
         """Positions inside the query/key product, as an exporter that knows nothing of ExPE leaves them."""
         queries, keys = self.sizes
+        if self.parameters.relative:
+            started = self.positioned(f"{layer}.query", hidden, self.start_vectors())
+            query = self.linear(f"{layer}.q", started, weights.qkv[:, :queries])
+            key = self.linear(f"{layer}.k", positioned, weights.qkv[:, queries : queries + keys])
+            value = self.linear(f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
+            return Projection(query, key, value)
         product = self.linear(f"{layer}.qk", positioned, weights.qkv[:, : queries + keys])
         sizes = self.graph.ints(queries, keys)
         query, key = self.graph.multi("Split", [product, sizes], 2, name=f"{layer}.split", axis=-1)
@@ -247,9 +263,11 @@ class ExPENodes(PositionNodes):
         value = self.affine(f"{layer}.value", plain.value, positions.value_start, positions.value_limbs)
         return Projection(query, plain.key, value, bias, positioned_values=True)
 
-    def affine(self, name: str, states: str, start: Float, limbs: Float) -> str:
-        """states + start + codes · limbs."""
+    def affine(self, name: str, states: str, start: Float, limbs: Float | None) -> str:
+        """states + start + codes · limbs; nothing grows where limbs are None."""
         graph = self.graph
+        if limbs is None:
+            return graph.op("Add", states, graph.weight(f"{name}.start", start), name=f"{name}.started")
         grown = graph.op("MatMul", self.shared["codes"], graph.weight(f"{name}.limbs", limbs), name=f"{name}.grown")
         term = graph.op("Add", grown, graph.weight(f"{name}.start", start), name=f"{name}.position")
         return graph.op("Add", states, term, name=f"{name}.positioned")

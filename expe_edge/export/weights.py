@@ -23,19 +23,20 @@ Float = npt.NDArray[np.float32]
 class FoldedPositions:
     """What positions add beside the content product of one layer, all float32.
 
-    query_start: (H·D,), query_limbs: (G, H·D) — the queries' own positions, over the limbs of the stored code.
+    query_start: (H·D,), query_limbs: (G, H·D) — the queries' own positions, over the limbs of the stored code. The
+    limbs are None, here and of the slope, where positions enter the keys alone: then nothing grows with the query's.
     value_start, value_limbs: the same for values, (Hkv·D,) and (G, Hkv·D); None unless positions enter them.
     slope_weight: (C, H·Gk), slope_start: (H·Gk,), slope_limbs: (G, H·Gk) — the slope q_i·β_k/√D of each head and
     limb of the keys' code, straight from the layer's float input, so that no int8 product is ever scaled by a distance.
     """
 
     query_start: Float
-    query_limbs: Float
+    query_limbs: Float | None
     value_start: Float | None
     value_limbs: Float | None
     slope_weight: Float
     slope_start: Float
-    slope_limbs: Float
+    slope_limbs: Float | None
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) ->
 def _read_layer(tensors: Mapping[str, Float], layer: str) -> LayerWeights:
     attention = f"{layer}.attention"
     qkv = tensors.get(f"{attention}.qkv.weight")
-    if qkv is None:
-        qkv = np.concatenate([tensors[f"{attention}.qk.weight"], tensors[f"{attention}.v.weight"]], axis=1)
+    if qkv is None:  # positions inline: one product for each input
+        parts = ("qk", "v") if f"{attention}.qk.weight" in tensors else ("q", "k", "v")
+        qkv = np.concatenate([tensors[f"{attention}.{part}.weight"] for part in parts], axis=1)
     return LayerWeights(
         attention_norm=tensors[f"{attention}.norm.gain"],
         qkv=qkv,
@@ -109,10 +111,10 @@ def _read_layer(tensors: Mapping[str, Float], layer: str) -> LayerWeights:
 def _read_positions(tensors: Mapping[str, Float], attention: str) -> FoldedPositions:
     return FoldedPositions(
         query_start=tensors[f"{attention}.query.start"],
-        query_limbs=tensors[f"{attention}.query.limbs"],
+        query_limbs=tensors.get(f"{attention}.query.limbs"),
         value_start=tensors.get(f"{attention}.value.start"),
         value_limbs=tensors.get(f"{attention}.value.limbs"),
         slope_weight=tensors[f"{attention}.slope.weight"],
         slope_start=tensors[f"{attention}.slope.start"],
-        slope_limbs=tensors[f"{attention}.slope.limbs"],
+        slope_limbs=tensors.get(f"{attention}.slope.limbs"),
     )

@@ -1,0 +1,50 @@
+"""Scores one checkpoint of `benchmarks.extrapolation`: the loss of every held-out document by length.
+
+python -m benchmarks.extrapolation_scores RUN 1,2,4 12
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+
+from benchmarks.extrapolation import SCORES_FILE, Double
+from expe_edge.comparison import long_documents
+from expe_edge.scoring import Ids, Scorer, open_scorer
+from expe_edge.statistics import log_softmax
+
+
+def losses_by_length(scorer: Scorer, document: Ids, ends: Sequence[int]) -> list[float]:
+    """Return the mean loss in every bucket that `ends`, in tokens, close, of a document (T,) longer than the last."""
+    tokens, targets, losses = document[: ends[-1]], document[1 : ends[-1] + 1], []
+    begin = 0
+    for logits in scorer.logits(tokens):
+        wanted = targets[begin : begin + len(logits)]
+        losses.append(-log_softmax(logits)[np.arange(len(wanted)), wanted])
+        begin += len(wanted)
+    buckets: list[Double] = np.split(np.concatenate(losses), ends[:-1])
+    return [float(bucket.mean()) for bucket in buckets]
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("lengths")
+@click.argument("documents", type=int)
+def main(run: Path, lengths: str, documents: int) -> None:
+    """Write the losses of RUN, up to LENGTHS times its training length, on so many DOCUMENTS."""
+    units, scorer = [int(end) for end in lengths.split(",")], open_scorer(run)
+    ends = [unit * scorer.training_length for unit in units]
+    chosen, _ = long_documents(scorer, (), "text", ends[-1] + 1, documents)
+    losses = [losses_by_length(scorer, document, ends) for document in chosen]
+    record = {"asked": {"lengths": units, "documents": documents}, "losses": losses}
+    partial = run / f".{SCORES_FILE}"
+    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    partial.replace(run / SCORES_FILE)
+
+
+if __name__ == "__main__":
+    main()
