@@ -16,7 +16,7 @@ from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.package import is_package
 from expe_edge.quant.recipe import WeightRounding
-from expe_edge.settings import EIGHT_BIT_LEARNING_RATE, FINE_TUNING, TRAINING_FILE
+from expe_edge.settings import EIGHT_BIT_LEARNING_RATE, FINE_TUNING, TRAINING_FILE, upgraded
 from expe_edge.tokenization import load_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -105,6 +105,7 @@ def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         settings = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))["settings"]
         if not isinstance(values, dict) or not isinstance(settings, dict):
             raise TypeError("no mapping")
+        settings = upgraded(settings)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged {CONFIG_FILE} or {TRAINING_FILE} ({error})") from error
     return values, settings

@@ -216,14 +216,14 @@ class ExPEParameters(NoParameters):
             )
         if any(slopes) and self.readings() is None:
             raise ConfigError(
-                f"slopes is {self.slopes!r}, but start={self.start} and step={self.step} cannot be told apart; give one "
-                "number for each, neither of them 0, or slopes=random"
+                f"slopes is {self.slopes!r}, but start={self.start} and step={self.step} cannot be told apart; give "
+                "one number for each, neither of them 0, or slopes=random"
             )
 
     def readings(self) -> tuple[tuple[float, ...], ...] | None:
-        """Return what to multiply p_n by to read one part of it alone, (1 + limbs, dims): start's share, then each limb.
+        """Return what to multiply p_n by to read one part of it alone, (1 + limbs, dims).
 
-        The inner product with p_n is 1 and nothing of the limbs for the first row, the limb's value for each other:
+        The product of p_n with the first row is 1 at every position, with each other the value of its limb; they are
         the least such rows. None where start is a combination of the steps, so that the two cannot be told apart.
         """
         import numpy as np

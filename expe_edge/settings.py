@@ -206,11 +206,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recorded run as this release means them.
+
+    Runs of ExPE that do not record where positions enter were made when that was the queries' and the keys' input.
+    """
+    parameters = settings.get("positional_parameters")
+    if settings.get("positional") not in ("expe", "exqpe") or not isinstance(parameters, Mapping):
+        return dict(settings)
+    return {**settings, "positional_parameters": {"where": "query_key", **parameters}}
+
+
 def stored_settings(out: Path) -> dict[str, Any]:
     """Read the settings of the run in `out`, for resuming it."""
     path = out / TRAINING_FILE
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        settings = upgraded(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{out}: no run to resume (no readable {TRAINING_FILE}); drop --resume") from error
-    return dict(settings)
+    return settings

@@ -39,6 +39,7 @@ from expe_edge.callbacks import SaveOnInterrupt, TrainingProgress
 from expe_edge.checkpoint import Checkpoint, load_checkpoint
 from expe_edge.config import ExPEConfig
 from expe_edge.corpus import Corpus, absolute_source, load_corpus
+from expe_edge.encodings import encoding_parameters
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.modeling import ExPEForCausalLM
 from expe_edge.quantization_aware import distillation_loss, explicit_rounding, round_weights
@@ -152,8 +153,10 @@ def _explicit(settings: TrainSettings) -> TrainSettings:
     """Return settings that mean the same wherever and by whatever release they are read again."""
     rounding = explicit_rounding(settings.rounding)
     start = settings.from_checkpoint
+    parameters = encoding_parameters(settings.positional, settings.positional_parameters, settings.training_length)
     return dataclasses.replace(
         settings,
+        positional_parameters=parameters.to_dict(),
         data=tuple(map(absolute_source, settings.data)),
         from_checkpoint=None if start is None else str(Path(start).absolute()),
         block_size=None if rounding is None else rounding.block_size,
@@ -234,7 +237,8 @@ START_SETTINGS = ("from_checkpoint", "quantization_aware", "block_size")
 
 
 def _require_same(settings: TrainSettings, run: Path, names: Sequence[str], option: str) -> None:
-    stored, wanted = stored_settings(run), json.loads(json.dumps(dataclasses.asdict(settings)))
+    recorded = TrainSettings(**stored_settings(run))
+    stored, wanted = (json.loads(json.dumps(dataclasses.asdict(_explicit(each)))) for each in (recorded, settings))
     for name in names:
         if stored.get(name) != wanted[name]:
             raise ConfigError(

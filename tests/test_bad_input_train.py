@@ -25,7 +25,7 @@ TRAIN_REFUSALS: list[tuple[list[str], str]] = [
     (
         ["--positional-parameter", "stp=1"],
         "unknown parameter of positional encoding 'expe' 'stp'; did you mean 'step'? "
-        "available: dims, how, start, step, where",
+        "available: dims, how, slopes, start, step, where",
     ),
     (
         ["--positional-parameter", "step"],
@@ -33,7 +33,7 @@ TRAIN_REFUSALS: list[tuple[list[str], str]] = [
     ),
     (
         ["--positional-parameter", "where=keys"],
-        "unknown where 'keys'; available: embedding, query_key, query_key_value",
+        "unknown where 'keys'; did you mean 'key'? available: embedding, key, query_key, query_key_value",
     ),
     (["--max-steps", "0"], "max_steps is 0; it must be above 0; change --max-steps"),
     (["--vocab-size", "10"], "vocab_size is 10; at least 257: 256 bytes and <|endoftext|>"),

@@ -125,7 +125,7 @@ def test_every_calibration_method_measures_every_linear(method: str) -> None:
 
 
 def test_minmax_ranges_are_the_extremes_of_what_was_seen() -> None:
-    calibration, stream = Calibration(windows=5, seed=3), token_stream(300)
+    calibration, stream = Calibration("minmax", windows=5, seed=3), token_stream(300)
     found = evidence(calibration, stream).ranges
     for linear, values in inputs_of(plain_graph(), sample_windows(stream, N, calibration)).items():
         np.testing.assert_allclose(found[linear], (values.min(), values.max()), rtol=1e-5)

@@ -226,7 +226,7 @@ def test_require_exact_accepts_exact_positions() -> None:
 
 def test_a_step_of_a_thousandth_is_refused_by_the_config() -> None:
     with pytest.raises(ConfigError) as raised:
-        ExPEConfig(positional_parameters={"step": 0.001})
+        ExPEConfig(positional_parameters={"step": 0.001, "where": "query_key"})
     assert str(raised.value) == (
         "positions start + step·n with start=0.0, step=0.001 (dimension 0) are not exact in float32 "
         "for every n < 16777216; use a step that is a power of two, such as 0.0078125, a start that is a multiple "

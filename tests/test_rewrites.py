@@ -62,7 +62,9 @@ class Layer:
         split = [heads.query_rows, heads.query_rows + heads.key_rows]
         query_weight, key_weight, value_weight = np.split(self.weight, split)
         inputs = reference.attention_inputs(self.config, self.hidden, self.positions)
-        products = [states @ weight.T for states, weight in zip(inputs, (query_weight, key_weight, value_weight))]
+        products = [
+            states @ weight.T for states, weight in zip(inputs, (query_weight, key_weight, value_weight), strict=True)
+        ]
         return tuple(states.reshape(len(states), -1, self.size).transpose(1, 0, 2) for states in products)
 
     def codes(self) -> np.ndarray:

@@ -150,7 +150,7 @@ def test_unknown_encoding(name: str, hint: str) -> None:
 def test_unknown_parameter_of_an_encoding() -> None:
     assert refusal(flags={"positional_parameters": {"stepp": 1}}) == (
         "unknown parameter of positional encoding 'expe' 'stepp'; did you mean 'step'? "
-        "available: dims, how, start, step, where"
+        "available: dims, how, slopes, start, step, where"
     )
 
 

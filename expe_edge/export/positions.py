@@ -214,26 +214,25 @@ class ExPENodes(PositionNodes):
             self.shared["start_vectors"] = self.graph.op("Expand", "positions.start", shape, name="positions.started")
         return self.shared["start_vectors"]
 
-    def positioned(self, name: str, hidden: str, vectors: str) -> str:
-        """Override the first l dimensions of `hidden` (B, T, C) by `vectors` (B, T, l), or add to them."""
+    def positioned(self, name: str, hidden: str, *, constant: bool = False) -> str:
+        """Override the first l dimensions of `hidden` (B, T, C), or add to them. constant: by p_n without its steps."""
         graph, dims = self.graph, self.parameters.dims
         sizes = graph.ints(dims, self.config.hidden_size - dims)
         head, tail = graph.multi("Split", [hidden, sizes], 2, name=f"{name}.parts", axis=-1)
+        vectors = self.start_vectors() if constant else self.vectors()
         if self.parameters.how == "add":
             vectors = graph.op("Add", head, vectors, name=f"{name}.added")
         return graph.op("Concat", vectors, tail, name=f"{name}.positioned", axis=-1)
 
     def embed(self, hidden: str) -> str:
-        if self.parameters.where != "embedding":
-            return hidden
-        return self.positioned("embedding", hidden, self.vectors())
+        return self.positioned("embedding", hidden) if self.parameters.where == "embedding" else hidden
 
     def project(self, layer: str, hidden: str, weights: LayerWeights) -> Projection:
         if weights.positions is not None:
             return self.project_folded(layer, hidden, weights, weights.positions)
         if self.parameters.where == "embedding":
             return super().project(layer, hidden, weights)
-        positioned = self.positioned(layer, hidden, self.vectors())
+        positioned = self.positioned(layer, hidden)
         if self.parameters.where == "query_key_value":
             return super().project(layer, positioned, weights)
         return self.project_inline(layer, hidden, positioned, weights)
@@ -242,7 +241,7 @@ class ExPENodes(PositionNodes):
         """Positions inside the query/key product, as an exporter that knows nothing of ExPE leaves them."""
         queries, keys = self.sizes
         if self.parameters.relative:
-            started = self.positioned(f"{layer}.query", hidden, self.start_vectors())
+            started = self.positioned(f"{layer}.query", hidden, constant=True)
             query = self.linear(f"{layer}.q", started, weights.qkv[:, :queries])
             key = self.linear(f"{layer}.k", positioned, weights.qkv[:, queries : queries + keys])
             value = self.linear(f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
