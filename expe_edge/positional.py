@@ -36,6 +36,9 @@ from expe_edge.config import ExPEConfig
 from expe_edge.encodings import ExPEParameters, RelativeParameters, RotaryParameters, alibi_slopes
 from expe_edge.quant.codes import WHOLE, PositionCode
 
+#: How much longer a query's constant part begins than its content along it: slopes vary by a sixth from query to query.
+SLOPE_MARGIN = 6.0
+
 
 class FoldedProjection(NamedTuple):
     """A fused query/key/value weight with its positions taken out, exactly.
@@ -281,28 +284,31 @@ class ExPE(PositionalEncoding):
 
     @torch.no_grad()
     def begin(self, weight: Tensor) -> None:
-        """Let the slopes begin as the settings say, whatever the content, in a random direction of each key head.
+        """Let the slopes begin as the settings say, in a random direction of each key head; all of it trains on.
 
-        With v of length 1, W_q·start = a·v and W_k·step = b·v, and so the slope a·b/√D. All heads that share keys share
-        v and b. Columns of queries and of keys are made equally large; they train as any weight.
+        With v of length 1, W_q·start = a·v and W_k·step = b·v, and so the slope (a + v·W_q u)·b/√D for content u: its
+        spread over queries is 1/a of what content has along v, and what a adds to the scores of contents grows with a.
+        So a is `SLOPE_MARGIN` times that, whatever the slope, and b makes the slope. Heads that share keys share v, b.
         """
         slopes, readings = self.spec.head_slopes(self.heads.queries), self.spec.readings()
         if slopes is None:
             return
         heads, dims = self.heads, self.spec.dims
-        wanted = weight.new_tensor(slopes).view(heads.keys, -1) * math.sqrt(heads.size)  # a·b of every head
         queries = weight[: heads.query_rows, :dims].view(heads.keys, -1, heads.size, dims)
         keys = weight[heads.query_rows : heads.query_rows + heads.key_rows, :dims].view(heads.keys, heads.size, dims)
         direction = F.normalize(torch.randn_like(keys[..., 0]), dim=-1)  # v, (Hkv, D)
         queries.zero_()
         keys.zero_()
-        if readings is None:  # no slope at all
+        if readings is None or not any(slopes):
             return
+        content = weight[: heads.query_rows, dims:].norm(dim=1).mean()  # of a normed vector, along any direction
+        wanted = weight.new_tensor(slopes).view(heads.keys, -1)
+        steepest = wanted.abs().amax(dim=1, keepdim=True)
+        own = SLOPE_MARGIN * content * wanted / steepest.where(steepest > 0, 1.0)  # a, (Hkv, H/Hkv)
+        shared = math.sqrt(heads.size) * steepest / (SLOPE_MARGIN * content)  # b, (Hkv, 1)
         constant, unit = weight.new_tensor(readings[0]), self.unit_reading(weight.new_tensor(readings[1:]))
-        shared = (wanted.abs().amax(dim=-1) * constant.norm() / unit.norm()).sqrt()  # b, (Hkv,)
-        own = wanted / shared.clamp(min=torch.finfo(wanted.dtype).tiny)[:, None]  # a, (Hkv, H/Hkv)
-        queries += (own[:, :, None] * direction[:, None, :])[..., None] * constant
-        keys += (shared[:, None] * direction)[..., None] * unit
+        queries += (own[:, :, None] * direction[:, None])[..., None] * constant
+        keys += (shared * direction)[..., None] * unit
 
     def unit_reading(self, limbs: Tensor) -> Tensor:
         """Return what reads the position itself of p_n, (l,), from what reads each limb, (G, l)."""

@@ -49,9 +49,7 @@ class TrainSettings:
     text_field: str = _setting("text", "Field that holds the text in JSON lines, parquet and datasets.")
     vocab_size: int = _setting(512, "Size of the byte-level BPE vocabulary; 257 is plain bytes.")
     training_length: int = _setting(128, "N, tokens per training sequence.")
-    position_offset: int = _setting(
-        64, "Start every sequence at a random position below this many N; 0 as in the paper."
-    )
+    position_offset: int = _setting(0, "Start every sequence at a random position below this many N.")
     positional: str = _setting("expe", f"Positional encoding: {', '.join(POSITIONAL_PARAMETERS)}.")
     positional_parameters: Mapping[str, Any] = _setting({}, "Parameter of the encoding, KEY=VALUE; repeatable.")
     hidden_size: int = _setting(128, "C, width of the model.")

@@ -21,7 +21,7 @@ def small_settings(data: Path, **changes: object) -> TrainSettings:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_steps": 60,
+        "max_steps": 90,
         "batch_size": 8,
         "warmup_steps": 5,
         "save_every": 30,

@@ -43,7 +43,9 @@ def test_train_takes_flags_file_and_preset(text_folder: Path, tmp_path: Path) ->
     assert report == json.loads((tmp_path / "out/run/training.json").read_text())
     settings = report["settings"]
     assert (settings["max_steps"], settings["position_offset"], settings["learning_rate"]) == (3, 4, 3e-3)
-    assert settings["positional_parameters"] == {"limbs": 2, "dims": 8, "where": "query_key_value"}
+    given = {"limbs": 2, "dims": 8, "where": "query_key_value"}
+    defaults = {"start": 0.0, "step": 0.125, "how": "override", "limb_bits": 4}
+    assert settings["positional_parameters"] == {**given, **defaults}
     assert settings["tie_word_embeddings"] is True
     assert [entry["step"] for entry in report["history"]] == [1, 2, 3]
     last = report["history"][-1]["loss"]

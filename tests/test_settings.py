@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from expe_edge.encodings import encoding_parameters
 from expe_edge.errors import ConfigError
 from expe_edge.settings import PRESETS, TrainSettings, make_settings
 from expe_edge.training import stored_settings
@@ -91,11 +92,12 @@ def test_one_source_in_a_file_needs_no_list(tmp_path: Path, text: str) -> None:
 def test_stored_settings_stand_in_for_the_preset(checkpoint: Path, text_folder: Path, tmp_path: Path) -> None:
     stored = stored_settings(checkpoint)
     file = yaml_file(tmp_path, "log_every: 9\n")
+    explicit = {"positional_parameters": encoding_parameters("expe", {}, training_length=32).to_dict()}
 
-    assert make_settings(stored=stored) == small_settings(text_folder)
-    assert make_settings("base", stored=stored) == small_settings(text_folder)
+    assert make_settings(stored=stored) == small_settings(text_folder, **explicit)
+    assert make_settings("base", stored=stored) == small_settings(text_folder, **explicit)
     assert make_settings("tiny", file, {"max_steps": 80}, stored) == small_settings(
-        text_folder, max_steps=80, log_every=9
+        text_folder, max_steps=80, log_every=9, **explicit
     )
 
 
