@@ -2,8 +2,11 @@
 
     python -m benchmarks.extrapolation --out runs/extrapolation
     python -m benchmarks.extrapolation --out runs/eight-heads --variant expe --variant alibi -- --num-attention-heads 8
+    python -m benchmarks.extrapolation --out runs/small --seeds 0 --variant expe --variant alibi --variant rotary \\
+        --lengths 1,2,4,8,16,32 -- --preset small --save-every 25
 
-Finished runs and their scores are kept, so that the command can be interrupted and grown. Runs go `--jobs` at a time,
+Finished runs and their scores are kept, and unfinished ones go on from their last checkpoint, so that the command can
+be interrupted and grown; OUT/NAME.log shows how far a run is. Runs go `--jobs` at a time,
 one thread each: on small models that is faster than one run on all cores.
 """
 
@@ -67,7 +70,7 @@ def train(out: Path, variant: str, seed: int, extra: Sequence[str] = ()) -> Path
     if not (directory / "model.safetensors").is_file():
         resumed = any(directory.glob("trainer/checkpoint-*/trainer_state.json"))
         flags = ["--position-offset", "0", *extra, *flags_of(variant), "--seed", str(seed), "--out", str(directory)]
-        run_alone(["expe_edge", "train", *flags, "--resume" if resumed else "--force"])
+        run_alone(["expe_edge", "train", *flags, "--resume" if resumed else "--force"], out / f"{directory.name}.log")
     return directory
 
 
@@ -78,18 +81,20 @@ def score(directory: Path, lengths: Sequence[int], documents: int) -> Double:
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["asked"] == wanted:
             return np.array(found["losses"])
-    run_alone(["benchmarks.extrapolation_scores", str(directory), ",".join(map(str, lengths)), str(documents)])
+    command = ["benchmarks.extrapolation_scores", str(directory), ",".join(map(str, lengths)), str(documents)]
+    run_alone(command, directory / "scoring.log")
     return np.array(json.loads(kept.read_text(encoding="utf-8"))["losses"])
 
 
-def run_alone(command: Sequence[str]) -> None:
-    """Run a module in a process of its own, with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], env=environment, check=False, capture_output=True, text=True
-    )
+def run_alone(command: Sequence[str], log: Path) -> None:
+    """Run a module in a process of its own, with one thread; what it prints, its progress too, goes to `log`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("a", encoding="utf-8") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], env=environment, check=False, stdout=file, stderr=subprocess.STDOUT
+        )
     if done.returncode:
-        raise click.ClickException(f"{shlex.join(command)}: {done.stderr.strip()[-500:]}")
+        raise click.ClickException(f"{shlex.join(command)} failed; {log} says why")
 
 
 def paired_difference(losses: Double, others: Double) -> tuple[Double, Double]:

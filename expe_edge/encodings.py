@@ -131,14 +131,13 @@ class ExPEParameters(NoParameters):
     def defaults(cls, given: Mapping[str, Any], training_length: int) -> dict[str, Any]:
         """Let the positions of training span 1, the step a power of two; longer spans are learnt later, or not at all.
 
-        That is this project's choice: docs/log.md has its measurement.
+        In the relative form the constant part is 1, and slopes begin as ALiBi's. All that is this project's choice:
+        docs/log.md has its measurements.
         """
-        defaults = {"step": cls.unit_step(training_length)}
-        if given.get("where", cls.where) == "key":
-            defaults["slopes"] = "alibi"
-        if given.get("slopes", defaults.get("slopes", "random")) != "random" or "slopes" in defaults:
-            defaults["start"] = 1.0
-        return defaults
+        relative = given.get("where", cls.where) == "key"
+        slopes = given.get("slopes", "alibi" if relative else "random")
+        start = 1.0 if relative or slopes != "random" else 0.0
+        return {"start": start, "step": cls.unit_step(training_length), "slopes": slopes}
 
     @classmethod
     def unit_step(cls, training_length: int) -> float:
