@@ -36,15 +36,17 @@ def quality_table(comparison: dict) -> str:
 
 
 def extrapolation_table(report: dict) -> str:
-    """Perplexity by length of every variant, mean ± standard deviation over seeds."""
+    """Loss by length of every variant, mean over seeds, and its paired difference ± standard error to one of them."""
     rows = [
         row("position", [f"{a}–{b} N" for a, b in pairwise([0, *report["lengths"]])]),
         "|---" * (len(report["lengths"]) + 1) + "|",
     ]
     for variant, values in report["nll"].items():
-        perplexity = np.exp(np.array(values))
-        spread = perplexity.std(axis=0, ddof=1)
-        rows.append(row(variant, [f"{m:.2f} ± {s:.2f}" for m, s in zip(perplexity.mean(axis=0), spread, strict=True)]))
+        cells = [f"{loss:.3f}" for loss in np.mean(values, axis=0)]
+        if variant != report["against"]:
+            means, errors = (report[name][variant] for name in ("difference", "difference_stderr"))
+            cells = [f"{c} ({m:+.3f} ± {e:.3f})" for c, m, e in zip(cells, means, errors, strict=True)]
+        rows.append(row(variant, cells))
     return "\n".join(rows)
 
 

@@ -297,11 +297,11 @@ class ExPE(PositionalEncoding):
         queries = weight[: heads.query_rows, :dims].view(heads.keys, -1, heads.size, dims)
         keys = weight[heads.query_rows : heads.query_rows + heads.key_rows, :dims].view(heads.keys, heads.size, dims)
         direction = F.normalize(torch.randn_like(keys[..., 0]), dim=-1)  # v, (Hkv, D)
+        content = weight[: heads.query_rows].norm(dim=1).mean()  # what a normed vector has along any direction
         queries.zero_()
         keys.zero_()
         if readings is None or not any(slopes):
             return
-        content = weight[: heads.query_rows, dims:].norm(dim=1).mean()  # of a normed vector, along any direction
         wanted = weight.new_tensor(slopes).view(heads.keys, -1)
         steepest = wanted.abs().amax(dim=1, keepdim=True)
         own = SLOPE_MARGIN * content * wanted / steepest.where(steepest > 0, 1.0)  # a, (Hkv, H/Hkv)

@@ -49,7 +49,16 @@ LOGITS_TOLERANCE = TOLERANCES["onnx"].limit
 ROUNDED_KL = 0.01
 PROMPTS = ["The old tree grows", "a", "Document 3.\nthe river runs under the bright stone and the tree grows over it."]
 #: Models that differ in what the graph is made of.
-KINDS = ["expe-default", "exqpe-query_key_value-override", "relative", "tied-head", "gelu", "one-shared-head"]
+KINDS = [
+    "expe-default",
+    "expe-paper",
+    "exqpe-default",
+    "exqpe-query_key_value-override",
+    "relative",
+    "tied-head",
+    "gelu",
+    "one-shared-head",
+]
 ROUNDING = [name for name, kind in LINEAR_FORMATS.items() if kind.kernel != Float32.kernel]
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 every_kind = pytest.mark.parametrize("name", KINDS)

@@ -25,6 +25,7 @@ from tests.strategies import random_model, random_tokens, small_config
 #: Models that differ in what is rounded: position columns or none, tied or not.
 MODELS: dict[str, dict[str, Any]] = {
     "expe": {"positional_parameters": {"dims": 8}},
+    "expe, paper": {"positional_parameters": {"dims": 8, "where": "query_key"}},
     "expe in values": {"positional_parameters": {"dims": 8, "where": "query_key_value"}},
     "expe added": {"positional_parameters": {"dims": 8, "how": "add"}},
     "exqpe": {"positional": "exqpe", "positional_parameters": {"dims": 12, "limb_bits": 2}},

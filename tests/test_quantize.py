@@ -124,6 +124,8 @@ def test_the_manifest_of_a_package_does_not_depend_on_what_is_made_beside_it(pac
 MODELS: dict[str, tuple[dict[str, Any], bool]] = {
     "folded": ({}, True),
     "inline": ({}, False),
+    "paper": ({"positional_parameters": {"where": "query_key"}}, True),
+    "paper, inline": ({"positional_parameters": {"where": "query_key"}}, False),
     "positions in values": ({"positional_parameters": {"where": "query_key_value"}}, True),
     "positions in values, inline": ({"positional_parameters": {"where": "query_key_value"}}, False),
     "positions in the embedding": ({"positional_parameters": {"where": "embedding"}}, False),

@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[dict[str, Any], bool]] = {
     "inline": ({}, False),
     "gelu": ({"hidden_act": "gelu"}, True),
     "tied": ({"tie_word_embeddings": True}, True),
+    "paper": ({"positional_parameters": {"where": "query_key"}}, True),
     "positions in values": (VALUES_FROM_A_HALF, True),
     "positions in values, inline": ({"positional_parameters": {"where": "query_key_value"}}, False),
     "positions in the embedding": ({"positional_parameters": {"where": "embedding"}}, False),
