@@ -124,6 +124,8 @@ class ExPEParameters(NoParameters):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.slopes, str):
             require_choice("slopes", self.slopes, SLOPES)
+        elif not isinstance(self.slopes, tuple) or not all(type(slope) in (int, float) for slope in self.slopes):
+            raise ConfigError(f"slopes is {self.slopes!r}; give {', '.join(SLOPES)}, or a list of one number a head")
         if self.slopes != "random" and self.where not in ("key", "query_key"):
             raise ConfigError(f"slopes is {self.slopes!r}, which needs where: key or query_key, not {self.where}")
 
