@@ -18,7 +18,8 @@ computed that way here. Two exact rewrites take its place (docs/design.md derive
 
 so ExPE attention is content attention plus a linear bias whose slope depends on the query, ALiBi being the case of
 a constant slope; and positions never pass through a half-precision product. ExQPE is the same with one α-β pair of
-slopes for each limb of its code in place of the one for n.
+slopes for each limb of its code in place of the one for n. In the relative form, `where: key`, queries get `start` in
+place of p_n, so that their β is 0 and nothing but the distance j − i is left of any position.
 """
 
 from __future__ import annotations
