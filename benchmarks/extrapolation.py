@@ -6,8 +6,8 @@
         --lengths 1,2,4,8,16,32 -- --preset small --save-every 25
 
 Finished runs and their scores are kept, and unfinished ones go on from their last checkpoint, so that the command can
-be interrupted and grown; OUT/NAME.log shows how far a run is. Runs go `--jobs` at a time,
-one thread each: on small models that is faster than one run on all cores.
+be interrupted and grown; OUT/NAME.log shows how far a run is. Runs go `--jobs` at a time, one thread each: on small
+models that is faster than one run on all cores.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def train(out: Path, variant: str, seed: int, extra: Sequence[str] = ()) -> Path
     directory = out / f"{name}-seed{seed}"
     if not (directory / "model.safetensors").is_file():
         resumed = any(directory.glob("trainer/checkpoint-*/trainer_state.json"))
-        flags = ["--position-offset", "0", *extra, *flags_of(variant), "--seed", str(seed), "--out", str(directory)]
+        flags = [*extra, *flags_of(variant), "--seed", str(seed), "--out", str(directory)]
         run_alone(["expe_edge", "train", *flags, "--resume" if resumed else "--force"], out / f"{directory.name}.log")
     return directory
 
@@ -165,7 +165,7 @@ def main(
     extra: tuple[str, ...],
 ) -> None:
     """Train every VARIANT with every seed (EXTRA flags go to `expe-edge train`) and compare them by length."""
-    ends, numbers, variants = [int(end) for end in lengths.split(",")], [int(s) for s in seeds.split(",")], variants
+    ends, numbers = [int(end) for end in lengths.split(",")], [int(seed) for seed in seeds.split(",")]
     chosen = variants or tuple(VARIANTS)
     if against not in [variant.partition("=")[0] for variant in chosen]:
         chosen = (*chosen, against)

@@ -44,15 +44,21 @@ _steps = st.sampled_from([sign * 2.0**-power for power in range(8) for sign in (
 _starts = st.integers(-4 * 128, 4 * 128).map(lambda units: units / 128)
 
 
+def _least_dims(where: str) -> int:
+    """Dimensions that a limb needs: in the relative form one that is constant and one that counts."""
+    return 2 if where == "key" else 1
+
+
 @st.composite
 def expe_parameters(draw: st.DrawFn, hidden_size: int, *, where: tuple[str, ...] = WHERE) -> dict[str, Any]:
     """Settings of ExPE: scalar and per-dimension start and step, up to all dimensions, every `where` and `how`."""
-    dims = draw(st.integers(2, hidden_size))
+    place = draw(st.sampled_from(where))
+    dims = draw(st.integers(_least_dims(place), hidden_size))
     return {
         "dims": dims,
         "start": draw(_scalar_or_each(_starts, dims)),
         "step": draw(_scalar_or_each(_steps, dims)),
-        "where": draw(st.sampled_from(where)),
+        "where": place,
         "how": draw(st.sampled_from(HOW)),
         "slopes": "random",
     }
@@ -61,10 +67,12 @@ def expe_parameters(draw: st.DrawFn, hidden_size: int, *, where: tuple[str, ...]
 @st.composite
 def exqpe_parameters(draw: st.DrawFn, hidden_size: int, *, where: tuple[str, ...] = WHERE) -> dict[str, Any]:
     """Settings of ExQPE: the same, with one to four limbs of up to seven bits."""
-    limbs = draw(st.integers(1, min(4, hidden_size // 2)))
-    dims = limbs * draw(st.integers(2, hidden_size // limbs))
+    place = draw(st.sampled_from(where))
+    least = _least_dims(place)
+    limbs = draw(st.integers(1, min(4, hidden_size // least)))
+    dims = limbs * draw(st.integers(least, hidden_size // limbs))
     return {
-        **draw(expe_parameters(dims, where=where)),
+        **draw(expe_parameters(dims, where=(place,))),
         "dims": dims,
         "start": draw(_scalar_or_each(_starts, dims)),
         "step": draw(_scalar_or_each(_steps, dims)),

@@ -34,7 +34,7 @@ FORMS = {
     "expe, added": {"positional": "expe", "positional_parameters": {"how": "add"}},
     "expe, odd dims": {"positional": "expe", "positional_parameters": {"dims": 5}},
     "one shared head": {"num_key_value_heads": 1},
-    "tiny limits": {"positional_parameters": {"start": 0.0, "slopes": "random"}},
+    "random slopes": {"positional_parameters": {"start": 0.0, "slopes": "random"}},
 }
 every_form = pytest.mark.parametrize("changes", FORMS.values(), ids=FORMS)
 
