@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expe_edge.errors import ExportError
@@ -99,6 +99,7 @@ def test_gptq_fits_the_scale_of_a_block_to_the_inputs_that_count(seed: int, bits
 
 @settings(max_examples=40)
 @given(seeds, widths, bits)
+@example(seed=4355, width=(50, 64), bits=8)  # least squares, rounded to half precision, lose to what was there
 def test_refitted_scales_are_the_best_for_their_codes(seed: int, width: tuple[int, int], bits: int) -> None:
     """Moving any scale a little either way gains nothing, but what storing it in half precision cost."""
     columns, block = width
@@ -109,7 +110,7 @@ def test_refitted_scales_are_the_best_for_their_codes(seed: int, width: tuple[in
     change = found.scale / solved.scale
     assert ((change > 0.999 * NARROWEST) & (change < 1.001 * WIDEST)).all()
     least = output_error(found, matrix, moments)
-    assert least <= output_error(solved, matrix, moments) * 1.0001
+    assert least <= output_error(solved, matrix, moments) * 1.000001
     for index in range(found.scale.shape[1]):
         for factor in (0.99, 1.01):
             moved = found.scale.copy()

@@ -46,7 +46,10 @@ def refined_gptq(matrix: Float, bits: int, block_size: int, moments: Double | No
 
 
 def refit_scales(matrix: Float, solved: BlockCodes, moments: Double) -> BlockCodes:
-    """Return the codes with the scales of least output error: linear least squares in the blocks of each row."""
+    """Return the codes with the scales of least output error: linear least squares in the blocks of each row.
+
+    A row keeps the scales it has where storing the new ones in half precision would lose more than they gain.
+    """
     levels = _levels(solved)
     rows, blocks = solved.scale.shape
     target: Double = matrix.astype(np.float64) @ moments
@@ -61,7 +64,10 @@ def refit_scales(matrix: Float, solved: BlockCodes, moments: Double) -> BlockCod
     found = np.linalg.solve(products, wanted)[..., 0]
     change = found / solved.scale
     near = (change >= NARROWEST) & (change <= WIDEST)
-    return solved._replace(scale=storable(np.where(near, found, solved.scale)))
+    refitted = storable(np.where(near, found, solved.scale))
+    slope = products @ (refitted + solved.scale)[..., None] - 2 * wanted  # of the error, on the way to the new scales
+    change_of_error = ((refitted - solved.scale) * slope[..., 0]).sum(axis=1, keepdims=True)
+    return solved._replace(scale=np.where(change_of_error < 0, refitted, solved.scale))
 
 
 def descend(matrix: Float, solved: BlockCodes, moments: Double) -> BlockCodes:
