@@ -285,20 +285,22 @@ class ExPE(PositionalEncoding):
 
     @torch.no_grad()
     def begin(self, weight: Tensor) -> None:
-        """Let the slopes begin as the settings say, in a random direction of each key head; all of it trains on.
+        """Let the slopes begin as the settings say, in the first dimension of each head; all of it trains on.
 
-        With v of length 1, W_q·start = a·v and W_k·step = b·v, and so the slope (a + v·W_q u)·b/√D for content u: its
-        spread over queries is 1/a of what content has along v, and what a adds to the scores of contents grows with a.
-        So a is `SLOPE_MARGIN` times that, whatever the slope, and b makes the slope. Heads that share keys share v, b.
+        There W_q·start = a and W_k·step = b, and so the slope is (a + q)·b/√D for a query's content q in it: the spread
+        over queries is 1/a of that content's, and what a adds to the scores of contents grows with a. So a is
+        `SLOPE_MARGIN` times the content, whatever the slope, and b makes the slope. Heads that share keys share b.
+
+        Any direction would give the same slopes, but Adam scales each weight's gradient by itself: the slopes' own,
+        large since distances multiply it, is kept to one row of a head, and the others learn content undisturbed.
         """
         slopes, readings = self.spec.head_slopes(self.heads.queries), self.spec.readings()
         if slopes is None:
             return
         heads, dims = self.heads, self.spec.dims
-        queries = weight[: heads.query_rows, :dims].view(heads.keys, -1, heads.size, dims)
+        queries = weight[: heads.query_rows, :dims].view(heads.keys, -1, heads.size, dims)  # (Hkv, H/Hkv, D, l)
         keys = weight[heads.query_rows : heads.query_rows + heads.key_rows, :dims].view(heads.keys, heads.size, dims)
-        direction = F.normalize(torch.randn_like(keys[..., 0]), dim=-1)  # v, (Hkv, D)
-        content = weight[: heads.query_rows].norm(dim=1).mean()  # what a normed vector has along any direction
+        content = weight[: heads.query_rows].norm(dim=1).mean()  # what a normed vector gives in any dimension
         queries.zero_()
         keys.zero_()
         if readings is None or not any(slopes):
@@ -308,8 +310,8 @@ class ExPE(PositionalEncoding):
         own = SLOPE_MARGIN * content * wanted / steepest.where(steepest > 0, 1.0)  # a, (Hkv, H/Hkv)
         shared = math.sqrt(heads.size) * steepest / (SLOPE_MARGIN * content)  # b, (Hkv, 1)
         constant, unit = weight.new_tensor(readings[0]), self.unit_reading(weight.new_tensor(readings[1:]))
-        queries += (own[:, :, None] * direction[:, None])[..., None] * constant
-        keys += (shared * direction)[..., None] * unit
+        queries[:, :, 0] = own[..., None] * constant
+        keys[:, 0] = shared * unit
 
     def unit_reading(self, limbs: Tensor) -> Tensor:
         """Return what reads the position itself of p_n, (l,), from what reads each limb, (G, l)."""

@@ -134,6 +134,17 @@ def test_slopes_begin_as_asked(heads: int, shared: int, slopes: Any, expected: A
 
 
 @pytest.mark.parametrize("name", ["expe", "exqpe"])
+def test_positions_begin_in_one_dimension_of_each_head(name: str) -> None:
+    config = small_config(positional=name, num_key_value_heads=2)
+    heads, size = config.num_attention_heads, config.head_dim
+    torch.manual_seed(0)
+    weight = ExPEForCausalLM(config).blocks[0].attention.qkv.weight[:, : config.encoding_parameters.dims]
+    queries_and_keys = weight[: (heads + 2) * size].unflatten(0, (-1, size))
+    assert queries_and_keys[:, 0].any(dim=-1).all()
+    assert not queries_and_keys[:, 1:].any()
+
+
+@pytest.mark.parametrize("name", ["expe", "exqpe"])
 def test_a_new_model_penalizes_distance_as_alibi_does_however_far(name: str) -> None:
     """For ExQPE over the carries of all its limbs too, up to what they reach."""
     config = small_config(positional=name, positional_parameters={"dims": 12})
