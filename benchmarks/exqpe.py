@@ -20,11 +20,11 @@ from rich.table import Table
 
 from benchmarks.extrapolation import train
 from benchmarks.quantization import measure
-from expe_edge.comparison import BucketResult
+from expe_edge.cli.tables import bucket_name, print_whole, short
 from expe_edge.export.exporter import export
-from expe_edge.package import read_package
+from expe_edge.package.directory import read_package
+from expe_edge.quality.comparison import BucketResult
 from expe_edge.quant.recipe import Recipe
-from expe_edge.reporting import bucket_name, print_whole, short
 
 #: Formats compared. bfloat16 is of the weights alone; those of 8 bits are rounded to the nearest, as anyone does it.
 RECIPES = (

@@ -13,9 +13,9 @@ import click
 import numpy as np
 
 from benchmarks.extrapolation import SCORES_FILE, Double
-from expe_edge.comparison import long_documents
-from expe_edge.scoring import Ids, Scorer, open_scorer
-from expe_edge.statistics import log_softmax
+from expe_edge.divergence import log_softmax
+from expe_edge.quality.comparison import long_documents
+from expe_edge.quality.scoring import Ids, Scorer, open_scorer
 
 
 def losses_by_length(scorer: Scorer, document: Ids, ends: Sequence[int]) -> list[float]:

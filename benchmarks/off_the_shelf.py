@@ -32,24 +32,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import off_the_shelf_tools as tools
-from expe_edge.checkpoint import Checkpoint, load_checkpoint
+from expe_edge.calibration.observations import Calibration, sample_windows
 from expe_edge.cli.compare import parse_lengths
 from expe_edge.cli.output import require_plot, require_writable, write_json
-from expe_edge.comparison import BucketResult, compare, long_documents, require_rising
-from expe_edge.encodings import ExPEParameters
+from expe_edge.cli.plots import drawing
+from expe_edge.cli.tables import print_whole, short
 from expe_edge.errors import ConfigError, ExportError
-from expe_edge.export.contract import graph_feeds
 from expe_edge.export.exporter import open_exporter
-from expe_edge.export.graph import graph_contract
-from expe_edge.modeling import ExPEForCausalLM
-from expe_edge.package import MODEL_FILE, GraphContract
+from expe_edge.graph.build import graph_contract
+from expe_edge.graph.run import graph_feeds
+from expe_edge.model.decoder import ExPEForCausalLM
+from expe_edge.package.contract import GraphContract
+from expe_edge.package.directory import MODEL_FILE
+from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.progress import counted
-from expe_edge.quant.calibration import Calibration, sample_windows
+from expe_edge.quality.comparison import BucketResult, compare, long_documents, require_rising
+from expe_edge.quality.scoring import CheckpointScorer, Scorer, open_scorer
 from expe_edge.quant.recipe import Recipe
-from expe_edge.reporting import drawing, print_whole, short
 from expe_edge.runtime.session import PREFILL_CHUNK
-from expe_edge.scoring import CheckpointScorer, Scorer, open_scorer
-from expe_edge.tokenization import encode_documents
+from expe_edge.text.tokenization import encode_documents
+from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
 
 #: Largest difference of a float32 graph's logits to PyTorch's over the first N tokens. Beyond them it is reported
 #: alone: a plain override in float32 loses content beside growing positions (`python -m benchmarks.precision`).

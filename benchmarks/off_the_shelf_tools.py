@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from expe_edge.encodings import ExPEParameters
-from expe_edge.export.contract import graph_feeds
+from expe_edge.calibration.observations import FeedsReader
 from expe_edge.export.fold import extract_weights
-from expe_edge.export.graph import build_graph
-from expe_edge.modeling import Attention, ExPEForCausalLM
-from expe_edge.package import GraphContract
-from expe_edge.positional import Heads
+from expe_edge.graph.build import build_graph
+from expe_edge.graph.linears import Float32
+from expe_edge.graph.run import graph_feeds
+from expe_edge.model.decoder import Attention, ExPEForCausalLM
+from expe_edge.model.encodings import Heads
+from expe_edge.package.contract import GraphContract
+from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.quant.blocks import BLOCK_SIZE
-from expe_edge.quant.calibration import FeedsReader
-from expe_edge.quant.formats import Float32
 
 Feeds = dict[str, np.ndarray]
 #: What transformers calls the modules of code that came with a model.

@@ -13,13 +13,13 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from expe_edge import modeling
-from expe_edge.checkpoint import load_checkpoint
 from expe_edge.export.fold import extract_weights
-from expe_edge.export.graph import build_graph, graph_contract
-from expe_edge.export.parity import run_graph
-from expe_edge.quant.formats import Float32
-from expe_edge.tokenization import encode_documents
+from expe_edge.graph.build import build_graph, graph_contract
+from expe_edge.graph.linears import Float32
+from expe_edge.graph.run import run_graph
+from expe_edge.model import decoder as modeling
+from expe_edge.text.tokenization import encode_documents
+from expe_edge.training.checkpoint import load_checkpoint
 
 
 def torch_logits(model: modeling.ExPEForCausalLM, tokens: np.ndarray, block: int) -> np.ndarray:

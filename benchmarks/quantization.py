@@ -13,12 +13,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from expe_edge.comparison import BucketResult, Comparison, compare_by_length
+from expe_edge.cli.plots import plot_comparison
+from expe_edge.cli.tables import comparison_table, print_whole, short
 from expe_edge.export.exporter import export
-from expe_edge.package import Package, read_package
+from expe_edge.package.directory import Package, read_package
+from expe_edge.quality.comparison import BucketResult, Comparison, compare_by_length
+from expe_edge.quality.scoring import open_scorer
 from expe_edge.quant.recipe import Recipe
-from expe_edge.reporting import comparison_table, plot_comparison, print_whole, short
-from expe_edge.scoring import open_scorer
 
 #: Directory to the positions and recipes of the packages in it. The reference comes first.
 PACKAGES: dict[str, tuple[str, list[Recipe]]] = {

@@ -11,11 +11,11 @@ from pathlib import Path
 import click
 import numpy as np
 
+from expe_edge.calibration.sensitivity import Divergence
 from expe_edge.export.exporter import open_exporter
-from expe_edge.export.graph import build_graph
-from expe_edge.quant.formats import DynamicInt8, FormatOptions, StaticInt8
-from expe_edge.quant.sensitivity import Divergence
-from expe_edge.tokenization import encode_documents
+from expe_edge.graph.build import build_graph
+from expe_edge.graph.linears import DynamicInt8, FormatOptions, StaticInt8
+from expe_edge.text.tokenization import encode_documents
 
 
 class PlainDynamic(DynamicInt8):

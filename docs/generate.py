@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from expe_edge.cli.main import main as cli
-from expe_edge.settings import PRESETS, TrainSettings
+from expe_edge.training.settings import PRESETS, TrainSettings
 
 TARGET = Path(__file__).with_name("cli.md")
 

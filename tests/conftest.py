@@ -15,7 +15,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from expe_edge.export.exporter import export
-from expe_edge.training import train
+from expe_edge.training.run import train
 from tests.small import small_settings, write_documents
 
 torch.set_num_threads(1)

@@ -11,15 +11,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from expe_edge.config import ExPEConfig
-from expe_edge.export.contract import graph_feeds
 from expe_edge.export.fold import extract_weights
-from expe_edge.export.graph import BuiltGraph, build_graph, graph_contract
-from expe_edge.export.nodes import GraphBuilder
-from expe_edge.export.weights import ModelWeights
-from expe_edge.package import GraphContract, TensorSpec
+from expe_edge.graph.build import BuiltGraph, build_graph, graph_contract
+from expe_edge.graph.linears import Float32, FormatOptions, LinearFormat, StaticInt8
+from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.run import graph_feeds
+from expe_edge.graph.weights import ModelWeights
+from expe_edge.model.config import ExPEConfig
+from expe_edge.package.contract import GraphContract, TensorSpec
 from expe_edge.quant.channels import Range
-from expe_edge.quant.formats import Float32, FormatOptions, LinearFormat, StaticInt8
 from tests.strategies import random_model, random_tokens, small_config
 
 #: A model with random weights, for tests that need just one.

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from expe_edge.export.exporter import export
-from expe_edge.training import train
+from expe_edge.training.run import train
 from tests.small import small_settings, write_documents
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from expe_edge.package import MANIFEST_FILE
+from expe_edge.package.manifest import MANIFEST_FILE
 
 
 def read_manifest(package: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from expe_edge.config import ExPEConfig
-from expe_edge.modeling import ExPEForCausalLM
+from expe_edge.model.config import ExPEConfig
+from expe_edge.model.decoder import ExPEForCausalLM
 
 Double = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]

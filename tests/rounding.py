@@ -8,15 +8,15 @@ import dataclasses
 import torch
 
 from expe_edge.export.fold import extract_weights
-from expe_edge.export.graph import HEAD
-from expe_edge.export.weights import ModelWeights
-from expe_edge.modeling import ExPEForCausalLM
-from expe_edge.positional import ExPE
-from expe_edge.quant.formats import FormatOptions, make_format
+from expe_edge.graph.build import HEAD
+from expe_edge.graph.embeddings import EMBEDDING_FORMATS
+from expe_edge.graph.linears import FormatOptions, make_format
+from expe_edge.graph.weights import ModelWeights
+from expe_edge.model.decoder import ExPEForCausalLM
+from expe_edge.model.encodings import ExPE
 from expe_edge.quant.recipe import WeightRounding
 from expe_edge.quant.solvers import WeightQuantizer
-from expe_edge.quant.tables import EMBEDDING_FORMATS
-from expe_edge.quantization_aware import round_weights
+from expe_edge.training.rounding import round_weights
 
 #: A rounding of each kind; the small models' rows end inside a block.
 ROUNDINGS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from expe_edge.settings import TrainSettings, make_settings
+from expe_edge.training.settings import TrainSettings, make_settings
 
 WORDS = ["the", "a", "tree", "river", "runs", "grows", "under", "over", "old", "bright", "stone", "and", "but"]
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from expe_edge.config import ExPEConfig
-from expe_edge.encodings import HOW, WHERE
-from expe_edge.modeling import ExPEForCausalLM
-from expe_edge.quant.codes import FLOAT32_EXACT, PositionCode
+from expe_edge.model.config import ExPEConfig
+from expe_edge.model.decoder import ExPEForCausalLM
+from expe_edge.positions.codes import FLOAT32_EXACT, PositionCode
+from expe_edge.positions.parameters import HOW, WHERE
 
 #: Both sides of every carry of a byte-wise and of a 4-bit code, and the last position that float32 holds.
 BOUNDARIES = tuple(

@@ -10,7 +10,7 @@ import pytest
 
 from docs.generate import TARGET, page
 from expe_edge.cli.main import main as cli
-from expe_edge.settings import make_settings
+from expe_edge.training.settings import make_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,7 +20,35 @@ ROOT = Path(expe_edge.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.walk_packages(expe_edge.__path__, "expe_edge."))
 #: What the base install does not have, or has only for the command line.
 HEAVY = {"torch", "transformers", "onnx", "optimum", "matplotlib", "accelerate", "datasets", "safetensors", "pyarrow"}
-RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "tokenizers"}
+SOURCES = sorted(ROOT.rglob("*.py"))
+#: What every folder may import, and what it may of the others. docs/design.md draws it.
+GROUND = ("errors", "progress", "divergence", "__version__")
+MAY_IMPORT = {
+    "errors": (),
+    "progress": (),
+    "divergence": (),
+    "positions": (),
+    "package": (),
+    "quant": (),
+    "text": ("package.directory",),
+    "model": ("positions",),
+    "graph": ("model.config", "model.encodings.inverse_frequencies", "positions", "quant", "package"),
+    "training": ("model", "text", "positions", "quant", "package.directory"),
+    "runtime": ("package",),
+    "calibration": ("graph", "model.config", "positions", "quant", "text", "package"),
+    "quality": ("runtime", "text", "package", "training.checkpoint"),
+    "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
+    "cli": ("calibration", "export", "quality", "runtime", "training", "package", "quant"),
+    "__main__": ("cli",),
+}
+#: Folders that the base install must be able to run, or that must stay arithmetic; what they may import of others.
+LIGHT = {
+    "errors": set[str](),
+    "package": set[str](),
+    "positions": {"numpy"},
+    "quant": {"numpy"},
+    "runtime": {"numpy", "onnxruntime", "tokenizers"},
+}
 
 
 def top_level_modules(code: str, *arguments: str) -> set[str]:
@@ -96,20 +124,21 @@ def test_every_source_file_is_among_the_modules() -> None:
     assert {name.removesuffix(".__init__") for name in sources} == {"expe_edge", *MODULES}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "runtime").glob("*.py")), ids=lambda path: path.name)
-def test_runtime_sources_import_only_what_the_base_install_has(path: Path) -> None:
-    for name in foreign_names(path):
-        ours = name.startswith(("expe_edge.errors.", "expe_edge.package.", "expe_edge.runtime."))
-        assert ours or name.partition(".")[0] in RUNTIME_MAY_IMPORT, f"{path.name} imports {name}"
+def importer(path: Path) -> str:
+    """Return the folder that `path` is in, or its own name where it stands beside the folders."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
-@pytest.mark.parametrize(
-    ("module", "allowed"),
-    [
-        ("errors.py", ()),
-        ("package.py", ("expe_edge.errors.",)),
-        ("settings.py", ("expe_edge.errors.", "expe_edge.encodings.", "expe_edge.quant.recipe.", "yaml")),
-    ],
-)
-def test_shared_modules_import_only_the_standard_library(module: str, allowed: tuple[str, ...]) -> None:
-    assert all(name.startswith(allowed) for name in foreign_names(ROOT / module))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    allowed = (importer(path), *MAY_IMPORT.get(importer(path), ()), *GROUND)
+    ours = [name.removeprefix("expe_edge.") for name in imported_names(path) if name.startswith("expe_edge.")]
+    above = [name for name in ours if not f"{name}.".startswith(tuple(f"{place}." for place in allowed))]
+    assert not above, f"{path.relative_to(ROOT)} imports {', '.join(above)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_light_folder_imports_only_what_the_base_install_has(path: Path) -> None:
+    allowed = LIGHT.get(importer(path))
+    foreign = {name.partition(".")[0] for name in foreign_names(path)} - {"expe_edge"}
+    assert allowed is None or foreign <= allowed, f"{path.relative_to(ROOT)} imports {foreign - allowed}"

@@ -38,9 +38,10 @@ def compare(
     require_plot(plot_file)
     from rich.console import Console
 
-    from expe_edge import comparison
-    from expe_edge.reporting import comparison_table, plot_comparison, print_whole
-    from expe_edge.scoring import open_scorer
+    from expe_edge.cli.plots import plot_comparison
+    from expe_edge.cli.tables import comparison_table, print_whole
+    from expe_edge.quality import comparison
+    from expe_edge.quality.scoring import open_scorer
 
     ends = parse_lengths(lengths)
     comparison.require_rising(ends)

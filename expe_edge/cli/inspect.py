@@ -17,9 +17,9 @@ def inspect(package: Path, json_file: Path | None) -> None:
     require_writable(json_file)
     from rich.console import Console
 
-    from expe_edge.inspection import inspection_tables
-    from expe_edge.package import read_package
-    from expe_edge.reporting import print_whole
+    from expe_edge.cli.inspection import inspection_tables
+    from expe_edge.cli.tables import print_whole
+    from expe_edge.package.directory import read_package
 
     opened = read_package(package)
     console = Console()

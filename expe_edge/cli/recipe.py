@@ -111,8 +111,8 @@ def make_packages(
     size = parse_size(max_size)
     recipes = [Recipe(precision, max_size=size, **formats) for precision in dict.fromkeys(precisions)]
     require_used(recipes, ranges_from=ranges_from is not None)
+    from expe_edge.calibration.observations import Calibration
     from expe_edge.export.exporter import export
-    from expe_edge.quant.calibration import Calibration
 
     packages = export(
         source,
@@ -142,7 +142,7 @@ def report(package: ExportedPackage) -> None:
     if package.choice is not None:
         from rich.console import Console
 
-        from expe_edge.reporting import print_whole, sensitivity_table
+        from expe_edge.cli.tables import print_whole, sensitivity_table
 
         click.echo(f"chosen by what each weight costs alone; together {package.choice}:")
         print_whole(sensitivity_table(package.choice.chosen), Console())

@@ -80,10 +80,11 @@ def sensitivity(
     require_counts(length=length, documents=documents)
     from rich.console import Console
 
+    from expe_edge.calibration.observations import Calibration
+    from expe_edge.calibration.sensitivity import default_candidates
+    from expe_edge.cli.plots import plot_sensitivity
+    from expe_edge.cli.tables import print_whole, sensitivity_table
     from expe_edge.export.exporter import open_exporter
-    from expe_edge.quant.calibration import Calibration
-    from expe_edge.quant.sensitivity import default_candidates
-    from expe_edge.reporting import plot_sensitivity, print_whole, sensitivity_table
 
     exporter = open_exporter(
         source,

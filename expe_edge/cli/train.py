@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.errors import ConfigError
-from expe_edge.settings import PRESETS, TrainSettings, make_settings, stored_settings
+from expe_edge.training.settings import PRESETS, TrainSettings, make_settings, stored_settings
 
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,8 +72,8 @@ def train(
         raise ConfigError(f"--preset {preset} has no meaning with --from, whose settings hold; drop it")
     stored = stored_settings(out) if resume else None
     settings = make_settings(preset, config_file, flags, stored)  # refuse a bad setting before the slow imports
-    from expe_edge.checkpoint import starting_settings
-    from expe_edge.training import train as run
+    from expe_edge.training.checkpoint import starting_settings
+    from expe_edge.training.run import train as run
 
     if settings.from_checkpoint is not None and not resume:
         stored = starting_settings(Path(settings.from_checkpoint), settings.rounding)

@@ -1,1 +1,1 @@
-"""Export: checkpoint to graph to package. `exporter.export` is the way in."""
+"""Checkpoint to graph to package. `exporter.export` is the way in."""

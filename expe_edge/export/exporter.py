@@ -17,37 +17,37 @@ import onnx
 import onnxruntime as ort
 
 from expe_edge import __version__
-from expe_edge.corpus import load_corpus
-from expe_edge.encodings import ExPEParameters
+from expe_edge.calibration.auto import LINEAR_CANDIDATES, Choice, candidates_of, choose
+from expe_edge.calibration.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.calibration.observations import Calibration
+from expe_edge.calibration.sensitivity import Sensitivity, measure_sensitivity
+from expe_edge.calibration.text import CalibrationText
 from expe_edge.errors import ExportError, unknown_name
-from expe_edge.export.graph import BuiltGraph
-from expe_edge.export.hub import write_client_files
+from expe_edge.export.clients import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
-from expe_edge.export.parity import DECODED, Parity, measure_parity, require_parity
+from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.export.plan import Plan, oldest_onnxruntime
 from expe_edge.export.portable import require_portable
-from expe_edge.export.sizes import measure_parts
 from expe_edge.export.source import Source, open_source
-from expe_edge.export.text import CalibrationText
-from expe_edge.package import (
+from expe_edge.graph.build import BuiltGraph
+from expe_edge.graph.linears import LINEAR_FORMATS
+from expe_edge.graph.run import DECODED
+from expe_edge.graph.sizes import measure_parts
+from expe_edge.package.directory import (
     MODEL_FILE,
     TOKENIZER_FILE,
-    Manifest,
     Package,
     read_package,
-    release,
     require_absent,
     seal_package,
     write_package,
 )
+from expe_edge.package.manifest import Manifest, release
+from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.progress import counted
-from expe_edge.quant.auto import LINEAR_CANDIDATES, Choice, candidates_of, choose
-from expe_edge.quant.calibration import Calibration
 from expe_edge.quant.channels import Range
-from expe_edge.quant.evidence import CACHE, EMBEDDING, Evidence
-from expe_edge.quant.formats import LINEAR_FORMATS
 from expe_edge.quant.recipe import Recipe
-from expe_edge.quant.sensitivity import Sensitivity, measure_sensitivity
+from expe_edge.text.corpus import load_corpus
 
 POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from expe_edge.errors import ExportError
-from expe_edge.export.weights import Float, FoldedPositions, LayerWeights, ModelWeights
-from expe_edge.modeling import Block, ExPEForCausalLM
-from expe_edge.positional import ExPE, Relative, relative_buckets
+from expe_edge.graph.weights import Float, FoldedPositions, LayerWeights, ModelWeights
+from expe_edge.model.decoder import Block, ExPEForCausalLM
+from expe_edge.model.encodings import ExPE, Relative, relative_buckets
 
 
 def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 
 from expe_edge.errors import ExportError
-from expe_edge.quant.formats import LINEAR_FORMATS, Float32
+from expe_edge.graph.linears import LINEAR_FORMATS, Float32
 
 #: Kernels of quantized linears; none of them computes anything else.
 QUANTIZED_KERNELS = sorted({kind.kernel for kind in LINEAR_FORMATS.values()} - {Float32.kernel})

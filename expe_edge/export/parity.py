@@ -8,18 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-from onnx.reference import ReferenceEvaluator
 
+from expe_edge.divergence import divergence
 from expe_edge.errors import ExportError
-from expe_edge.export.contract import check_contract, graph_feeds
-from expe_edge.package import GraphContract
-from expe_edge.statistics import divergence
+from expe_edge.graph.run import DECODED, check_contract, run_graph
+from expe_edge.package.contract import GraphContract
 
 Float = npt.NDArray[np.float32]
 
-#: Tokens decoded one at a time at the end of the sequence.
-DECODED = 16
-PREFILL_CHUNK = 256
 #: Difference of logits that a float32 graph may typically show, in units of max(1, largest logit / 16): float32 keeps
 #: 24 bits, and logits beyond 16 have that much less after the point.
 FLOAT_TOLERANCE = 1e-4
@@ -90,21 +86,3 @@ def require_parity(parity: Parity, precision: str, *, folded: bool, exact: bool)
 def float_tolerance(largest_logit: float, *, folded: bool) -> float:
     """Return by how much logits may typically differ between two ways of computing them in float32."""
     return FLOAT_TOLERANCE * max(1.0, largest_logit / 16) * (1 if folded else INLINE_ALLOWANCE)
-
-
-def run_graph(
-    session: ort.InferenceSession | ReferenceEvaluator,
-    contract: GraphContract,
-    tokens: npt.NDArray[np.int64],
-    decoded: int = DECODED,
-) -> Float:
-    """Prefill all but the last `decoded` tokens in chunks, decode the rest one by one; return logits (T, V)."""
-    prefilled = max(len(tokens) - decoded, 0)
-    parts = [tokens[begin : min(begin + PREFILL_CHUNK, prefilled)] for begin in range(0, prefilled, PREFILL_CHUNK)]
-    parts += [tokens[index : index + 1] for index in range(prefilled, len(tokens))]
-    cache, logits = None, []
-    for part in parts:
-        outputs = session.run(None, graph_feeds(contract, part[None], cache))
-        logits.append(outputs[0][0])
-        cache = outputs[1:]
-    return np.concatenate(logits)

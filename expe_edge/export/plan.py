@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from expe_edge.export.graph import HEAD, graph_contract
-from expe_edge.package import GraphContract, release
-from expe_edge.quant.auto import Choice
-from expe_edge.quant.calibration import cache_scales
-from expe_edge.quant.evidence import EMBEDDING, Evidence
-from expe_edge.quant.formats import LINEAR_FORMATS
+from expe_edge.calibration.auto import Choice
+from expe_edge.calibration.evidence import EMBEDDING, Evidence
+from expe_edge.calibration.observations import cache_scales
+from expe_edge.graph.build import HEAD, graph_contract
+from expe_edge.graph.linears import LINEAR_FORMATS
+from expe_edge.package.contract import GraphContract
+from expe_edge.package.manifest import release
 from expe_edge.quant.recipe import DEFAULT_SOLVER, Recipe
 
 #: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.

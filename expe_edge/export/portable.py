@@ -13,11 +13,12 @@ import onnx
 import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
+from expe_edge.divergence import divergence
 from expe_edge.errors import ExportError
-from expe_edge.export.parity import float_tolerance, run_graph
-from expe_edge.package import GraphContract
-from expe_edge.quant.formats import LINEAR_FORMATS, Float32
-from expe_edge.statistics import divergence
+from expe_edge.export.parity import float_tolerance
+from expe_edge.graph.linears import LINEAR_FORMATS, Float32
+from expe_edge.graph.run import run_graph
+from expe_edge.package.contract import GraphContract
 
 #: Tokens prefilled, and decoded after them: the evaluator is slow.
 PREFILLED, DECODED = 24, 2

@@ -15,15 +15,15 @@ import onnxruntime as ort
 import torch
 from tokenizers import Tokenizer
 
-from expe_edge.checkpoint import Checkpoint, load_checkpoint
-from expe_edge.config import ExPEConfig
 from expe_edge.errors import ExportError
 from expe_edge.export.fold import extract_weights, foldable
-from expe_edge.export.parity import run_graph
-from expe_edge.export.weights import ModelWeights, read_weights
-from expe_edge.package import Package, is_package, read_package
+from expe_edge.graph.run import run_graph
+from expe_edge.graph.weights import ModelWeights, read_weights
+from expe_edge.model.config import ExPEConfig
+from expe_edge.package.directory import Package, is_package, read_package
 from expe_edge.quant.recipe import WeightRounding
-from expe_edge.tokenization import load_tokenizer
+from expe_edge.text.tokenization import load_tokenizer
+from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
 
 #: Computes the float32 logits (T, V) of tokens (T,) that a graph is validated against.
 Reference = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]

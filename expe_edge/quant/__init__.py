@@ -1,1 +1,1 @@
-"""Quantization: integer position codes, linear formats (how a weight becomes graph nodes), calibration."""
+"""Rounding of weights: what is asked for, and the arithmetic. Imports neither onnx nor onnxruntime."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from expe_edge.errors import GenerationError
-from expe_edge.package import GraphContract
+from expe_edge.package.contract import GraphContract
 
 Ids = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]

@@ -10,7 +10,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError
-from expe_edge.package import GraphContract, Package, read_package, release
+from expe_edge.package.contract import GraphContract
+from expe_edge.package.directory import Package, read_package
+from expe_edge.package.manifest import release
 from expe_edge.runtime.cache import Cache, make_cache
 
 Ids = npt.NDArray[np.int64]

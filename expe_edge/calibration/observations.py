@@ -1,0 +1,264 @@
+"""What quantization needs to know of a model at work, measured on text: inputs of the linears, ranges, the cache.
+
+Every window is run as a real prefill and, for its last token, as a real cached decode.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod, create_calibrator
+
+from expe_edge.errors import CorpusError, ExportError, unknown_name
+from expe_edge.graph.build import BuiltGraph
+from expe_edge.graph.linears import LinearFormat
+from expe_edge.graph.run import graph_feeds
+from expe_edge.package.contract import GraphContract
+from expe_edge.quant.blocks import Double, Float
+from expe_edge.quant.channels import CacheScales, Range
+from expe_edge.quant.recipe import CALIBRATION_WINDOWS
+
+Ids = npt.NDArray[np.int64]
+#: Inputs of a graph by name.
+Feeds = dict[str, npt.NDArray[Any]]
+
+#: `--calibration-method` to onnxruntime's calibrator; the last is this project's own.
+ORT_METHODS = {
+    "minmax": CalibrationMethod.MinMax,
+    "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
+}
+HISTOGRAM_METHODS = ("percentile", "entropy")
+OUTPUT_ERROR = "output-error"
+CALIBRATION_METHODS = (*ORT_METHODS, OUTPUT_ERROR)
+#: Rows of every linear's input that are kept; its moments and extremes are of all rows.
+SAMPLE_ROWS = 2048
+#: How far `output-error` shrinks the widest range.
+SHRINKAGE = np.linspace(1.0, 0.4, 25)
+#: A histogram of fewer tokens than its bins says nothing of the tails.
+LEAST_HISTOGRAM_TOKENS = 128
+#: Largest magnitude of a level of an int8 cache.
+CACHE_LIMIT = 127
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How ranges are measured. windows: texts of one training length each. seed: which windows."""
+
+    method: str = OUTPUT_ERROR
+    windows: int = CALIBRATION_WINDOWS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in CALIBRATION_METHODS:
+            raise ExportError(
+                unknown_name("calibration method", self.method, CALIBRATION_METHODS) + "; change --calibration-method"
+            )
+        if self.windows < 1:
+            raise ExportError(f"--calibration-windows is {self.windows}; at least 1")
+
+
+class Observed(NamedTuple):
+    """What entered a linear. moments: (C, C) mean of x·xᵀ · low, high: (C,) extremes · rows: (n, C) a sample."""
+
+    moments: Double
+    low: Float
+    high: Float
+    rows: Float
+
+
+class Observations(NamedTuple):
+    """What calibration text showed: inputs by linear, and the largest magnitudes in the cache of every layer."""
+
+    inputs: dict[str, Observed]
+    cache: list[CacheScales]
+
+
+def sample_windows(stream: npt.NDArray[np.int32], length: int, calibration: Calibration) -> list[Ids]:
+    """Return random windows (length,) of the token stream.
+
+    Raises:
+        CorpusError: a stream shorter than one window.
+    """
+    if len(stream) < length:
+        raise CorpusError(
+            f"the calibration text has {len(stream)} tokens, less than one window of {length}; "
+            "give more with --calibration-data"
+        )
+    random = np.random.default_rng(calibration.seed)
+    begins = random.integers(len(stream) - length + 1, size=calibration.windows)
+    return [stream[begin : begin + length].astype(np.int64) for begin in begins]
+
+
+def observe(
+    graph: BuiltGraph,
+    contract: GraphContract,
+    windows: Sequence[Ids],
+) -> Observations:
+    """Run the float32 `graph` over `windows` and return what its linears and its cache saw."""
+    tensors = sorted({linear.input for linear in graph.linears.values()})
+    watched = onnx.ModelProto()
+    watched.CopyFrom(graph.model)
+    watched.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
+    session = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [*contract.present_names, *tensors]
+    watchers = {name: _Watcher(-(-SAMPLE_ROWS // len(windows))) for name in tensors}
+    peaks: list[Float] = []
+    for window in windows:
+        cache = None
+        for part in filter(len, (window[:-1], window[-1:])):
+            outputs = session.run(names, graph_feeds(contract, part[None], cache))
+            cache = outputs[: len(contract.present_names)]
+            for name, rows in zip(tensors, outputs[len(cache) :], strict=True):
+                watchers[name].see(rows.reshape(-1, rows.shape[-1]))
+        assert cache is not None
+        found = [np.abs(array[0]).max(axis=1) for array in cache]  # (Hkv, D)
+        peaks = [np.maximum(a, b) for a, b in zip(peaks, found, strict=True)] if peaks else found
+    inputs = {name: watchers[linear.input].observed() for name, linear in graph.linears.items()}
+    layers = [CacheScales(*pair) for pair in zip(peaks[0::2], peaks[1::2], strict=True)]
+    return Observations(inputs, layers)
+
+
+class _Watcher:
+    """Gathers what enters one tensor, run by run; keeps at most `quota` rows of a run."""
+
+    def __init__(self, quota: int) -> None:
+        self.quota, self.count = quota, 0
+        self.moments: Double
+        self.low: Float
+        self.high: Float
+        self.random = np.random.default_rng(0)
+        self.samples: list[Float] = []
+
+    def see(self, rows: Float) -> None:
+        """Take in rows (n, C)."""
+        exact = rows.astype(np.float64)
+        moments, low, high = exact.T @ exact, rows.min(axis=0), rows.max(axis=0)
+        if self.count:
+            moments, low, high = self.moments + moments, np.minimum(self.low, low), np.maximum(self.high, high)
+        self.moments, self.low, self.high = moments, low, high
+        self.count += len(rows)
+        kept = self.random.permutation(len(rows))[: self.quota]
+        self.samples.append(rows[kept])
+
+    def observed(self) -> Observed:
+        """Return what was seen."""
+        return Observed(self.moments / self.count, self.low, self.high, np.concatenate(self.samples)[:SAMPLE_ROWS])
+
+
+def cache_scales(peaks: Sequence[CacheScales]) -> list[CacheScales]:
+    """Return the int8 scale of every channel from its largest magnitudes."""
+    return [
+        CacheScales(*(np.where(peak == 0, 1, peak / CACHE_LIMIT).astype(np.float32) for peak in layer))
+        for layer in peaks
+    ]
+
+
+def measure_ranges(
+    graph: BuiltGraph,
+    contract: GraphContract,
+    windows: Sequence[Ids],
+    calibration: Calibration,
+) -> dict[str, Range]:
+    """Return the range of every linear's input over `windows` by one of onnxruntime's methods.
+
+    Args:
+        graph: the float32 graph.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        plain, augmented = Path(directory, "plain.onnx"), Path(directory, "augmented.onnx")
+        onnx.save(graph.model, plain)
+        calibrator = create_calibrator(
+            plain,
+            op_types_to_calibrate=["MatMul"],
+            augmented_model_path=str(augmented),
+            calibrate_method=ORT_METHODS[calibration.method],
+        )
+        session = ort.InferenceSession(str(plain), providers=["CPUExecutionProvider"])
+        with redirect_stdout(sys.stderr):  # the histogram methods print what they do
+            # They also stack what one call collects, so each call gets feeds of one shape.
+            calibrator.collect_data(FeedsReader(graph_feeds(contract, window[None]) for window in windows))
+            if len(windows[0]) > 1:
+                calibrator.collect_data(FeedsReader(_decode_feeds(session, contract, window) for window in windows))
+            data = calibrator.compute_data().data
+    return {name: _bounds(data[linear.input]) for name, linear in graph.linears.items()}
+
+
+def fit_ranges(
+    graph: BuiltGraph, observations: Observations, make: Callable[[Mapping[str, Range]], LinearFormat]
+) -> dict[str, Range]:
+    """Return the range of every linear's input that minimises the squared error of the linear's output.
+
+    Args:
+        make: the static format with given ranges.
+    """
+    return {
+        name: _fit_range(name, observations.inputs[name], graph.linears[name].weight, make) for name in graph.linears
+    }
+
+
+def _fit_range(
+    name: str, observed: Observed, weight: Float, make: Callable[[Mapping[str, Range]], LinearFormat]
+) -> Range:
+    wanted = observed.rows @ weight
+    widest = float(observed.low.min()), float(observed.high.max())
+    restored = make({name: widest}).restored(name, weight)
+
+    def error(shrunk: float) -> float:
+        rounded = make({name: (widest[0] * shrunk, widest[1] * shrunk)}).round_inputs(name, observed.rows)
+        return float(((rounded @ restored - wanted) ** 2).sum())
+
+    best = min(SHRINKAGE.tolist(), key=error)
+    return widest[0] * best, widest[1] * best
+
+
+def require_enough(calibration: Calibration, length: int, *, histograms: bool, widest: int | None) -> None:
+    """Raise `ExportError` where `calibration.windows` of `length` tokens are too few for what is asked of them.
+
+    Args:
+        histograms: ranges are taken from histograms. widest: the largest C_in whose moments are inverted, if any.
+    """
+    tokens = calibration.windows * length
+    if histograms and tokens < LEAST_HISTOGRAM_TOKENS:
+        raise ExportError(
+            f"{calibration.windows} windows of {length} tokens are too few for --calibration-method "
+            f"{calibration.method}, which needs {LEAST_HISTOGRAM_TOKENS} tokens; raise --calibration-windows to "
+            f"{-(-LEAST_HISTOGRAM_TOKENS // length)}, or use minmax"
+        )
+    if widest is not None and tokens < widest:
+        raise ExportError(
+            f"{calibration.windows} windows of {length} tokens are too few for --solver gptq, which needs {widest}, "
+            f"one for each input of the widest linear; raise --calibration-windows to {-(-widest // length)}, or use "
+            "--solver rtn"
+        )
+
+
+def _bounds(tensor: Any) -> Range:
+    low, high = tensor.range_value
+    return float(np.asarray(low).item()), float(np.asarray(high).item())
+
+
+def _decode_feeds(session: ort.InferenceSession, contract: GraphContract, window: Ids) -> Feeds:
+    """Feeds of the last token of `window` (T,), the others in the cache."""
+    cache = session.run(list(contract.present_names), graph_feeds(contract, window[None, :-1]))
+    return graph_feeds(contract, window[None, -1:], cache)
+
+
+class FeedsReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime publishes no types
+    """Feeds through the interface that the calibrators ask for."""
+
+    def __init__(self, feeds: Iterator[Feeds]) -> None:
+        self.feeds = feeds
+
+    def get_next(self) -> Feeds | None:
+        return next(self.feeds, None)

@@ -1,0 +1,71 @@
+"""The text that an export measures on: windows to calibrate, beginnings of documents, one long text to validate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from expe_edge.calibration.observations import Calibration, sample_windows
+from expe_edge.errors import CorpusError
+from expe_edge.text.corpus import Corpus
+from expe_edge.text.tokenization import encode_documents
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass
+class CalibrationText:
+    """A corpus as the model's tokenizer reads it. training_length: N, tokens."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    training_length: int
+    calibration: Calibration
+
+    @cached_property
+    def windows(self) -> list[Ids]:
+        """Random windows (N,) of the training text.
+
+        Raises:
+            CorpusError: less text than one window.
+        """
+        stream = np.concatenate(encode_documents(self.tokenizer, self.corpus.training))
+        return sample_windows(stream, self.training_length, self.calibration)
+
+    def beginnings(self, lengths: Sequence[int], count: int) -> list[Ids]:
+        """Return the beginnings of up to `count` random documents of the training text.
+
+        Args:
+            lengths: in training lengths; the first that any document has is that of all beginnings.
+
+        Raises:
+            CorpusError: no document is that long.
+        """
+        for length in lengths:
+            if found := list(islice(self._beginnings(length * self.training_length), count)):
+                return found
+        raise CorpusError(
+            f"no document of {lengths[-1] * self.training_length} tokens to measure on; "
+            f"{'lower --length, or ' if lengths[-1] > 1 else ''}give longer text with --calibration-data"
+        )
+
+    def _beginnings(self, tokens: int) -> Iterator[Ids]:
+        # A token is at least one byte, so shorter texts need not be encoded.
+        documents = [document for document in self.corpus.training if len(document.text.encode()) >= tokens - 1]
+        np.random.default_rng(self.calibration.seed).shuffle(documents)
+        for document in documents:
+            (ids,) = encode_documents(self.tokenizer, [document])
+            if len(ids) >= tokens:
+                yield ids[:tokens].astype(np.int64)
+
+    def longest(self, tokens: int) -> Ids:
+        """Return the longest document, held-out if there is one, cut or repeated to `tokens` tokens."""
+        document = max(self.corpus.held_out or self.corpus.training, key=lambda document: len(document.text))
+        (ids,) = encode_documents(self.tokenizer, [document])
+        return np.resize(ids[:tokens], tokens).astype(np.int64)

@@ -1,0 +1,68 @@
+"""Results as plots in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expe_edge.quality.comparison import Comparison
+
+if TYPE_CHECKING:
+    from expe_edge.calibration.sensitivity import Sensitivity
+
+
+def drawing() -> Any:
+    """Return matplotlib.pyplot, which takes a second to import, drawing into files alone."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw perplexity and KL divergence against length, with standard errors, into `path`."""
+    pyplot = drawing()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    reference = comparison.models[0]
+    for model in comparison.models:
+        results = comparison.of(model)
+        ends = [result.bucket_end for result in results]
+        style = {"marker": "o", "capsize": 3, "linestyle": "-" if model == reference else "--"}
+        values, errors = zip(*((r.perplexity, r.perplexity_stderr) for r in results), strict=True)
+        left.errorbar(ends, values, errors, label=model, **style)
+        if model != reference:
+            values, errors = zip(*((r.kl, r.kl_stderr) for r in results), strict=True)
+            right.errorbar(ends, values, errors, label=model, color=left.containers[-1].lines[0].get_color(), **style)
+    left.set(title="perplexity", ylabel="perplexity per token")
+    right.set(title=f"KL divergence to {reference}", ylabel="nats per token", yscale="log")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(f"position, tokens (training length {comparison.training_length})")
+        axes.axvline(comparison.training_length, color="grey", linewidth=1, linestyle=":")
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_sensitivity(results: Sequence[Sensitivity], path: Path) -> None:
+    """Draw a bar for each weight and format into `path`."""
+    pyplot = drawing()
+    weights = list(dict.fromkeys(result.weight for result in results))
+    formats = list(dict.fromkeys(result.format for result in results))
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * len(weights)), layout="constrained")
+    height = 0.8 / len(formats)
+    for index, name in enumerate(formats):
+        found = [result for result in results if result.format == name]
+        places = [weights.index(result.weight) + (index - (len(formats) - 1) / 2) * height for result in found]
+        axes.barh(places, [result.kl for result in found], height, label=name)
+    axes.set_yticks(range(len(weights)), weights, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="KL divergence to float32 with this weight alone quantized, nats per token")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

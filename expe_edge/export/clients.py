@@ -1,0 +1,86 @@
+"""The files by which other clients know a package: transformers / Optimum, and onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from expe_edge.model.config import ExPEConfig
+from expe_edge.package.contract import GraphContract
+from expe_edge.package.directory import MODEL_FILE
+from expe_edge.package.manifest import MANIFEST_FILE
+
+#: Optimum reads the shape of the cache from the config, and honours grouped key/value heads only for model types it
+#: knows. The cache has llama's shape; the weights are in the graph alone, so nothing else of that type is used.
+CLIENT_MODEL_TYPE = "llama"
+#: Optimum starts with a float cache whatever the graph asks for. A type it does not know makes it say so at once, and
+#: this one says why.
+INT8_CACHE_MODEL_TYPE = "expe-with-int8-cache-for-expe-edge-or-onnxruntime-genai"
+
+
+def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContract, context_length: int) -> None:
+    """Write `config.json`, `generation_config.json` and `genai_config.json`."""
+    model_type = INT8_CACHE_MODEL_TYPE if contract.cache_dtype == "int8" else CLIENT_MODEL_TYPE
+    for name, content in (
+        ("config.json", _transformers_config(config, context_length) | {"model_type": model_type}),
+        ("generation_config.json", _tokens(config) | {"max_length": context_length, "do_sample": False}),
+        ("genai_config.json", _genai_config(config, context_length, share_buffer=not contract.growing_cache)),
+    ):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokens(config: ExPEConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _transformers_config(config: ExPEConfig, context_length: int) -> dict[str, Any]:
+    return {
+        "architectures": ["ORTModelForCausalLM"],
+        "expe_edge_manifest": MANIFEST_FILE,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": context_length,
+        "use_cache": True,
+        **_tokens(config),
+    }
+
+
+def _genai_config(config: ExPEConfig, context_length: int, *, share_buffer: bool) -> dict[str, Any]:
+    """https://onnxruntime.ai/docs/genai/reference/config.html; unknown keys are refused there."""
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": MODEL_FILE,
+        "head_size": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    return {
+        "model": {
+            **_tokens(config),
+            "type": "decoder",
+            "context_length": context_length,
+            "vocab_size": config.vocab_size,
+            "decoder": decoder,
+        },
+        "search": {"do_sample": False, "max_length": context_length, "past_present_share_buffer": share_buffer},
+    }

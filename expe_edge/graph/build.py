@@ -1,0 +1,161 @@
+"""The graph: one builder for every encoding, every format of the weights and either cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import onnx
+
+from expe_edge import __version__
+from expe_edge.errors import ExportError
+from expe_edge.graph.attention import GroupedAttention, PortableAttention
+from expe_edge.graph.embeddings import EMBEDDING_FORMATS, Table
+from expe_edge.graph.linears import LinearFormat
+from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.positions import POSITION_NODES, PositionNodes
+from expe_edge.graph.weights import LayerWeights, ModelWeights
+from expe_edge.model.config import ExPEConfig
+from expe_edge.package.contract import GraphContract
+from expe_edge.quant.blocks import Float
+from expe_edge.quant.channels import CacheScales
+
+#: The name of the head among the linears.
+HEAD = "head"
+#: GroupQueryAttention takes head sizes in these units.
+HEAD_SIZE_UNIT = 8
+
+
+def graph_contract(config: ExPEConfig, *, int8_cache: bool = False, portable: bool = False) -> GraphContract:
+    """Return the contract of the graph of a model with `config`."""
+    return GraphContract(
+        layers=config.num_hidden_layers,
+        key_value_heads=config.num_key_value_heads,
+        head_size=config.head_dim,
+        vocab_size=config.vocab_size,
+        cache_dtype="int8" if int8_cache else "float32",
+        growing_cache=portable,
+    )
+
+
+class Linear(NamedTuple):
+    """One product: the tensor that enters it, its weight (C_in, C_out), and whether its input is peaked."""
+
+    input: str
+    weight: Float
+    peaked: bool
+
+
+class BuiltGraph(NamedTuple):
+    """The graph, and its linears by name in the order of the graph."""
+
+    model: onnx.ModelProto
+    linears: dict[str, Linear]
+
+
+def build_graph(
+    weights: ModelWeights,
+    formats: LinearFormat | Mapping[str, LinearFormat],
+    *,
+    embedding: Table | None = None,
+    cache: Sequence[CacheScales] | None = None,
+    portable: bool = False,
+) -> BuiltGraph:
+    """Return the model as an ONNX graph with the tensors of `graph_contract`.
+
+    Args:
+        formats: of all linears, or of each by its name.
+        embedding: the stored embedding; float32 by default. Of a tied one, the head's format decides.
+        cache: scales of every layer, for an int8 cache.
+        portable: standard operators alone, and so a cache that grows. The formats must be made for it too.
+
+    Raises:
+        ExportError: a head size that the attention operator does not take.
+    """
+    if not portable and weights.config.head_dim % HEAD_SIZE_UNIT:
+        raise ExportError(
+            f"head size {weights.config.head_dim} is not a multiple of {HEAD_SIZE_UNIT}, which onnxruntime's attention "
+            "needs; train with another --num-attention-heads or --hidden-size, or use --portable"
+        )
+    return _Decoder(weights, formats, embedding, cache, portable=portable).build()
+
+
+class _Decoder:
+    def __init__(
+        self,
+        weights: ModelWeights,
+        formats: LinearFormat | Mapping[str, LinearFormat],
+        embedding: Table | None,
+        cache: Sequence[CacheScales] | None,
+        *,
+        portable: bool,
+    ) -> None:
+        self.weights, self.config, self.formats = weights, weights.config, formats
+        self.graph = GraphBuilder()
+        self.linears: dict[str, Linear] = {}
+        kind = POSITION_NODES[self.config.positional]
+        self.positions: PositionNodes = kind(self.graph, weights, self.linear, growing_cache=portable)
+        self.attention: GroupedAttention | PortableAttention = (
+            PortableAttention(self.graph, self.config, self.positions.key_positions)
+            if portable
+            else GroupedAttention(self.graph, self.config, cache)
+        )
+        self.contract = graph_contract(self.config, int8_cache=cache is not None, portable=portable)
+        self.tied = self._format(HEAD).table(HEAD, weights.head) if self.config.tie_word_embeddings else None
+        self.embedding = self.tied or embedding or EMBEDDING_FORMATS["float32"](weights.embedding, None)
+
+    def build(self) -> BuiltGraph:
+        graph = self.graph
+        self.attention.begin()
+        self.positions.begin()
+        hidden = self.positions.embed(self.embedding.lookup(graph, "input_ids"))
+        for index, weights in enumerate(self.weights.layers):
+            hidden = self._block(f"layers.{index}", index, hidden, weights)
+        hidden = self._norm("norm", hidden, self.weights.norm)
+        logits = self.linear(HEAD, hidden, self.weights.head, tied=self.tied)
+        graph.emit("Identity", [logits], ["logits"], name="logits")
+        proto = graph.model(self.contract.inputs, self.contract.outputs, f"expe-edge {__version__}")
+        return BuiltGraph(proto, self.linears)
+
+    def _format(self, name: str) -> LinearFormat:
+        return self.formats if isinstance(self.formats, LinearFormat) else self.formats[name]
+
+    def linear(self, name: str, hidden: str, weight: Float, *, peaked: bool = False, tied: Table | None = None) -> str:
+        """Append the product `name` in its format, and note what calibration needs to find."""
+        if all(hidden != linear.input for linear in self.linears.values()):
+            self.graph.describe(hidden, weight.shape[0])
+        self.linears[name] = Linear(hidden, weight, peaked)
+        return self._format(name).emit(self.graph, name, hidden, weight, peaked=peaked, tied=tied)
+
+    def _block(self, name: str, index: int, hidden: str, weights: LayerWeights) -> str:
+        graph = self.graph
+        normed = self._norm(f"{name}.attention.norm", hidden, weights.attention_norm)
+        projection = self.positions.project(f"{name}.attention", normed, weights)
+        mixed = self.attention.emit(f"{name}.attention.mix", index, projection)
+        peaked = projection.positioned_values
+        written = self.linear(f"{name}.attention.out", mixed, weights.out, peaked=peaked)
+        hidden = graph.op("Add", hidden, written, name=f"{name}.attention.residual")
+        normed = self._norm(f"{name}.feed_forward.norm", hidden, weights.feed_forward_norm)
+        written = self._feed_forward(f"{name}.feed_forward", normed, weights)
+        return graph.op("Add", hidden, written, name=f"{name}.feed_forward.residual")
+
+    def _feed_forward(self, name: str, hidden: str, weights: LayerWeights) -> str:
+        graph = self.graph
+        wide = self.linear(f"{name}.up", hidden, weights.up)
+        if self.config.hidden_act == "gelu":
+            active = graph.op("Gelu", wide, name=f"{name}.gelu")
+        else:
+            gate, up = graph.multi("Split", [wide], 2, name=f"{name}.halves", axis=-1, num_outputs=2)
+            sigmoid = graph.op("Sigmoid", gate, name=f"{name}.sigmoid")
+            active = graph.op("Mul", graph.op("Mul", gate, sigmoid, name=f"{name}.silu"), up, name=f"{name}.active")
+        return self.linear(f"{name}.down", active, weights.down, peaked=True)
+
+    def _norm(self, name: str, hidden: str, gain: Float) -> str:
+        """RMSNorm in the form that onnxruntime fuses into one kernel."""
+        graph = self.graph
+        squares = graph.op("Pow", hidden, graph.scalar(2.0), name=f"{name}.square")
+        mean = graph.op("ReduceMean", squares, graph.ints(-1), name=f"{name}.mean", keepdims=1)
+        shifted = graph.op("Add", mean, graph.scalar(self.config.rms_norm_eps), name=f"{name}.shifted")
+        root = graph.op("Sqrt", shifted, name=f"{name}.root")
+        scaled = graph.op("Div", hidden, root, name=f"{name}.scaled")
+        return graph.op("Mul", scaled, graph.weight(f"{name}.gain", gain), name=name)

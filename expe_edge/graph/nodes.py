@@ -1,0 +1,159 @@
+"""A thin builder of ONNX graphs: nodes in order, constants stored once, node names that say where they are.
+
+A tensor between two nodes is called t0, t1, …: its maker's name says enough, and in a small model long names would be
+a noticeable part of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from expe_edge.package.contract import TensorSpec
+
+#: The oldest opset with everything used here, and its format; onnxruntime reads it since 1.17.
+OPSET, IR_VERSION = 20, 9
+#: The same for graphs with weights in blocks (DequantizeLinear), which onnxruntime reads since 1.20.
+OPSET_BLOCKS, IR_VERSION_BLOCKS = 21, 10
+#: Domain of onnxruntime's contributed operators.
+MICROSOFT = "com.microsoft"
+
+Array = npt.NDArray[Any]
+
+
+class GraphBuilder:
+    """Collects the nodes and constants of one graph. Every method returns the name of the tensor it makes."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[TensorProto] = []
+        self.value_infos: list[onnx.ValueInfoProto] = []
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._counts: dict[str, int] = {}
+        self._tensors = 0
+
+    def _name(self, name: str) -> str:
+        count = self._counts.get(name, 0)
+        self._counts[name] = count + 1
+        return f"{name}_{count}" if count else name
+
+    def _tensor(self) -> str:
+        self._tensors += 1
+        return f"t{self._tensors - 1}"
+
+    def op(self, kind: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:
+        """Append a node with one output."""
+        return self.multi(kind, inputs, 1, name=name, domain=domain, **attributes)[0]
+
+    def multi(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        outputs: int,
+        *,
+        name: str = "",
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[str]:
+        """Append a node with several outputs."""
+        names = [self._tensor() for _ in range(outputs)]
+        self.emit(kind, inputs, names, name=self._name(name or kind), domain=domain, **attributes)
+        return names
+
+    def emit(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        name: str,
+        domain: str = "",
+        **attributes: Any,
+    ) -> None:
+        """Append a node whose outputs have given names."""
+        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes))
+
+    def weight(self, name: str, value: Array) -> str:
+        """Store a weight under its own name."""
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
+        return name
+
+    def floats(self, name: str, value: npt.NDArray[np.float32], element: int) -> str:
+        """Store a float32 array rounded to the onnx type `element`."""
+        self.initializers.append(_float_tensor(name, value, element))
+        return name
+
+    @staticmethod
+    def rounded(value: npt.NDArray[np.float32], element: int) -> npt.NDArray[np.float32]:
+        """Return a float32 array as `floats` stores it."""
+        stored: npt.NDArray[np.float32] = numpy_helper.to_array(_float_tensor("", value, element)).astype(np.float32)
+        return stored
+
+    def scales(self, name: str, value: npt.NDArray[np.float32]) -> str:
+        """Store scales, in half precision where that is exact, and return them as float32: folded at load."""
+        half = value.astype(np.float16)
+        if not np.array_equal(half, value):
+            return self.weight(name, value)
+        return self.op("Cast", self.weight(name, half), name=f"{name}.float", to=int(TensorProto.FLOAT))
+
+    def four_bits(self, name: str, value: npt.NDArray[np.int8]) -> str:
+        """Store integers from −8 to 7 as INT4, two to a byte, the earlier in the low half."""
+        low = np.pad(value.reshape(-1), (0, value.size % 2)).view(np.uint8) & 15
+        packed = low[0::2] | (low[1::2] << 4)
+        self.initializers.append(helper.make_tensor(name, TensorProto.INT4, value.shape, packed.tobytes(), raw=True))
+        return name
+
+    def constant(self, value: Array) -> str:
+        """Store a small constant, once for all uses of the same value."""
+        key = (str(value.dtype), value.shape, value.tobytes())
+        if key not in self._shared:
+            self._shared[key] = self.weight(f"c{len(self._shared)}", value)
+        return self._shared[key]
+
+    def ints(self, *values: int) -> str:
+        """A constant vector of int64."""
+        return self.constant(np.array(values, dtype=np.int64))
+
+    def scalar(self, value: float, dtype: type[np.generic] = np.float32) -> str:
+        """A constant scalar, float32 unless told."""
+        return self.constant(np.array(value, dtype=dtype))
+
+    def describe(self, name: str, width: int) -> None:
+        """Record that tensor `name` is float32 (batch, sequence, width): shape inference stops at custom operators."""
+        self.value_infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "sequence", width]))
+
+    def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:
+        """Return the finished model."""
+        graph = helper.make_graph(
+            self.nodes,
+            "expe",
+            [_value_info(spec) for spec in inputs],
+            [_value_info(spec) for spec in outputs],
+            self.initializers,
+            value_info=self.value_infos,
+        )
+        blocks = any(map(_restores_blocks, self.nodes))
+        opset, version = (OPSET_BLOCKS, IR_VERSION_BLOCKS) if blocks else (OPSET, IR_VERSION)
+        opsets = [helper.make_opsetid("", opset)]
+        if any(node.domain == MICROSOFT for node in self.nodes):
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
+        return helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name=producer)
+
+
+def _restores_blocks(node: onnx.NodeProto) -> bool:
+    return node.op_type == "DequantizeLinear" and any(attribute.name == "block_size" for attribute in node.attribute)
+
+
+def _float_tensor(name: str, value: npt.NDArray[np.float32], element: int) -> TensorProto:
+    dtype = helper.tensor_dtype_to_np_dtype(element)
+    return numpy_helper.from_array(np.ascontiguousarray(value.astype(dtype)), name)
+
+
+def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype))
+    return helper.make_tensor_value_info(spec.name, element, list(spec.shape))

@@ -1,0 +1,120 @@
+"""The weights of a model as plain arrays, in the shape the graph holds them; and reading them back from a graph.
+
+Names of stored tensors are given here, by the graph's builder, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from expe_edge.errors import PackageError
+from expe_edge.model.config import ExPEConfig
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FoldedPositions:
+    """What positions add beside the content product of one layer, all float32.
+
+    query_start: (H·D,), query_limbs: (G, H·D) — the queries' own positions, over the limbs of the stored code. The
+    limbs are None, here and of the slope, where positions enter the keys alone: then nothing grows with the query's.
+    value_start, value_limbs: the same for values, (Hkv·D,) and (G, Hkv·D); None unless positions enter them.
+    slope_weight: (C, H·Gk), slope_start: (H·Gk,), slope_limbs: (G, H·Gk) — the slope q_i·β_k/√D of each head and
+    limb of the keys' code, straight from the layer's float input, so that no int8 product is ever scaled by a distance.
+    """
+
+    query_start: Float
+    query_limbs: Float | None
+    value_start: Float | None
+    value_limbs: Float | None
+    slope_weight: Float
+    slope_start: Float
+    slope_limbs: Float | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block. Matrices are (C_in, C_out); `qkv` is the content product where `positions` is given."""
+
+    attention_norm: Float
+    qkv: Float
+    positions: FoldedPositions | None
+    out: Float
+    feed_forward_norm: Float
+    up: Float
+    down: Float
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The whole model. embedding: (V, C) · norm: (C,) · head: (C, V).
+
+    folded: whether positions are taken out of the products, where the encoding has any there.
+    relative_table: the bias of every head at each distance, (distances, H), for that encoding alone.
+    """
+
+    config: ExPEConfig
+    folded: bool
+    embedding: Float
+    layers: tuple[LayerWeights, ...]
+    norm: Float
+    head: Float
+    relative_table: Float | None = None
+
+
+def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) -> ModelWeights:
+    """Return the weights of a float32 graph that `export.graph` built.
+
+    Raises:
+        PackageError: a weight is missing.
+    """
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    try:
+        embedding = tensors["embedding.weight"]
+        return ModelWeights(
+            config=config,
+            folded=folded,
+            embedding=embedding,
+            layers=tuple(_read_layer(tensors, f"layers.{index}") for index in range(config.num_hidden_layers)),
+            norm=tensors["norm.gain"],
+            head=embedding.T if config.tie_word_embeddings else tensors["head.weight"],
+            relative_table=tensors.get("relative.table"),
+        )
+    except KeyError as error:
+        raise PackageError(f"the graph has no weight {error}; quantize the checkpoint, or export it again") from error
+
+
+def _read_layer(tensors: Mapping[str, Float], layer: str) -> LayerWeights:
+    attention = f"{layer}.attention"
+    qkv = tensors.get(f"{attention}.qkv.weight")
+    if qkv is None:  # positions inline: one product for each input
+        parts = ("qk", "v") if f"{attention}.qk.weight" in tensors else ("q", "k", "v")
+        qkv = np.concatenate([tensors[f"{attention}.{part}.weight"] for part in parts], axis=1)
+    return LayerWeights(
+        attention_norm=tensors[f"{attention}.norm.gain"],
+        qkv=qkv,
+        positions=_read_positions(tensors, attention) if f"{attention}.slope.weight" in tensors else None,
+        out=tensors[f"{attention}.out.weight"],
+        feed_forward_norm=tensors[f"{layer}.feed_forward.norm.gain"],
+        up=tensors[f"{layer}.feed_forward.up.weight"],
+        down=tensors[f"{layer}.feed_forward.down.weight"],
+    )
+
+
+def _read_positions(tensors: Mapping[str, Float], attention: str) -> FoldedPositions:
+    return FoldedPositions(
+        query_start=tensors[f"{attention}.query.start"],
+        query_limbs=tensors.get(f"{attention}.query.limbs"),
+        value_start=tensors.get(f"{attention}.value.start"),
+        value_limbs=tensors.get(f"{attention}.value.limbs"),
+        slope_weight=tensors[f"{attention}.slope.weight"],
+        slope_start=tensors[f"{attention}.slope.start"],
+        slope_limbs=tensors.get(f"{attention}.slope.limbs"),
+    )

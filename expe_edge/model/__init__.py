@@ -1,0 +1,1 @@
+"""The model in PyTorch: its config, the encodings, the decoder."""

@@ -1,0 +1,138 @@
+"""What a model is: its architecture and its positional encoding, validated when made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from expe_edge.errors import ConfigError, unknown_name
+from expe_edge.positions.parameters import NoParameters, encoding_parameters, require_choice, require_positive
+
+ACTIVATIONS = ("swiglu", "gelu")
+
+#: Keys that transformers itself writes into or passes through a config, beside the attributes of PretrainedConfig.
+_TRANSFORMERS_KEYS = frozenset(PretrainedConfig().to_dict()) | {
+    "_attn_implementation",
+    "attn_implementation",
+    "_commit_hash",
+    "_name_or_path",
+    "dtype",
+    "name_or_path",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publishes no types
+    """Configuration of `ExPEForCausalLM`.
+
+    Args:
+        vocab_size: V. hidden_size: C. num_hidden_layers: number of blocks.
+        num_attention_heads: H. num_key_value_heads: Hkv, divides H; None for H.
+        intermediate_size: width of the feed-forward layer; None for 8/3 C (swiglu) or 4 C (gelu), in eights.
+        hidden_act: `swiglu` or `gelu`.
+        positional: a name in `POSITIONAL_PARAMETERS`. positional_parameters: its settings, plain data.
+        training_length: N, tokens per training sequence.
+        max_position_embeddings: positions that the encoding must represent exactly; None for all it can.
+
+    Raises:
+        ConfigError: an unknown key, an unknown encoding, sizes that do not divide, or inexact positions.
+    """
+
+    model_type = "expe"
+
+    def __init__(
+        self,
+        vocab_size: int = 1024,
+        hidden_size: int = 128,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        intermediate_size: int | None = None,
+        hidden_act: str = "swiglu",
+        rms_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        positional: str = "expe",
+        positional_parameters: Mapping[str, Any] | None = None,
+        training_length: int = 128,
+        max_position_embeddings: int | None = None,
+        bos_token_id: int | None = 0,
+        eos_token_id: int | None = 0,
+        pad_token_id: int | None = 0,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        for key in kwargs:
+            if key not in _TRANSFORMERS_KEYS:
+                raise ConfigError(unknown_name("config key", key, self._known_keys()))
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.hidden_act = hidden_act
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.positional = positional
+        self.training_length = training_length
+        self.use_cache = use_cache
+        self._check_sizes(intermediate_size=intermediate_size, max_position_embeddings=max_position_embeddings)
+        self.intermediate_size = intermediate_size or self._default_intermediate_size()
+        parameters = encoding_parameters(positional, positional_parameters or {}, training_length)
+        self.max_position_embeddings = max_position_embeddings or parameters.reach
+        parameters.validate(hidden_size, num_attention_heads, self.head_dim, self.max_position_embeddings)
+        self.positional_parameters = parameters.to_dict()
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+
+    @classmethod
+    def _known_keys(cls) -> list[str]:
+        code = cls.__init__.__code__
+        return list(code.co_varnames[1 : code.co_argcount])
+
+    def _check_sizes(self, **optional: int | None) -> None:
+        require_positive(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            training_length=self.training_length,
+            num_key_value_heads=self.num_key_value_heads,
+            **{name: value for name, value in optional.items() if value is not None},
+        )
+        require_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+
+    def _default_intermediate_size(self) -> int:
+        widest = self.hidden_size * 8 // 3 if self.hidden_act == "swiglu" else self.hidden_size * 4
+        return -(-widest // 8) * 8
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that make this config, without what transformers adds."""
+        return {name: getattr(self, name) for name in self._known_keys()}
+
+    @property
+    def head_dim(self) -> int:
+        """D, the size of one head."""
+        return int(self.hidden_size // self.num_attention_heads)
+
+    @property
+    def encoding_parameters(self) -> NoParameters:
+        """The positional parameters as their frozen dataclass."""
+        return encoding_parameters(self.positional, self.positional_parameters)

@@ -1,0 +1,273 @@
+"""The model: a small pre-norm decoder with RMSNorm and any positional encoding of the registry.
+
+Notation: B batch · T query tokens · S keys (cached and new) · C hidden size · H heads · Hkv key/value heads ·
+D head size · V vocabulary · G limbs of a position's code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from expe_edge.model.config import ExPEConfig
+from expe_edge.model.encodings import PositionalEncoding, make_encoding
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key/value heads; the cache holds keys as the encoding leaves them."""
+
+    def __init__(self, config: ExPEConfig, layer: int, positional: PositionalEncoding) -> None:
+        super().__init__()
+        self.layer, self.heads = layer, positional.heads
+        self.qkv = nn.Linear(config.hidden_size, self.heads.rows, bias=False)
+        self.out = nn.Linear(self.heads.query_rows, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        positional = context.positional
+        query, key, value, slopes = positional.project(self.qkv.weight, hidden, context.query_positions)
+        query = positional.rotate(query, context.query_positions)
+        key = positional.rotate(key, context.query_positions)
+        if context.cache is not None:
+            key, value = context.cache.update(key, value, self.layer)
+        # Scores are taken in float32 or wider whatever the autocast: positions must not pass through a half-precision
+        # product.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = context.attend(query.to(wide), key.to(wide), value.to(wide), slopes)
+        written: Tensor = self.out(states.transpose(1, 2).flatten(2).to(hidden.dtype))
+        return written
+
+
+#: Queries per block. Within a block, keys are counted from its first query, so that a slope is multiplied by small
+#: numbers where precision matters; with 2048 queries in one block, float32 logits lose a digit and more.
+QUERY_BLOCK = 256
+
+
+class QueryBlock(NamedTuple):
+    """Consecutive queries [begin, end), which see the first `keys` keys.
+
+    mask: what is added to the scores, (B or 1, H or 1, end−begin, keys), or None for plain causal attention.
+    codes: the keys' codes less that of the first query, (B, 1, keys, G), or None without a linear bias.
+    """
+
+    begin: int
+    end: int
+    keys: int
+    mask: Tensor | None
+    codes: Tensor | None
+
+
+class AttentionContext:
+    """What all layers share in one forward pass: positions, masks, biases and the cache."""
+
+    def __init__(
+        self,
+        positional: PositionalEncoding,
+        query_positions: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+    ) -> None:
+        self.positional, self.query_positions, self.cache = positional, query_positions, cache
+        self.past = cache.get_seq_length() if cache is not None else 0
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        self.padding = attention_mask if padded else None
+        self.key_positions = self._key_positions()  # (B, S)
+        length = query_positions.shape[1]
+        begins = range(0, length, QUERY_BLOCK)
+        self.blocks = [self._block(begin, min(begin + QUERY_BLOCK, length)) for begin in begins]
+
+    def _key_positions(self) -> Tensor:
+        if self.past == 0:
+            return self.query_positions
+        if self.padding is not None:
+            return mask_positions(self.padding)
+        total = self.past + self.query_positions.shape[1]
+        return torch.arange(total, device=self.query_positions.device).expand(len(self.query_positions), -1)
+
+    def _block(self, begin: int, end: int) -> QueryBlock:
+        keys, codes = self.past + end, None
+        queries = self.query_positions[:, begin:end]
+        if self.positional.linear_bias:
+            reference = self.positional.limbs(queries[:, :1])
+            codes = (self.positional.limbs(self.key_positions[:, :keys]) - reference).unsqueeze(1)
+        bias = self.positional.bias(queries, self.key_positions[:, :keys])
+        return QueryBlock(begin, end, keys, self._mask(begin, end, bias), codes)
+
+    def _mask(self, begin: int, end: int, bias: Tensor | None) -> Tensor | None:
+        first = self.past + begin
+        if bias is None and self.padding is None and (first == 0 or end - begin == 1):
+            return None
+        device = self.query_positions.device
+        rows = torch.arange(first, self.past + end, device=device)[:, None]
+        visible = torch.arange(self.past + end, device=device) <= rows  # (T, S)
+        if self.padding is not None:
+            visible = visible & self.padding[:, None, None, : self.past + end].bool()
+        blocked = torch.zeros(visible.shape, device=device).masked_fill(~visible, torch.finfo(torch.float32).min)
+        return blocked if bias is None else blocked + bias
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None) -> Tensor:
+        """Softmax attention over (B, H, T, D) and (B, Hkv, S, D) with the linear bias of `slopes` (B, H, T, G).
+
+        A bias linear in the key's code is a few more dimensions of the inner product, so that no (T, S) tensor is
+        made: q·κ_j + Σ_g slope_g·code_g(j) = [q ; slope]·[κ_j ; code(j)].
+        """
+        groups, size = query.shape[1] // key.shape[1], query.shape[-1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        if slopes is not None:
+            query = torch.cat([query, slopes], dim=-1)
+            value = F.pad(value, (0, slopes.shape[-1]))  # the fused kernels want one head size
+        query = query / math.sqrt(size)
+        mixed = [self._attend_block(block, query, key, value) for block in self.blocks]
+        return torch.cat(mixed, dim=2)[..., :size]
+
+    def _attend_block(self, block: QueryBlock, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (
+            query[:, :, block.begin : block.end],
+            key[:, :, : block.keys],
+            value[:, :, : block.keys],
+        )
+        if block.codes is not None:
+            key = torch.cat([key, block.codes.to(key.dtype).expand(*key.shape[:3], -1)], dim=-1)
+        mask = None if block.mask is None else block.mask.to(query.dtype)
+        causal = mask is None and query.shape[2] > 1
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)
+
+
+def mask_positions(attention_mask: Tensor) -> Tensor:
+    """Return the positions (B, S) of the tokens of a mask (B, S), padding not counted."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020) with gate and up in one product, or GELU."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__()
+        self.gated = config.hidden_act == "swiglu"
+        width = config.intermediate_size * (2 if self.gated else 1)
+        self.up = nn.Linear(config.hidden_size, width, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = self.up(hidden)
+        if self.gated:
+            gate, up = wide.chunk(2, dim=-1)
+            active = F.silu(gate) * up
+        else:
+            active = F.gelu(wide)
+        written: Tensor = self.down(active)
+        return written
+
+
+class Block(nn.Module):
+    def __init__(self, config: ExPEConfig, layer: int, positional: PositionalEncoding) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config, layer, positional)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), context)
+        mixed: Tensor = hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        return mixed
+
+
+class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers publishes no types
+    """Decoder-only language model; `generate`, `save_pretrained` and `from_pretrained` are transformers' own."""
+
+    config_class = ExPEConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules = ("Block",)
+    _tied_weights_keys = ("head.weight",)
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positional = make_encoding(config)
+        self.blocks = nn.ModuleList(Block(config, layer, self.positional) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; those that write to the residual stream scaled down by its depth (GPT-2)."""
+        deviation = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.data.normal_(std=deviation)
+        elif isinstance(module, nn.RMSNorm):
+            module.weight.data.fill_(1.0)
+        elif isinstance(module, Block):
+            for writer in (module.attention.out, module.feed_forward.down):
+                writer.weight.data.normal_(std=deviation / math.sqrt(2 * self.config.num_hidden_layers))
+            self.positional.begin(module.attention.qkv.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits (B, T, V), and the loss where `labels` (B, T) are given.
+
+        Args:
+            input_ids: (B, T) int64, or inputs_embeds (B, T, C).
+            attention_mask: (B, S) with 1 for tokens and 0 for padding, cached tokens included.
+            position_ids: (B, T) int64; by default counted from 0, past the cache, padding left out. A training
+                offset is given this way. With a cache, keys are counted from the mask.
+            logits_to_keep: compute logits for the last so many tokens only; 0 for all.
+        """
+        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
+            cache = DynamicCache()
+        if position_ids is None:
+            position_ids = self._positions(hidden, attention_mask, cache)
+        position_ids = position_ids.expand(hidden.shape[0], -1)
+        context = AttentionContext(self.positional, position_ids, attention_mask, cache)
+        hidden = self.positional.embed(hidden, position_ids)
+        for block in self.blocks:
+            hidden = block(hidden, context)
+        logits = self.head(self.norm(hidden[:, -logits_to_keep:]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _positions(self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        past, length = cache.get_seq_length() if cache is not None else 0, hidden.shape[1]
+        if attention_mask is not None:
+            return mask_positions(attention_mask)[:, -length:]
+        return torch.arange(past, past + length, device=hidden.device)[None]
+
+
+AutoConfig.register(ExPEConfig.model_type, ExPEConfig, exist_ok=True)
+AutoModelForCausalLM.register(ExPEConfig, ExPEForCausalLM, exist_ok=True)

@@ -1,0 +1,356 @@
+"""The registry of positional encodings, behind the one interface the model knows.
+
+Notation: B batch · T query tokens · S keys · C hidden size · H heads · Hkv key/value heads · D head size ·
+l overridden dimensions · G limbs of a position's integer code.
+
+An encoding may act at four places, each the identity unless overridden:
+
+    embed    on the embeddings                     sinusoidal, ExPE at the embedding
+    project  in the query/key/value product        ExPE, ExQPE
+    rotate   on the projected queries and keys     rotary
+    bias     on the scores                         ALiBi, ExPE, ExQPE (linear), relative (a table)
+
+ExPE overrides the first l dimensions of what enters the query and key products by p_n = start + step·n. It is never
+computed that way here. Two exact rewrites take its place (docs/design.md derives them):
+
+    folding             W·[p_n ; u_l:] = W[:, l:]·u_l: + α + n·β      α = W[:, :l]·start, β = W[:, :l]·step
+    position-free keys  softmax_j(q_i·k_j) = softmax_j(q_i·κ_j + (j − i)·(q_i·β_k))
+
+so ExPE attention is content attention plus a linear bias whose slope depends on the query, ALiBi being the case of
+a constant slope; and positions never pass through a half-precision product. ExQPE is the same with one α-β pair of
+slopes for each limb of its code in place of the one for n. In the relative form, `where: key`, queries get `start` in
+place of p_n, so that their β is 0 and nothing but the distance j − i is left of any position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expe_edge.model.config import ExPEConfig
+from expe_edge.positions.codes import WHOLE, PositionCode
+from expe_edge.positions.parameters import ExPEParameters, RelativeParameters, RotaryParameters, alibi_slopes
+
+#: How much longer a query's constant part begins than its content along it: slopes vary by a sixth from query to query.
+SLOPE_MARGIN = 6.0
+
+
+class FoldedProjection(NamedTuple):
+    """A fused query/key/value weight with its positions taken out, exactly.
+
+    content: (C_out, C), acts on the content alone.
+    alpha: (C_out,), what `start` adds. beta: (C_out, G), what one unit of each limb adds.
+    """
+
+    content: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
+class Projected(NamedTuple):
+    """Queries, position-free keys and values, with the slopes that stand for the keys' positions.
+
+    query: (B, H, T, D) · key, value: (B, Hkv, T, D) · slopes: (B, H, T, G) in units of the score before its
+    division by √D, or None where keys carry their own position.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    slopes: Tensor | None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the rows of the fused weight divide: H·D of queries, then Hkv·D of keys, then Hkv·D of values."""
+
+    queries: int
+    keys: int
+    size: int
+
+    @property
+    def query_rows(self) -> int:
+        return self.queries * self.size
+
+    @property
+    def key_rows(self) -> int:
+        return self.keys * self.size
+
+    @property
+    def rows(self) -> int:
+        return self.query_rows + 2 * self.key_rows
+
+    def split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split (B, T, rows) into (B, H, T, D), (B, Hkv, T, D), (B, Hkv, T, D)."""
+        parts = torch.split(fused, [self.query_rows, self.key_rows, self.key_rows], dim=-1)
+        query, key, value = (torch.unflatten(part, -1, (-1, self.size)).transpose(1, 2) for part in parts)
+        return query, key, value
+
+
+class PositionalEncoding(nn.Module):
+    """No encoding at all, and the interface of the others.
+
+    `code` is the integer code of positions; `linear_bias` says whether the scores get a bias linear in it.
+    """
+
+    code: PositionCode | None = None
+    linear_bias = False
+    #: Rounds the weight of the product as an export stores it, in quantization-aware training.
+    quantizer: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__()
+        self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Return the embeddings (B, T, C) with what the encoding adds for `positions` (B, T) int64."""
+        del positions
+        return hidden
+
+    def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
+        """Apply the fused weight (C_out, C) to `hidden` (B, T, C)."""
+        del positions
+        return Projected(*self.heads.split(F.linear(hidden, self.stored(weight))), slopes=None)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """Return the weight that the product is taken with."""
+        return weight if self.quantizer is None else self.quantizer(weight)
+
+    def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Return queries or keys (B, H, T, D) turned by their positions (B, T)."""
+        del positions
+        return states
+
+    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
+        """Return what is added to the scores, (B, H, T, S) float32, for positions (B, T) and (B, S)."""
+        del query_positions, key_positions
+        return None
+
+    def begin(self, weight: Tensor) -> None:
+        """Set what the encoding wants of a new layer's fused weight (C_out, C), random so far. Nothing, as a rule."""
+
+    def limbs(self, positions: Tensor) -> Tensor:
+        """Return the integer code of `positions` (…), as (…, G) int64."""
+        assert self.code is not None
+        return torch.stack(self.code.split(positions), dim=-1)
+
+
+class Sinusoidal(PositionalEncoding):
+    """Sines and cosines of the position added to the embeddings (Vaswani et al., 2017)."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        self.width = config.hidden_size
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        angles = positions.unsqueeze(-1).float() * inverse_frequencies(self.width, 10000.0).to(hidden.device)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)[..., : self.width]
+        return hidden + waves.to(hidden.dtype)
+
+
+class Rotary(PositionalEncoding):
+    """Rotary embedding, halves convention (Su et al., 2021)."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        parameters = config.encoding_parameters
+        assert isinstance(parameters, RotaryParameters)
+        self.theta = parameters.theta
+
+    def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
+        angles = positions[:, None, :, None].float() * inverse_frequencies(self.heads.size, self.theta).to(
+            states.device
+        )
+        cos, sin = angles.cos(), angles.sin()  # (B, 1, T, D/2)
+        first, second = states.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Relative(PositionalEncoding):
+    """T5's learned bias for each head and logarithmic bucket of the distance back (Raffel et al., 2020)."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        parameters = config.encoding_parameters
+        assert isinstance(parameters, RelativeParameters)
+        self.spec = parameters
+        self.table = nn.Embedding(parameters.buckets, config.num_attention_heads)
+
+    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
+        distance = (query_positions[:, :, None] - key_positions[:, None, :]).clamp(min=0)
+        table: Tensor = self.table(relative_buckets(distance, self.spec))
+        return table.permute(0, 3, 1, 2).float()
+
+
+class ALiBi(PositionalEncoding):
+    """A linear penalty on distance, one fixed slope a head (Press et al., 2022)."""
+
+    code = WHOLE
+    linear_bias = True
+
+    def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
+        query, key, value, _ = super().project(weight, hidden, positions)
+        slopes = query.new_tensor(alibi_slopes(self.heads.queries), dtype=torch.float32) * math.sqrt(self.heads.size)
+        return Projected(query, key, value, slopes[None, :, None, None].expand(*query.shape[:3], 1))
+
+
+class ExPE(PositionalEncoding):
+    """ExPE and, with a code of several limbs, ExQPE; folded, with position-free keys."""
+
+    def __init__(self, config: ExPEConfig) -> None:
+        super().__init__(config)
+        parameters = config.encoding_parameters
+        assert isinstance(parameters, ExPEParameters)
+        self.spec = parameters
+        self.code = parameters.code
+        #: Whether positions enter at the projections, where they can be folded out.
+        self.in_projection = parameters.where != "embedding"
+        self.linear_bias = self.in_projection
+
+    @property
+    def positioned_rows(self) -> int:
+        """Rows of the fused weight whose input carries positions: queries and keys, or all."""
+        return self.heads.rows if self.spec.where == "query_key_value" else self.heads.query_rows + self.heads.key_rows
+
+    def start_and_steps(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return start (l,) and limb steps (G, l), exact: made anew, since a cast of the model would round a buffer."""
+        return like.new_tensor(self.spec.starts), like.new_tensor(self.spec.limb_steps)
+
+    def vectors(self, positions: Tensor) -> Tensor:
+        """Return the exact position vectors p_n, (…, l) float32, for `positions` (…)."""
+        codes = self.limbs(positions).float()
+        start, steps = self.start_and_steps(codes)
+        return start + codes @ steps
+
+    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        if self.in_projection:
+            return hidden
+        dims = self.spec.dims
+        vectors = self.vectors(positions).to(hidden.dtype)
+        if self.spec.how == "add":
+            vectors = hidden[..., :dims] + vectors
+        return torch.cat([vectors, hidden[..., dims:]], dim=-1)
+
+    def fold(self, weight: Tensor) -> FoldedProjection:
+        """Take the positions out of the fused weight (C_out, C). Exact; α and β in float32 or wider.
+
+        Of the relative form the queries' β is 0, as their input has the start alone.
+        """
+        rows, dims = self.positioned_rows, self.spec.dims
+        position = weight[:, :dims].to(torch.promote_types(weight.dtype, torch.float32))
+        position = F.pad(position[:rows], (0, 0, 0, len(weight) - rows))  # zero where no position enters
+        content = weight
+        if self.spec.how == "override":
+            kept = torch.ones_like(weight)
+            kept[:rows, :dims] = 0
+            content = weight * kept
+        start, steps = self.start_and_steps(position)
+        beta = position @ steps.T
+        if self.spec.relative:
+            beta = F.pad(beta[self.heads.query_rows :], (0, 0, self.heads.query_rows, 0))
+        return FoldedProjection(content, position @ start, beta)
+
+    def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
+        if not self.in_projection:
+            return super().project(weight, hidden, positions)
+        with torch.autocast(hidden.device.type, enabled=False):  # α and β must not be rounded to half precision
+            content, alpha, beta = self.fold(weight)
+        query, key, value = self.heads.split(F.linear(hidden, self.stored(content)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            query_term, _, value_term = self.heads.split(self._terms(alpha, beta, positions))
+            query = query.to(beta.dtype) + query_term
+            if self.spec.where == "query_key_value":
+                value = value.to(beta.dtype) + value_term
+            exact = query
+            if self.quantizer is not None:  # an export takes slopes, which distances multiply, from float weights
+                exact = self._float_queries(content.to(beta.dtype), hidden.to(beta.dtype)) + query_term
+            return Projected(query, key, value, self.slopes(exact, beta))
+
+    def _terms(self, alpha: Tensor, beta: Tensor, positions: Tensor) -> Tensor:
+        """Return what positions add to every row of the product, (B or 1, T or 1, C_out)."""
+        if self.spec.relative:  # nothing that grows: the queries have the start alone, and keys hold no position
+            return alpha[None, None]
+        return alpha + self.limbs(positions).to(beta.dtype) @ beta.T
+
+    def _float_queries(self, content: Tensor, hidden: Tensor) -> Tensor:
+        """Return the queries (B, H, T, D) without their positions, by unrounded weights."""
+        rows = F.linear(hidden, content[: self.heads.query_rows])
+        return torch.unflatten(rows, -1, (-1, self.heads.size)).transpose(1, 2)
+
+    @torch.no_grad()
+    def begin(self, weight: Tensor) -> None:
+        """Let the slopes begin as the settings say, in the first dimension of each head; all of it trains on.
+
+        There W_q·start = a and W_k·step = b, and so the slope is (a + q)·b/√D for a query's content q in it: the spread
+        over queries is 1/a of that content's, and what a adds to the scores of contents grows with a. So a is
+        `SLOPE_MARGIN` times the content, whatever the slope, and b makes the slope. Heads that share keys share b.
+
+        Any direction would give the same slopes, but Adam scales each weight's gradient by itself: the slopes' own,
+        large since distances multiply it, is kept to one row of a head, and the others learn content undisturbed.
+        """
+        slopes, readings = self.spec.head_slopes(self.heads.queries), self.spec.readings()
+        if slopes is None:
+            return
+        heads, dims = self.heads, self.spec.dims
+        queries = weight[: heads.query_rows, :dims].view(heads.keys, -1, heads.size, dims)  # (Hkv, H/Hkv, D, l)
+        keys = weight[heads.query_rows : heads.query_rows + heads.key_rows, :dims].view(heads.keys, heads.size, dims)
+        content = weight[: heads.query_rows].norm(dim=1).mean()  # what a normed vector gives in any dimension
+        queries.zero_()
+        keys.zero_()
+        if readings is None or not any(slopes):
+            return
+        wanted = weight.new_tensor(slopes).view(heads.keys, -1)
+        steepest = wanted.abs().amax(dim=1, keepdim=True)
+        own = SLOPE_MARGIN * content * wanted / steepest.where(steepest > 0, 1.0)  # a, (Hkv, H/Hkv)
+        shared = math.sqrt(heads.size) * steepest / (SLOPE_MARGIN * content)  # b, (Hkv, 1)
+        constant, unit = weight.new_tensor(readings[0]), self.unit_reading(weight.new_tensor(readings[1:]))
+        queries[:, :, 0] = own[..., None] * constant
+        keys[:, 0] = shared * unit
+
+    def unit_reading(self, limbs: Tensor) -> Tensor:
+        """Return what reads the position itself of p_n, (l,), from what reads each limb, (G, l)."""
+        assert self.code is not None
+        return limbs.new_tensor(self.code.weights) @ limbs
+
+    def slopes(self, query: Tensor, beta: Tensor) -> Tensor:
+        """Return q_i·β_k for every limb: (B, H, T, G) from queries (B, H, T, D) and beta (C_out, G)."""
+        start = self.heads.query_rows
+        key_beta = torch.unflatten(beta[start : start + self.heads.key_rows], 0, (self.heads.keys, self.heads.size))
+        shared = key_beta.repeat_interleave(self.heads.queries // self.heads.keys, dim=0)
+        return query @ shared
+
+
+def inverse_frequencies(width: int, theta: float) -> Tensor:
+    """Return theta^(−2i/width) for i in [0, width/2), float32."""
+    return theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+
+
+def relative_buckets(distance: Tensor, parameters: RelativeParameters) -> Tensor:
+    """Return T5's bucket for each distance back (…) int64 >= 0: half exact, half logarithmic up to max_distance."""
+    exact = parameters.buckets // 2
+    scale = (parameters.buckets - exact) / math.log(parameters.max_distance / exact)
+    far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
+    return torch.where(distance < exact, distance, far.clamp(max=parameters.buckets - 1))
+
+
+#: Name to module; `positions.parameters.POSITIONAL_PARAMETERS` has their settings under the same names.
+POSITIONAL_ENCODINGS: dict[str, type[PositionalEncoding]] = {
+    "expe": ExPE,
+    "exqpe": ExPE,
+    "rotary": Rotary,
+    "sinusoidal": Sinusoidal,
+    "relative": Relative,
+    "alibi": ALiBi,
+    "none": PositionalEncoding,
+}
+
+
+def make_encoding(config: ExPEConfig) -> PositionalEncoding:
+    """Return the encoding that `config` names; the config has checked the name."""
+    return POSITIONAL_ENCODINGS[config.positional](config)

@@ -1,0 +1,133 @@
+"""A package on disk: one self-contained directory, complete or absent, every file hashed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from expe_edge.errors import ExportError, PackageError
+from expe_edge.package.manifest import MANIFEST_FILE, Manifest
+
+MODEL_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk whose manifest has been read and whose files have been verified."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
+    @property
+    def model_path(self) -> Path:
+        """The graph."""
+        return self.path / MODEL_FILE
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer."""
+        return self.path / TOKENIZER_FILE
+
+
+def is_package(path: Path) -> bool:
+    """Tell whether `path` has a package's manifest."""
+    return (path / MANIFEST_FILE).is_file()
+
+
+def read_package(path: Path) -> Package:
+    """Read the manifest of `path` and verify its format version and the hash of every file.
+
+    Raises:
+        PackageError: no package there, a newer format, or a file that is missing or was changed.
+    """
+    if not path.is_dir():
+        raise PackageError(f"{path}: no such package directory")
+    try:
+        text = (path / MANIFEST_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackageError(f"{path}: no {MANIFEST_FILE} in it, so not a package; make one with export") from error
+    manifest = Manifest.from_json(text, path / MANIFEST_FILE)
+    if MODEL_FILE not in manifest.files or TOKENIZER_FILE not in manifest.files:
+        raise PackageError(f"{path / MANIFEST_FILE}: damaged manifest (files); export the package again")
+    for name, expected in manifest.files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise PackageError(f"{path}: {name} is missing; the package is incomplete, export it again")
+        if file_hash(file) != expected:
+            raise PackageError(f"{path}: {name} differs from its hash in {MANIFEST_FILE}; export the package again")
+    return Package(path, manifest)
+
+
+@contextmanager
+def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty sibling directory to fill; on success it becomes `path`, on any failure it vanishes.
+
+    Raises:
+        ExportError: `path` exists and `force` is not set, or the disk is full.
+    """
+    require_absent(path, force=force)
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    replaced = partial.with_name(f"{partial.name}-old")
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ExportError(f"{path}: no space left on the device; free some or change --out") from error
+        raise
+    finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if not path.exists():
+            for parent in made:
+                with suppress(OSError):  # something else has been put there
+                    parent.rmdir()
+
+
+def require_absent(path: Path, *, force: bool) -> None:
+    """Raise `ExportError` where `path` exists and may not be replaced, or cannot be made."""
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ExportError(f"{place} is a file, not a directory; choose another --out")
+            break
+    if path.exists() and not force:
+        raise ExportError(f"{path} exists; use --force to replace it, or another --out")
+    if path.exists() and any(path.iterdir()) and not is_package(path):
+        raise ExportError(f"{path} holds something else than a package; --force will not delete it")
+
+
+def seal_package(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest with the hash of every file in `directory`."""
+    files = {file.name: file_hash(file) for file in sorted(directory.iterdir())}
+    text = dataclasses.replace(manifest, files=files).to_json()
+    (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Positions as integer codes, and the settings of every positional encoding. Imports neither torch nor onnx."""

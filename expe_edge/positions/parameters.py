@@ -1,0 +1,325 @@
+"""Positional encodings by name and the parameters of each, validated when made.
+
+One frozen dataclass per encoding, one registry. Imports neither torch nor transformers, so that the command line can
+refuse a bad setting at once; `model/encodings.py` has the modules under the same names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from expe_edge.errors import ConfigError, unknown_name
+from expe_edge.positions.codes import FLOAT32_EXACT, INT8_LIMIT, WHOLE, PositionCode, require_exact
+
+#: Where ExPE puts the position vector. `query_key` is the paper's choice; `key`, the keys' input alone, is ours.
+WHERE = ("key", "query_key", "query_key_value", "embedding")
+#: How: `override` replaces the first dimensions, as in the paper; `add` adds to them.
+HOW = ("override", "add")
+#: How the slopes of the heads begin: as ALiBi's, at zero, or as the random weights give them.
+SLOPES = ("alibi", "zero", "random")
+
+
+def require_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise `ConfigError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(unknown_name(name, value, allowed))
+
+
+def require_positive(**values: float) -> None:
+    """Raise `ConfigError` unless every value is above zero."""
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
+
+
+def per_dimension(name: str, value: float | Sequence[float], dims: int) -> tuple[float, ...]:
+    """Spread a scalar over `dims` dimensions, or check that a sequence has one value for each."""
+    values = (float(value),) * dims if isinstance(value, int | float) else tuple(map(float, value))
+    if len(values) != dims:
+        raise ConfigError(f"{name} has {len(values)} values; give one number, or one for each of the {dims} dims")
+    if not all(map(math.isfinite, values)):
+        raise ConfigError(f"{name} is {value}; it must be finite")
+    return values
+
+
+@dataclass(frozen=True)
+class NoParameters:
+    """Encodings without settings: `sinusoidal`, `alibi`, `none`."""
+
+    #: The largest number of positions the encoding can represent exactly.
+    reach: ClassVar[int] = FLOAT32_EXACT
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any], training_length: int) -> dict[str, Any]:
+        """Return the settings whose defaults depend on those `given` or on the training length."""
+        del given, training_length
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, from which `encoding_parameters` makes the same again."""
+        return dataclasses.asdict(self)
+
+    def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
+        """Raise `ConfigError` where the settings do not fit the model. Nothing to check here."""
+
+
+@dataclass(frozen=True)
+class RotaryParameters(NoParameters):
+    """Rotary embedding (Su et al., 2021). `theta` is the base of the geometric frequencies."""
+
+    theta: float = 10000.0
+
+    def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
+        require_positive(theta=self.theta)
+        if head_dim % 2:
+            raise ConfigError(f"rotary needs an even head_dim, got {head_dim}; change num_attention_heads")
+
+
+@dataclass(frozen=True)
+class RelativeParameters(NoParameters):
+    """T5's relative position bias (Raffel et al., 2020): logarithmic buckets of the distance back."""
+
+    buckets: int = 32
+    max_distance: int = 128
+
+    def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
+        if self.buckets < 2 or self.max_distance <= self.buckets // 2:
+            raise ConfigError(
+                f"relative: buckets={self.buckets}, max_distance={self.max_distance}; "
+                "needs buckets >= 2 and max_distance > buckets / 2"
+            )
+
+
+@dataclass(frozen=True)
+class ExPEParameters(NoParameters):
+    """ExPE (arXiv 2509.19569): p_n = start + step·n in the first `dims` dimensions of a projection's input.
+
+    Attributes:
+        dims: l, the number of overridden dimensions.
+        start, step: one number, or one for each dimension; where dimensions are `halved`, one number for the half that
+            it fills. A model of N training positions has `defaults` of its own.
+        where: one of `WHERE`. With `key` the queries' input gets `start` alone, so that attention is exactly relative.
+        how: one of `HOW`.
+        slopes: how training begins, one of `SLOPES` or a slope for each head, in nats per position of distance.
+    """
+
+    dims: int = 16
+    start: float | tuple[float, ...] = 0.0
+    step: float | tuple[float, ...] = 0.0078125
+    where: str = "key"
+    how: str = "override"
+    slopes: str | tuple[float, ...] = "random"
+
+    def __post_init__(self) -> None:
+        require_positive(dims=self.dims)
+        require_choice("where", self.where, WHERE)
+        require_choice("how", self.how, HOW)
+        for name in ("start", "step", "slopes"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.slopes, str):
+            require_choice("slopes", self.slopes, SLOPES)
+        elif not isinstance(self.slopes, tuple) or not all(type(slope) in (int, float) for slope in self.slopes):
+            raise ConfigError(f"slopes is {self.slopes!r}; give {', '.join(SLOPES)}, or a list of one number a head")
+        if self.slopes != "random" and self.where not in ("key", "query_key"):
+            raise ConfigError(f"slopes is {self.slopes!r}, which needs where: key or query_key, not {self.where}")
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any], training_length: int) -> dict[str, Any]:
+        """Let the positions of training span 1, the step a power of two; longer spans are learnt later, or not at all.
+
+        In the relative form the constant part is 1, and slopes begin as ALiBi's. All that is this project's choice:
+        docs/log.md has its measurements.
+        """
+        relative = given.get("where", cls.where) == "key"
+        slopes = given.get("slopes", "alibi" if relative else "random")
+        start = 1.0 if relative or slopes != "random" else 0.0
+        return {"start": start, "step": cls.unit_step(training_length), "slopes": slopes}
+
+    @classmethod
+    def unit_step(cls, training_length: int) -> float:
+        """What one position adds to a dimension that counts, where no step is given."""
+        return float(2.0 ** -(training_length - 1).bit_length())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Leave out what configs written before slopes were a setting do not have, so that those stay as they are."""
+        values = dataclasses.asdict(self)
+        if not self.halved:
+            del values["slopes"]
+        return values
+
+    @property
+    def code(self) -> PositionCode:
+        """The integer code that the encoding is linear in: the position itself."""
+        return WHOLE
+
+    @property
+    def relative(self) -> bool:
+        """Whether queries carry no position, so that attention depends on distances alone."""
+        return self.where == "key"
+
+    @property
+    def halved(self) -> bool:
+        """Whether half of each limb's dimensions are constant and the other half count, so that slopes can be set."""
+        return self.relative or self.slopes != "random"
+
+    @property
+    def starts(self) -> tuple[float, ...]:
+        """`start` for each dimension."""
+        return self._spread("start", self.start, half=0)
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """What one unit of its limb adds to each dimension."""
+        return self._spread("step", self.step, half=1)
+
+    def _spread(self, name: str, value: float | tuple[float, ...], half: int) -> tuple[float, ...]:
+        values = per_dimension(name, value, self.dims)
+        if not self.halved or isinstance(value, tuple):
+            return values
+        group = self.dims // self.code.limbs
+        return tuple(v if 2 * (dim % group) // group == half else 0.0 for dim, v in enumerate(values))
+
+    @property
+    def limb_steps(self) -> tuple[tuple[float, ...], ...]:
+        """What one unit of each limb adds to each dimension: (limbs, dims)."""
+        return (self.steps,)
+
+    def head_slopes(self, heads: int) -> tuple[float, ...] | None:
+        """The slope that each head begins with, in nats per position; None where they are random."""
+        if self.slopes == "random":
+            return None
+        if self.slopes == "alibi":
+            return tuple(alibi_slopes(heads))
+        return (0.0,) * heads if self.slopes == "zero" else tuple(map(float, self.slopes))
+
+    def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
+        if self.dims > hidden_size:
+            raise ConfigError(f"dims is {self.dims}, above hidden_size {hidden_size}; lower dims")
+        if self.halved and self.dims < 2 * self.code.limbs:
+            raise ConfigError(
+                f"dims is {self.dims}, but half of each limb's dims are constant: raise dims to {2 * self.code.limbs}"
+            )
+        slopes = self.head_slopes(heads)
+        if slopes is not None:
+            self._validate_slopes(slopes, heads)
+        self._require_exact(max_positions)
+
+    def _validate_slopes(self, slopes: tuple[float, ...], heads: int) -> None:
+        if len(slopes) != heads or not all(map(math.isfinite, slopes)):
+            raise ConfigError(
+                f"slopes is {self.slopes}; give {', '.join(SLOPES)}, or a number for each of {heads} heads"
+            )
+        if any(slopes) and self.readings() is None:
+            raise ConfigError(
+                f"slopes is {self.slopes!r}, but start={self.start} and step={self.step} cannot be told apart; give "
+                "one number for each, neither of them 0, or slopes=random"
+            )
+
+    def readings(self) -> tuple[tuple[float, ...], ...] | None:
+        """Return what to multiply p_n by to read one part of it alone, (1 + limbs, dims).
+
+        The product of p_n with the first row is 1 at every position, with each other the value of its limb; they are
+        the least such rows. None where start is a combination of the steps, so that the two cannot be told apart.
+        """
+        import numpy as np
+
+        parts = np.array([self.starts, *self.limb_steps])
+        if np.linalg.matrix_rank(parts) < len(parts):
+            return None
+        return tuple(map(tuple, np.linalg.pinv(parts).T.tolist()))
+
+    def _require_exact(self, max_positions: int) -> None:
+        require_exact(self.starts, self.limb_steps[0], max_positions)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Return the slope of each head as in ALiBi's code: a geometric sequence, interleaved off powers of two."""
+    closest = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * (h + 1) / closest) for h in range(closest)]
+    return slopes + [2.0 ** (-4.0 * (2 * h + 1) / closest) for h in range(heads - closest)]
+
+
+@dataclass(frozen=True)
+class ExQPEParameters(ExPEParameters):
+    """ExQPE as this project defines it: the position's limbs, each in its own group of the `dims` dimensions.
+
+    `step` is the value of one unit of a limb; it is a power of two so that every limb value, an integer below 128,
+    is exact in int8 and bfloat16 up to that scale. The reach is the positions for which that holds.
+    """
+
+    dims: int = 24
+    step: float | tuple[float, ...] = 0.125
+    limb_bits: int = 4
+    limbs: int = 3
+
+    @classmethod
+    def unit_step(cls, training_length: int) -> float:
+        """The same for every length, as are the spans of the limbs."""
+        del training_length
+        return 0.125
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dims % self.limbs:
+            raise ConfigError(f"dims is {self.dims}, which {self.limbs} limbs do not divide; change dims or limbs")
+        if not self.code.int8_reach:
+            raise ConfigError(f"limb_bits is {self.limb_bits}; limbs must stay below 128, so allowed: 1 to 7")
+
+    @property
+    def code(self) -> PositionCode:
+        return PositionCode(self.limb_bits, self.limbs)
+
+    @property
+    def reach(self) -> int:  # type: ignore[override]  # a property of the limbs, where other encodings have a constant
+        """Positions below this have every limb exact in int8."""
+        return min(self.code.int8_reach, FLOAT32_EXACT)
+
+    @property
+    def limb_steps(self) -> tuple[tuple[float, ...], ...]:
+        steps, group = self.steps, self.dims // self.limbs
+        return tuple(
+            tuple(step if dim // group == limb else 0.0 for dim, step in enumerate(steps)) for limb in range(self.limbs)
+        )
+
+    def _require_exact(self, max_positions: int) -> None:
+        if max_positions > self.reach:
+            raise ConfigError(
+                f"max_position_embeddings is {max_positions}, but {self.limbs} limbs of {self.limb_bits} bits are "
+                f"exact in int8 only below {self.reach}; add limbs or lower max_position_embeddings"
+            )
+        for steps in self.limb_steps:
+            require_exact(self.starts, steps, INT8_LIMIT)
+
+
+#: The registry of positional encodings: name to the type of its parameters. `model/encodings.py` has the modules.
+POSITIONAL_PARAMETERS: dict[str, type[NoParameters]] = {
+    "expe": ExPEParameters,
+    "exqpe": ExQPEParameters,
+    "rotary": RotaryParameters,
+    "sinusoidal": NoParameters,
+    "relative": RelativeParameters,
+    "alibi": NoParameters,
+    "none": NoParameters,
+}
+
+
+def encoding_parameters(name: str, values: Mapping[str, Any], training_length: int | None = None) -> NoParameters:
+    """Make the parameters of encoding `name`, refusing unknown keys and naming the nearest known one.
+
+    Args:
+        training_length: N, for the settings left out that depend on it; None where `values` are complete.
+    """
+    require_choice("positional encoding", name, tuple(POSITIONAL_PARAMETERS))
+    kind = POSITIONAL_PARAMETERS[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(unknown_name(f"parameter of positional encoding {name!r}", key, known))
+    defaults = {} if training_length is None else kind.defaults(values, training_length)
+    return kind(**{**defaults, **values})

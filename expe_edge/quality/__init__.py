@@ -1,0 +1,1 @@
+"""Quality by length, of packages and checkpoints."""

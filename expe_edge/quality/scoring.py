@@ -1,0 +1,91 @@
+"""Logits of whole texts through one interface, whatever computes them: a checkpoint in PyTorch or a package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from expe_edge.errors import ConfigError
+from expe_edge.package.directory import TOKENIZER_FILE, is_package
+from expe_edge.package.manifest import MANIFEST_FILE
+from expe_edge.runtime.session import PREFILL_CHUNK, PackageSession
+
+if TYPE_CHECKING:
+    from expe_edge.training.checkpoint import Checkpoint
+
+Ids = npt.NDArray[np.int64]
+Float = npt.NDArray[np.float32]
+
+
+class Scorer(Protocol):
+    """A model that can be asked for the logits of a text.
+
+    Attributes:
+        training_length: N. corpus: what `corpus.load_corpus` needs to find the training text and its held-out part.
+    """
+
+    path: Path
+    training_length: int
+    corpus: dict[str, Any]
+
+    def logits(self, tokens: Ids) -> Iterator[Float]:
+        """Yield logits (t, V) for consecutive chunks of `PREFILL_CHUNK` tokens (the last may be shorter) of (T,)."""
+        ...
+
+
+class CheckpointScorer:
+    """A checkpoint in PyTorch, float32, with a cache."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.path = checkpoint, checkpoint.path
+        self.training_length: int = checkpoint.config.training_length
+        self.corpus = checkpoint.sources
+
+    def logits(self, tokens: Ids) -> Iterator[Float]:
+        import torch
+
+        cache = None
+        for begin in range(0, len(tokens), PREFILL_CHUNK):
+            part = torch.from_numpy(tokens[begin : begin + PREFILL_CHUNK])[None]
+            with torch.inference_mode():
+                output = self.checkpoint.model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            yield output.logits[0].float().numpy()
+
+
+class PackageScorer:
+    """A package in onnxruntime."""
+
+    def __init__(self, session: PackageSession) -> None:
+        manifest = session.package.manifest
+        self.session, self.path = session, session.package.path
+        self.training_length = manifest.training_length
+        self.corpus = dict(manifest.corpus)
+
+    def logits(self, tokens: Ids) -> Iterator[Float]:
+        cache = self.session.new_cache(1, len(tokens))
+        yield from self.session.prefill(cache, tokens)
+
+
+def open_scorer(path: Path, threads: int | None = None) -> Scorer:
+    """Open a package or a checkpoint, whichever `path` is.
+
+    Raises:
+        ConfigError: `path` is neither. PackageError, CheckpointError: it is one, but damaged.
+    """
+    if is_package(path):
+        return PackageScorer(PackageSession.load(path, threads=threads))
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path}: neither a package (no {MANIFEST_FILE}) nor a checkpoint (no config.json)")
+    from expe_edge.training.checkpoint import load_checkpoint
+
+    return CheckpointScorer(load_checkpoint(path))
+
+
+def tokenizer_path(scorer: Scorer) -> Path:
+    """Return the file of the scorer's tokenizer."""
+    return scorer.path / TOKENIZER_FILE

@@ -1,0 +1,68 @@
+"""Tokens: byte-level BPE trained on the corpus, or plain bytes, in the `tokenizers` format that every client reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.package.directory import TOKENIZER_FILE
+from expe_edge.text.corpus import Document
+
+#: Separates documents; opens a text and ends it. Always id 0.
+END_OF_TEXT = "<|endoftext|>"
+#: 256 bytes and the separator.
+BYTE_VOCABULARY = 257
+
+
+def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE of `vocab_size` tokens; with 257 it is plain bytes. Every text opens with the separator.
+
+    Raises:
+        ConfigError: a vocabulary below 257.
+    """
+    if vocab_size < BYTE_VOCABULARY:
+        raise ConfigError(f"vocab_size is {vocab_size}; at least {BYTE_VOCABULARY}: 256 bytes and {END_OF_TEXT}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    separator = (END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+    tokenizer.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[separator])
+    return tokenizer
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read `tokenizer.json` of a checkpoint."""
+    path = directory / TOKENIZER_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no {TOKENIZER_FILE} in it")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[npt.NDArray[np.int32]]:
+    """Return each document's token ids, int32, opened by the separator."""
+    separator = tokenizer.token_to_id(END_OF_TEXT)
+    encoded = tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False)
+    return [np.array([separator, *encoding.ids], dtype=np.int32) for encoding in encoded]
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """Return how many bytes of text each token id stands for, (V,) int64; 0 for the separator."""
+    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        lengths[index] = 0 if token == END_OF_TEXT else len(token)  # one character of the alphabet is one byte
+    return lengths

@@ -1,0 +1,1 @@
+"""Model to checkpoint: settings, the run, resuming, rounding while training."""

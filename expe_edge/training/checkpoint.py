@@ -1,0 +1,125 @@
+"""Opening a checkpoint that `expe-edge train` wrote."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+
+from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.model.config import ExPEConfig
+from expe_edge.model.decoder import ExPEForCausalLM
+from expe_edge.package.directory import is_package
+from expe_edge.quant.recipe import WeightRounding
+from expe_edge.text.corpus import Corpus, load_corpus
+from expe_edge.text.tokenization import load_tokenizer
+from expe_edge.training.settings import EIGHT_BIT_LEARNING_RATE, FINE_TUNING, TRAINING_FILE, upgraded
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model with its tokenizer.
+
+    sources: what `load_corpus` needs to find its training text again. rounding: what its weights were trained to be
+    rounded to; None where they were not.
+    """
+
+    path: Path
+    model: ExPEForCausalLM
+    tokenizer: Tokenizer
+    sources: dict[str, Any]
+    rounding: WeightRounding | None = None
+
+    @property
+    def config(self) -> ExPEConfig:
+        """The model's config."""
+        config: ExPEConfig = self.model.config
+        return config
+
+    def corpus(self) -> Corpus:
+        """Load the text the model was trained on, with its held-out part."""
+        return load_corpus(**self.sources)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Load config, weights (safetensors alone, never a pickle), tokenizer and training record.
+
+    Raises:
+        CheckpointError: missing or truncated files, weights of other shapes, or a tokenizer of another vocabulary.
+        ConfigError: a config with unknown keys or values.
+    """
+    values, settings = _read_records(path)
+    try:
+        sources = {"sources": list(settings["data"]), "text_field": settings["text_field"]}
+        trained_for, block_size = settings.get("quantization_aware"), settings.get("block_size")
+        rounding = None if trained_for is None else WeightRounding(trained_for, block_size)
+    except (TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: damaged {TRAINING_FILE} ({error})") from error
+    if values.get("model_type") != ExPEConfig.model_type:
+        raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}, not 'expe'; not made by expe-edge")
+    config = ExPEConfig.from_dict(values)
+    model = _load_model(path, config)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model's vocabulary "
+            f"{config.vocab_size}; they do not belong together"
+        )
+    return Checkpoint(path, model.eval(), tokenizer, sources, rounding)
+
+
+def starting_settings(path: Path, rounding: WeightRounding | None = None) -> dict[str, Any]:
+    """Return the settings of a run that starts from the checkpoint `path`, for `make_settings`.
+
+    Args:
+        rounding: what the run is to train for; only the defaults depend on it.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    _, settings = _read_records(path)
+    changed = {**FINE_TUNING, "from_checkpoint": str(path)}
+    if rounding is not None and rounding.bits == 8:
+        changed["learning_rate"] = EIGHT_BIT_LEARNING_RATE
+    return {**settings, **changed}
+
+
+def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the config's values and the settings of a finished checkpoint."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint directory")
+    if is_package(path):
+        raise CheckpointError(f"{path} is a package, not a checkpoint; give the directory that train wrote")
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or --resume it")
+    try:
+        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))["settings"]
+        if not isinstance(values, dict) or not isinstance(settings, dict):
+            raise TypeError("no mapping")
+        settings = upgraded(settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged {CONFIG_FILE} or {TRAINING_FILE} ({error})") from error
+    return values, settings
+
+
+def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:
+    try:
+        model, report = ExPEForCausalLM.from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: {WEIGHTS_FILE} is damaged or truncated ({reason})") from error
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise CheckpointError(f"{path}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} (first difference: {wrong[0]})")
+    return cast(ExPEForCausalLM, model)

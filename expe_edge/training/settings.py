@@ -1,0 +1,225 @@
+"""What a training run is asked to do: presets, a YAML file and flags, in rising order of precedence.
+
+Imports neither torch nor transformers, so that the command line can show defaults and refuse a bad setting at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expe_edge.errors import CheckpointError, ConfigError, unknown_name
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters
+from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
+
+DTYPES = ("auto", "float32", "bfloat16")
+#: Settings, corpus and loss history of a run, beside the model.
+TRAINING_FILE = "training.json"
+
+#: What differs from the settings of the checkpoint that a fine-tuning run starts from.
+FINE_TUNING: dict[str, Any] = {
+    "max_steps": 100,
+    "learning_rate": 1e-4,
+    "warmup_steps": 10,
+    "quantization_aware": None,
+    "block_size": None,
+}
+#: The learning rate of fine-tuning for 8 bits, a level of which is a sixteenth of one of 4.
+EIGHT_BIT_LEARNING_RATE = 1e-5
+
+
+def _setting(default: Any, help_text: str, **option: Any) -> Any:
+    """A field with its default and the sentence that `expe-edge train --help` shows.
+
+    option: `kind`, the type of its values, where the default is None; `flag`, where it is not the name's.
+    """
+    make = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**make, metadata={"help": help_text, **option})
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides the outcome of `expe-edge train`. The defaults are the preset `tiny`."""
+
+    data: tuple[str, ...] = _setting((), "Text: file, folder, glob, .jsonl, .parquet or dataset; repeatable.")
+    text_field: str = _setting("text", "Field that holds the text in JSON lines, parquet and datasets.")
+    vocab_size: int = _setting(512, "Size of the byte-level BPE vocabulary; 257 is plain bytes.")
+    training_length: int = _setting(128, "N, tokens per training sequence.")
+    position_offset: int = _setting(0, "Start every sequence at a random position below this many N.")
+    positional: str = _setting("expe", f"Positional encoding: {', '.join(POSITIONAL_PARAMETERS)}.")
+    positional_parameters: Mapping[str, Any] = _setting({}, "Parameter of the encoding, KEY=VALUE; repeatable.")
+    hidden_size: int = _setting(128, "C, width of the model.")
+    num_hidden_layers: int = _setting(4, "Number of blocks.")
+    num_attention_heads: int = _setting(4, "Attention heads.")
+    num_key_value_heads: int | None = _setting(
+        None, "Key/value heads; by default as many as attention heads.", kind=int
+    )
+    hidden_act: str = _setting("swiglu", "Feed-forward activation: swiglu or gelu.")
+    tie_word_embeddings: bool = _setting(False, "Use the embedding as the head.")
+    max_steps: int = _setting(400, "Optimizer steps.")
+    batch_size: int = _setting(32, "Sequences per step, over all processes.")
+    learning_rate: float = _setting(3e-3, "Peak learning rate; cosine decay to 0.")
+    warmup_steps: int = _setting(50, "Steps of linear warm-up.")
+    weight_decay: float = _setting(0.1, "AdamW's weight decay.")
+    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
+    seed: int = _setting(0, "Seed of initialization and data order.")
+    dtype: str = _setting("auto", "float32, bfloat16, or auto: bfloat16 where the machine computes in it.")
+    save_every: int = _setting(200, "Steps between checkpoints.")
+    log_every: int = _setting(10, "Steps between loss reports.")
+    from_checkpoint: str | None = _setting(
+        None,
+        "Fine-tune this checkpoint, by its own settings but for "
+        + ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items() if value is not None)
+        + f" (learning_rate {EIGHT_BIT_LEARNING_RATE} for 8 bits).",
+        kind=str,
+        flag="--from",
+    )
+    quantization_aware: str | None = _setting(
+        None, f"Fine-tune for an export with weights of this precision: {', '.join(WEIGHT_BITS)}.", kind=str
+    )
+    block_size: int | None = _setting(None, "Columns that share a scale, for int*-weight; as in export.", kind=int)
+    distillation: bool = _setting(True, "Quantization-aware: match what --from predicts, not the text.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) else tuple(self.data))
+        self._require_types()
+        for name in (
+            "max_steps",
+            "batch_size",
+            "learning_rate",
+            "save_every",
+            "log_every",
+            "training_length",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0; change {_flag(name)}")
+        for name in ("position_offset", "warmup_steps", "seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative; change {_flag(name)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change --dtype")
+        encoding_parameters(self.positional, self.positional_parameters)
+        rounding = self.rounding
+        if rounding is not None and self.from_checkpoint is None:
+            raise ConfigError(f"--quantization-aware {rounding.precision} fine-tunes a checkpoint; name it by --from")
+        if rounding is None and self.block_size is not None:
+            raise ConfigError(f"block_size is {self.block_size}, but nothing is rounded; give --quantization-aware too")
+
+    @property
+    def rounding(self) -> WeightRounding | None:
+        """What weights are rounded to in training; None where they are not."""
+        return WeightRounding(self.quantization_aware, self.block_size) if self.quantization_aware is not None else None
+
+    def _require_types(self) -> None:
+        """Raise `TypeError` for a value of another kind than its default; YAML reads 3e-3 as text, for one."""
+        for setting in dataclasses.fields(self):
+            value, default = getattr(self, setting.name), setting.default
+            if default is None and value is not None and type(value) is not setting.metadata["kind"]:
+                raise TypeError(f"{setting.name} is {value!r}, not {setting.metadata['kind'].__name__}")
+            allowed = (int, float) if isinstance(default, float) else type(default)
+            wrong = not isinstance(value, allowed) or isinstance(value, bool) is not isinstance(default, bool)
+            if isinstance(default, bool | int | float | str) and wrong:
+                raise TypeError(f"{setting.name} is {value!r}, not {type(default).__name__}")
+
+
+#: What differs from `tiny` in the other presets.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {
+        "data": ("python-stdlib+tests",),
+        "vocab_size": 4096,
+        "training_length": 512,
+        "hidden_size": 384,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "max_steps": 2000,
+        "batch_size": 16,
+        "learning_rate": 6e-4,
+        "warmup_steps": 200,
+    },
+    "base": {
+        "data": ("python-stdlib+tests",),
+        "vocab_size": 16384,
+        "training_length": 1024,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "max_steps": 20000,
+        "batch_size": 64,
+        "learning_rate": 3e-4,
+        "warmup_steps": 500,
+        "save_every": 1000,
+    },
+}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def make_settings(
+    preset: str = "tiny",
+    config_file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> TrainSettings:
+    """Merge the preset (or `stored` settings, of a run to resume or to start from), the YAML file and the flags.
+
+    The later wins.
+
+    Raises:
+        ConfigError: an unknown preset or key (the nearest is named), or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(unknown_name("preset", preset, PRESETS))
+    merged = dict(PRESETS[preset] if stored is None else stored)
+    merged |= read_yaml(config_file) if config_file else {}
+    merged |= {name: value for name, value in (flags or {}).items() if value is not None and value != ()}
+    known = [f.name for f in dataclasses.fields(TrainSettings)]
+    for name in merged:
+        if name not in known:
+            raise ConfigError(unknown_name("config key", name, known))
+    try:
+        return TrainSettings(**merged)
+    except TypeError as error:
+        raise ConfigError(f"a setting has the wrong type: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a flat YAML mapping of settings."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: not readable as YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recorded run as this release means them.
+
+    Runs of ExPE that do not record where positions enter were made when that was the queries' and the keys' input.
+    """
+    parameters = settings.get("positional_parameters")
+    if settings.get("positional") not in ("expe", "exqpe") or not isinstance(parameters, Mapping):
+        return dict(settings)
+    return {**settings, "positional_parameters": {"where": "query_key", **parameters}}
+
+
+def stored_settings(out: Path) -> dict[str, Any]:
+    """Read the settings of the run in `out`, for resuming it."""
+    path = out / TRAINING_FILE
+    try:
+        settings = upgraded(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{out}: no run to resume (no readable {TRAINING_FILE}); drop --resume") from error
+    return settings

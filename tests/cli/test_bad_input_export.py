@@ -1,0 +1,186 @@
+"""Bad input to `export`: one line that says what to change, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from expe_edge.text.corpus import Document
+from expe_edge.text.tokenization import train_tokenizer
+from tests.command_line import refused, write_text
+from tests.damage import ENCODINGS, remove, rewrite, set_json
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+# Checkpoints
+
+
+UNFINISHED = "{path}: no %s in it, so not a finished checkpoint; run train, or --resume it"
+CONFIG_KEYS = (
+    "bos_token_id, eos_token_id, hidden_act, hidden_size, initializer_range, intermediate_size, "
+    "max_position_embeddings, num_attention_heads, num_hidden_layers, num_key_value_heads, pad_token_id, positional, "
+    "positional_parameters, rms_norm_eps, tie_word_embeddings, training_length, use_cache, vocab_size"
+)
+#: Damage to a checkpoint, and the beginning of what is said about it.
+DAMAGED_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (shutil.rmtree, "{path}: no such checkpoint directory"),
+    "no config": (remove("config.json"), UNFINISHED % "config.json"),
+    "no weights": (remove("model.safetensors"), UNFINISHED % "model.safetensors"),
+    "no record": (remove("training.json"), UNFINISHED % "training.json"),
+    "no tokenizer": (remove("tokenizer.json"), "{path}: no tokenizer.json in it"),
+    "half the weights": (
+        rewrite("model.safetensors", lambda data: data[: len(data) // 2]),
+        "{path}: model.safetensors is damaged or truncated (",
+    ),
+    "weights' last byte": (
+        rewrite("model.safetensors", lambda data: data[:-1]),
+        "{path}: model.safetensors is damaged or truncated (",
+    ),
+    "empty weights": (
+        rewrite("model.safetensors", lambda _: b""),
+        "{path}: model.safetensors is damaged or truncated (",
+    ),
+    "half the config": (
+        rewrite("config.json", lambda data: data[:99]),
+        "{path}: damaged config.json or training.json (",
+    ),
+    "half the record": (
+        rewrite("training.json", lambda data: data[:99]),
+        "{path}: damaged config.json or training.json (",
+    ),
+    "config a list": (rewrite("config.json", lambda _: b"[]"), "{path}: damaged config.json or training.json ("),
+    "record a list": (rewrite("training.json", lambda _: b"[]"), "{path}: damaged config.json or training.json ("),
+    "record empty": (
+        rewrite("training.json", lambda _: b"{}"),
+        "{path}: damaged config.json or training.json (",
+    ),
+    "half the tokenizer": (
+        rewrite("tokenizer.json", lambda data: data[:999]),
+        "{path}/tokenizer.json: not a tokenizer (",
+    ),
+    "another model": (
+        set_json("config.json", model_type="llama"),
+        "{path}: model_type is 'llama', not 'expe'; not made by expe-edge",
+    ),
+    "other sizes": (
+        set_json("config.json", num_hidden_layers=3),
+        "{path}: model.safetensors does not fit config.json (first difference: blocks.2.",
+    ),
+    "other widths": (set_json("config.json", intermediate_size=8), "{path}: model.safetensors "),
+    "unknown config key": (
+        set_json("config.json", hidden_sise=3),
+        f"unknown config key 'hidden_sise'; did you mean 'hidden_size'? available: {CONFIG_KEYS}",
+    ),
+    "unknown encoding": (
+        set_json("config.json", positional="rotery"),
+        f"unknown positional encoding 'rotery'; did you mean 'rotary'? available: {ENCODINGS}",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CHECKPOINTS)
+def test_damaged_checkpoint(own_checkpoint: Path, damage: str) -> None:
+    apply, message = DAMAGED_CHECKPOINTS[damage]
+    apply(own_checkpoint)
+
+    found = refused("export", own_checkpoint, "--out", "out", "--precision", "int8-dynamic")
+
+    assert found.startswith(message.format(path=own_checkpoint))
+    assert message.endswith(("(", "blocks.2.", " ")) or found == message.format(path=own_checkpoint)
+
+
+def test_checkpoint_with_a_tokenizer_of_another_vocabulary(own_checkpoint: Path) -> None:
+    train_tokenizer([Document("a", "text " * 99)], 257).save(str(own_checkpoint / "tokenizer.json"))
+    message = f"{own_checkpoint}: the tokenizer has 257 tokens, the model's vocabulary 300; they do not belong together"
+
+    assert refused("export", own_checkpoint, "--out", "out") == message
+    assert refused("compare", own_checkpoint) == message
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "name", ["embedding.weight", "blocks.1.attention.qkv.weight", "blocks.0.feed_forward.up.weight"]
+)
+def test_weights_that_are_no_numbers(own_checkpoint: Path, name: str, value: float, precision: str) -> None:
+    """The last value of a tensor: in the embedding that is a token which no validation text need hold."""
+    weights = load_file(own_checkpoint / "model.safetensors")
+    weights[name].view(-1)[-1] = value
+    save_file(weights, own_checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+    assert refused("export", own_checkpoint, "--out", "out", "--precision", precision) == (
+        f"weight {name!r} holds NaN or infinite values; train again, or export an earlier step"
+    )
+
+
+# Export
+
+
+@pytest.mark.parametrize("precisions", [["int8-static"], ["float32", "int8-static"]], ids="+".join)
+def test_calibration_text_shorter_than_a_window(checkpoint: Path, precisions: list[str]) -> None:
+    """Also the packages before the one at fault are not written."""
+    text = write_text("short.txt", "the bright river runs under the old stone and the tree grows over.")
+    options = [option for precision in precisions for option in ("--precision", precision)]
+
+    found = refused("export", checkpoint, "--out", "out", *options, "--calibration-data", text)
+
+    assert re.fullmatch(
+        r"the calibration text has \d\d tokens, less than one window of 32; give more with --calibration-data", found
+    )
+
+
+EXPORT_REFUSALS: list[tuple[list[str], str]] = [
+    (
+        ["--precision", "int8-dinamic"],
+        "unknown precision 'int8-dinamic'; did you mean 'int8-dynamic'? available: auto, bfloat16, float16, float32, "
+        "int4-weight, int8-dynamic, int8-static, int8-weight; change --precision",
+    ),
+    (
+        ["--positions", "fold"],
+        "unknown positions 'fold'; did you mean 'folded'? available: folded, inline; change --positions",
+    ),
+    (
+        ["--precision", "int8-static", "--calibration-method", "min-max"],
+        "unknown calibration method 'min-max'; did you mean 'minmax'? "
+        "available: entropy, minmax, output-error, percentile; change --calibration-method",
+    ),
+    (["--precision", "int8-static", "--calibration-windows", "0"], "--calibration-windows is 0; at least 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), EXPORT_REFUSALS, ids=lambda value: value[-2] if value else "")
+def test_export_options_that_are_unknown(checkpoint: Path, options: list[str], message: str) -> None:
+    assert refused("export", checkpoint, "--out", "out", *options) == message
+
+
+def test_calibration_text_that_is_missing(checkpoint: Path) -> None:
+    found = refused(
+        "export", checkpoint, "--out", "out", "--precision", "int8-static", "--calibration-data", "gone.txt"
+    )
+
+    assert found.endswith("data gone.txt: no such file or folder")
+
+
+def test_export_does_not_replace_a_package(checkpoint: Path) -> None:
+    """Neither the one that exists nor those before it are written."""
+    Path("out/int8-dynamic").mkdir(parents=True)
+
+    found = refused("export", checkpoint, "--out", "out", "--precision", "float32", "--precision", "int8-dynamic")
+
+    assert found == "out/int8-dynamic exists; use --force to replace it, or another --out"
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
+@pytest.mark.parametrize("out", ["a-file", "a-folder"])
+def test_export_into_a_file(checkpoint: Path, out: str, force: list[str]) -> None:
+    write_text("a-file", "a file of the user's")
+    Path("a-folder").mkdir()
+    write_text("a-folder/float32", "another")
+
+    refused("export", checkpoint, "--out", out, *force)

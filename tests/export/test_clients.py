@@ -1,0 +1,87 @@
+"""The exported directory, unmodified, in the clients that users would pick: same greedy tokens everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+
+from expe_edge.runtime import Generator
+from expe_edge.training.checkpoint import load_checkpoint
+from tests.conftest import PRECISIONS
+
+PROMPT = "The old tree grows"
+NEW_TOKENS = 256
+
+
+def our_tokens(package: Path, prompt: list[int]) -> list[int]:
+    """Greedy tokens of our generator, running on past end-of-text as far as it goes."""
+    return Generator.load(package).generate([prompt], max_new_tokens=NEW_TOKENS)[0].tokens
+
+
+def optimum_tokens(package: Path, prompt: list[int]) -> list[int]:
+    model = ORTModelForCausalLM.from_pretrained(package)
+    output = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NEW_TOKENS, max_length=None, do_sample=False,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
+
+
+def genai_tokens(package: Path, prompt: list[int]) -> list[int]:
+    model = og.Model(str(package))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(do_sample=False, max_length=len(prompt) + NEW_TOKENS)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(generator.get_sequence(0)[len(prompt) :])
+
+
+def torch_tokens(checkpoint: Path, prompt: list[int]) -> list[int]:
+    model = load_checkpoint(checkpoint).model
+    output = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NEW_TOKENS, do_sample=False,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def prompt(packages: Path) -> list[int]:
+    return [int(token) for token in Generator.load(packages / "float32").encode(PROMPT)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("theirs", [optimum_tokens, genai_tokens], ids=["optimum", "genai"])
+def test_other_clients_choose_the_tokens_our_generator_chooses(packages, prompt, precision, theirs):
+    ours = our_tokens(packages / precision, prompt)
+    assert len(ours) == NEW_TOKENS
+    assert theirs(packages / precision, prompt) == ours
+
+
+def test_the_usual_optimum_snippet_runs(packages):
+    tokenizer = AutoTokenizer.from_pretrained(packages / "int8-dynamic")
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = ORTModelForCausalLM.from_pretrained(packages / "int8-dynamic").generate(
+        **inputs, max_new_tokens=20, max_length=None, do_sample=False
+    )
+    ours = Generator.load(packages / "int8-dynamic").generate(PROMPT, max_new_tokens=20)
+    assert output[0, inputs["input_ids"].shape[1] :].tolist() == ours[0].tokens
+
+
+def test_float32_chooses_the_tokens_pytorch_chooses(packages, checkpoint, prompt):
+    assert our_tokens(packages / "float32", prompt) == torch_tokens(checkpoint, prompt)
+
+
+def test_genai_reads_the_tokenizer_of_the_package(packages, prompt):
+    tokenizer = og.Tokenizer(og.Model(str(packages / "float32")))
+    ours = Generator.load(packages / "float32").tokenizer
+    assert tokenizer.decode(np.array(prompt[1:], dtype=np.int32)) == ours.decode(prompt[1:])
+    assert list(tokenizer.encode(PROMPT))[-(len(prompt) - 1) :] == prompt[1:]

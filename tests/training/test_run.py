@@ -1,0 +1,116 @@
+"""Training: the same sequences whatever the process count, resuming without a trace, refusing what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from expe_edge.errors import CheckpointError, ConfigError, CorpusError
+from expe_edge.training.run import WindowDataset, stored_settings, train
+from tests.small import small_settings
+
+
+def losses(report: dict) -> list[float]:
+    return [entry["loss"] for entry in report["history"]]
+
+
+def test_training_lowers_the_loss(checkpoint: Path):
+    history = json.loads((checkpoint / "training.json").read_text())["history"]
+    assert history[-1]["loss"] < history[0]["loss"] - 1.0
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, text_folder: Path):
+    settings = small_settings(text_folder, max_steps=20, save_every=10)
+    whole = train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "trainer" / "checkpoint-20")  # as if stopped after the first checkpoint
+    (tmp_path / "resumed" / "model.safetensors").unlink()
+    resumed = train(settings, tmp_path / "resumed", resume=True)
+    assert losses(resumed) == losses(whole)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("resumed", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=0, msg=name)
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path, text_folder: Path):
+    """Data-parallel over gloo: the same global batch gives the same losses, within float tolerance."""
+    settings = small_settings(text_folder, max_steps=10, log_every=1)
+    one = train(settings, tmp_path / "one")
+    config = tmp_path / "settings.yaml"
+    config.write_text(json.dumps(stored_settings(tmp_path / "one")), encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command = [*launcher, "--master-port=29517", "-m", "expe_edge", "train", "--config", str(config)]
+    subprocess.run(
+        [*command, "--out", str(tmp_path / "two")],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    two = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert two["processes"] == 2
+    np.testing.assert_allclose(losses(two), losses(one), rtol=2e-4)
+
+
+def test_every_sample_is_a_function_of_seed_and_number(text_folder: Path):
+    stream = np.arange(5000, dtype=np.int32)
+    first, again = (WindowDataset(stream, small_settings(text_folder)) for _ in range(2))
+    other = WindowDataset(stream, small_settings(text_folder, seed=1))
+    assert torch.equal(first[7]["position_ids"], again[7]["position_ids"])
+    assert not torch.equal(first[7]["input_ids"], other[7]["input_ids"])
+    assert torch.equal(first[7]["input_ids"], first[7]["labels"])
+
+
+def test_offsets_are_uniform_below_the_limit(text_folder: Path):
+    settings = small_settings(text_folder, position_offset=16)
+    dataset = WindowDataset(np.arange(5000, dtype=np.int32), settings)
+    offsets = np.array([int(dataset[index]["position_ids"][0]) for index in range(480)])
+    limit = 16 * settings.training_length
+    assert 0 <= offsets.min() < 0.05 * limit
+    assert 0.95 * limit < offsets.max() < limit
+    assert abs(offsets.mean() / limit - 0.5) < 0.06
+
+
+def test_offset_zero_is_the_papers_form(text_folder: Path):
+    settings = small_settings(text_folder, position_offset=0)
+    dataset = WindowDataset(np.arange(5000, dtype=np.int32), settings)
+    assert all(torch.equal(dataset[i]["position_ids"], torch.arange(settings.training_length)) for i in range(20))
+
+
+def test_refuses_text_shorter_than_a_sequence(text_folder: Path):
+    with pytest.raises(CorpusError, match="the training text has 10 tokens, less than one sequence of 32"):
+        WindowDataset(np.arange(10, dtype=np.int32), small_settings(text_folder))
+
+
+def test_refuses_offsets_beyond_the_encodings_reach(tmp_path: Path, text_folder: Path):
+    settings = small_settings(
+        text_folder, positional="exqpe", positional_parameters={"limbs": 2, "dims": 16}, position_offset=100
+    )
+    with pytest.raises(ConfigError, match="position_offset 100 reaches position 3232, beyond the encoding's 2048"):
+        train(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_to_replace_or_resume_what_it_should_not(tmp_path: Path, checkpoint: Path, text_folder: Path):
+    settings = small_settings(text_folder)
+    before = (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="exists; use --force to replace it, --resume to continue it"):
+        train(settings, checkpoint)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from; drop --resume"):
+        train(settings, tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday").touch()
+    with pytest.raises(ConfigError, match="holds something else than a training run; --force will not delete it"):
+        train(settings, tmp_path / "photos", force=True)
+    assert (tmp_path / "photos" / "holiday").exists()

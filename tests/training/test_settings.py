@@ -1,0 +1,238 @@
+"""Settings of a run: what wins over what, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expe_edge.errors import ConfigError
+from expe_edge.positions.parameters import encoding_parameters
+from expe_edge.training.run import stored_settings
+from expe_edge.training.settings import PRESETS, TrainSettings, make_settings
+from tests.small import small_settings
+
+KEYS = ", ".join(sorted(field.name for field in dataclasses.fields(TrainSettings)))
+ENCODINGS = "alibi, expe, exqpe, none, relative, rotary, sinusoidal"
+
+
+def yaml_file(folder: Path, text: str) -> Path:
+    """Write a config file."""
+    path = folder / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(**arguments: Any) -> str:
+    """Return the message of the `ConfigError` that `make_settings` raises."""
+    with pytest.raises(ConfigError) as caught:
+        make_settings(**arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Precedence
+
+
+def test_defaults_are_the_preset_tiny() -> None:
+    assert make_settings() == make_settings("tiny") == TrainSettings()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_sets_what_it_names_and_leaves_the_rest(preset: str) -> None:
+    settings = dataclasses.asdict(make_settings(preset))
+
+    assert settings == {**dataclasses.asdict(TrainSettings()), **PRESETS[preset]}
+
+
+def test_flag_wins_over_file_and_file_over_preset(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "max_steps: 7\nseed: 3\nhidden_size: 96\n")
+
+    settings = make_settings("small", file, {"seed": 5, "learning_rate": 0.5})
+
+    assert (settings.seed, settings.learning_rate) == (5, 0.5)  # flags
+    assert (settings.max_steps, settings.hidden_size) == (7, 96)  # file
+    assert (settings.vocab_size, settings.num_hidden_layers) == (4096, 8)  # preset
+    assert settings.weight_decay == 0.1  # default
+
+
+@pytest.mark.parametrize("absent", [None, ()])
+def test_flags_not_given_change_nothing(tmp_path: Path, absent: object) -> None:
+    file = yaml_file(tmp_path, "seed: 3\ndata: [some.txt]\n")
+
+    settings = make_settings("tiny", file, {"seed": None, "data": absent})
+
+    assert (settings.seed, settings.data) == (3, ("some.txt",))
+
+
+def test_flag_of_zero_or_false_is_a_flag(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "position_offset: 8\ntie_word_embeddings: true\n")
+
+    settings = make_settings("tiny", file, {"position_offset": 0, "tie_word_embeddings": False})
+
+    assert settings.position_offset == 0
+    assert settings.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a remark\n", "{}"])
+def test_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
+    assert make_settings(config_file=yaml_file(tmp_path, text)) == TrainSettings()
+
+
+@pytest.mark.parametrize("text", ["data: corpus/a.txt", "data: [corpus/a.txt]", "data:\n  - corpus/a.txt"])
+def test_one_source_in_a_file_needs_no_list(tmp_path: Path, text: str) -> None:
+    assert make_settings(config_file=yaml_file(tmp_path, text)).data == ("corpus/a.txt",)
+
+
+# Resuming
+
+
+def test_stored_settings_stand_in_for_the_preset(checkpoint: Path, text_folder: Path, tmp_path: Path) -> None:
+    stored = stored_settings(checkpoint)
+    file = yaml_file(tmp_path, "log_every: 9\n")
+    explicit = {"positional_parameters": encoding_parameters("expe", {}, training_length=32).to_dict()}
+
+    assert make_settings(stored=stored) == small_settings(text_folder, **explicit)
+    assert make_settings("base", stored=stored) == small_settings(text_folder, **explicit)
+    assert make_settings("tiny", file, {"max_steps": 80}, stored) == small_settings(
+        text_folder, max_steps=80, log_every=9, **explicit
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_survive_plain_data(preset: str) -> None:
+    settings = make_settings(preset, flags={"positional": "exqpe", "positional_parameters": {"limbs": 2, "dims": 16}})
+
+    assert make_settings(stored=dataclasses.asdict(settings)) == settings
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("preset", "hint"),
+    [("tinyy", "did you mean 'tiny'? "), ("smal", "did you mean 'small'? "), ("huge", ""), ("", "")],
+)
+def test_unknown_preset(preset: str, hint: str) -> None:
+    assert refusal(preset=preset) == f"unknown preset {preset!r}; {hint}available: base, small, tiny"
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("max_step", "did you mean 'max_steps'? "),
+        ("learning_rat", "did you mean 'learning_rate'? "),
+        ("max-steps", "did you mean 'max_steps'? "),
+        ("zzz", ""),
+    ],
+)
+def test_unknown_key_in_a_file(tmp_path: Path, key: str, hint: str) -> None:
+    file = yaml_file(tmp_path, f"{key}: 1\n")
+
+    assert refusal(config_file=file) == f"unknown config key {key!r}; {hint}available: {KEYS}"
+
+
+def test_unknown_key_among_stored_settings(checkpoint: Path) -> None:
+    stored = {**stored_settings(checkpoint), "sead": 1}
+
+    assert refusal(stored=stored) == f"unknown config key 'sead'; did you mean 'seed'? available: {KEYS}"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("exp", "did you mean 'expe'? "), ("rotery", "did you mean 'rotary'? "), ("wavelet", "")]
+)
+def test_unknown_encoding(name: str, hint: str) -> None:
+    message = f"unknown positional encoding {name!r}; {hint}available: {ENCODINGS}"
+
+    assert refusal(flags={"positional": name}) == message
+
+
+def test_unknown_parameter_of_an_encoding() -> None:
+    assert refusal(flags={"positional_parameters": {"stepp": 1}}) == (
+        "unknown parameter of positional encoding 'expe' 'stepp'; did you mean 'step'? "
+        "available: dims, how, slopes, start, step, where"
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("max_steps", "--max-steps"),
+        ("batch_size", "--batch-size"),
+        ("learning_rate", "--learning-rate"),
+        ("save_every", "--save-every"),
+        ("log_every", "--log-every"),
+        ("training_length", "--training-length"),
+    ],
+)
+def test_setting_that_must_be_positive(name: str, flag: str, value: int) -> None:
+    assert refusal(flags={name: value}) == f"{name} is {value}; it must be above 0; change {flag}"
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("position_offset", "--position-offset"),
+        ("warmup_steps", "--warmup-steps"),
+        ("seed", "--seed"),
+        ("weight_decay", "--weight-decay"),
+    ],
+)
+def test_setting_that_must_not_be_negative(name: str, flag: str) -> None:
+    assert getattr(make_settings(flags={name: 0}), name) == 0
+    assert refusal(flags={name: -1}) == f"{name} is -1; it must not be negative; change {flag}"
+
+
+def test_unknown_dtype() -> None:
+    assert refusal(flags={"dtype": "float23"}) == (
+        "unknown dtype 'float23'; did you mean 'float32'? available: auto, bfloat16, float32; change --dtype"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_steps", "many"),
+        ("max_steps", ""),
+        ("seed", "[1]"),
+        ("hidden_size", "wide"),
+        ("num_hidden_layers", "[4]"),
+        ("learning_rate", "3e-3"),  # YAML reads a number here only where it has a point: 3.0e-3
+        ("tie_word_embeddings", "7"),
+    ],
+)
+def test_value_of_the_wrong_type_is_named(tmp_path: Path, key: str, value: str) -> None:
+    message = refusal(config_file=yaml_file(tmp_path, f"{key}: {value}"))
+
+    assert message.startswith("a setting has the wrong type: ")
+    assert key in message
+
+
+@pytest.mark.parametrize("text", ["positional_parameters: [1]", "positional_parameters: {dims: many}", "data: 7"])
+def test_structure_of_the_wrong_type(tmp_path: Path, text: str) -> None:
+    assert refusal(config_file=yaml_file(tmp_path, text)).startswith("a setting has the wrong type: ")
+
+
+def test_config_file_that_is_missing(tmp_path: Path) -> None:
+    message = refusal(config_file=tmp_path / "none.yaml")
+
+    assert message.startswith(f"--config {tmp_path}/none.yaml: not readable as YAML (")
+
+
+@pytest.mark.parametrize("data", [b"a: [1", b"\xff\xfe", b"a: b: c", b"\x00"])
+def test_config_file_that_is_not_yaml(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "c.yaml").write_bytes(data)
+
+    message = refusal(config_file=tmp_path / "c.yaml")
+
+    assert message.startswith(f"--config {tmp_path}/c.yaml: not readable as YAML (")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- max_steps", "list"), ("max_steps", "str"), ("7", "int")])
+def test_config_file_that_holds_no_mapping(tmp_path: Path, text: str, kind: str) -> None:
+    file = yaml_file(tmp_path, text)
+
+    assert refusal(config_file=file) == f"--config {file}: expected a mapping of settings, got {kind}"
