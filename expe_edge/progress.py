@@ -26,6 +26,12 @@ def progress_bar(*columns: str) -> Progress:
     )
 
 
+def note(*lines: str) -> None:
+    """Print lines as they are, beside the progress."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def counted(description: str, total: int) -> Iterator[Any]:
     """Show a bar over `total` items; yields the function to call after each, or with how many have been done."""

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.package.directory import TOKENIZER_FILE
-from expe_edge.text.corpus import Document
+from expe_edge.text.documents import Document
 
 #: Separates documents; opens a text and ends it. Always id 0.
 END_OF_TEXT = "<|endoftext|>"

@@ -39,7 +39,8 @@ from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.positions.parameters import encoding_parameters
-from expe_edge.text.corpus import Corpus, absolute_source, load_corpus
+from expe_edge.progress import note
+from expe_edge.text.corpus import Corpus, absolute_source, describe_skipped, load_corpus
 from expe_edge.text.tokenization import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
 from expe_edge.training.callbacks import SaveOnInterrupt, TrainingProgress
 from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
@@ -118,6 +119,8 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     if resume:
         _require_same(settings, out, (*MODEL_SETTINGS, *START_SETTINGS), "--resume")
     corpus = load_corpus(settings.data, settings.text_field)
+    if state.is_main_process:
+        note(*describe_skipped(corpus.skipped))
     with state.main_process_first():
         tokenizer, dataset = _prepare(corpus, settings, out, start, fresh=state.is_main_process and not resume)
     set_seed(settings.seed)
@@ -223,6 +226,7 @@ def _corpus_record(corpus: Corpus, dataset: WindowDataset) -> dict[str, Any]:
         "sources": list(corpus.sources),
         "training_documents": len(corpus.training),
         "held_out_documents": len(corpus.held_out),
+        "skipped_files": len(corpus.skipped),
         "training_tokens": len(dataset.stream),
     }
 

@@ -15,7 +15,7 @@ from expe_edge.errors import CheckpointError
 from expe_edge.package.directory import read_package, seal_package
 from expe_edge.package.manifest import MANIFEST_FILE
 from expe_edge.runtime import Generator
-from expe_edge.text.corpus import Document
+from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
 from expe_edge.training.run import disk_full_is_an_error
 from tests.command_line import command, invoke, refused, tree, write_text

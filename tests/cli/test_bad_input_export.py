@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from expe_edge.text.corpus import Document
+from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
 from tests.command_line import refused, write_text
 from tests.damage import ENCODINGS, remove, rewrite, set_json

@@ -17,7 +17,7 @@ from expe_edge.package.directory import read_package, seal_package
 from expe_edge.package.manifest import MANIFEST_FILE
 from expe_edge.runtime import Completion, Generator, PackageSession, Sampling
 from expe_edge.runtime.session import Step
-from expe_edge.text.corpus import Document
+from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
 from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
 from tests.conftest import PRECISIONS

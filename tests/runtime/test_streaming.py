@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from expe_edge.runtime.streaming import TextStream
-from expe_edge.text.corpus import Document
+from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import END_OF_TEXT, train_tokenizer
 
 SAMPLE = "The old tree grows over the river. 日本語 😀😀 naïve café. " * 8

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 
 from expe_edge.errors import CorpusError
 from expe_edge.text.corpus import (
-    HELD_OUT_EVERY,
     SHORTEST_DOCUMENT,
     STDLIB_WITH_TESTS,
     Corpus,
-    Document,
     load_corpus,
     read_source,
 )
+from expe_edge.text.documents import HELD_OUT_EVERY, Document
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 
@@ -193,12 +192,25 @@ def test_name_of_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-@pytest.mark.parametrize("content", [{}, {"short.txt": b"short"}, {"picture.png": b"x" * 200}], ids=str)
-def test_no_text(tmp_path: Path, content: dict[str, bytes]) -> None:
+@pytest.mark.parametrize(
+    ("content", "unread"),
+    [
+        ({}, ""),
+        ({"short.txt": b"short"}, ""),
+        ({"picture.png": b"x" * 200}, "; not read, suffix .png: {folder}/picture.png"),
+        (
+            {f"{n}.bin": b"x" for n in range(5)},
+            "; not read, suffix .bin: {folder}/0.bin, {folder}/1.bin, {folder}/2.bin and 2 more",
+        ),
+    ],
+    ids=str,
+)
+def test_no_text(tmp_path: Path, content: dict[str, bytes], unread: str) -> None:
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
 
-    assert refusal(tmp_path) == f"--data {tmp_path}: no text of at least 64 characters in it"
+    nothing = f"--data {tmp_path}: no text of at least 64 characters in it"
+    assert refusal(tmp_path) == nothing + unread.format(folder=tmp_path)
     assert refusal(tmp_path / "*.txt") == f"--data {tmp_path}/*.txt: no text of at least 64 characters in it"
 
 
@@ -209,23 +221,17 @@ def test_second_source_without_text_is_named(text_folder: Path, tmp_path: Path) 
     assert str(caught.value) == f"--data {tmp_path}: no text of at least 64 characters in it"
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["{broken", '{"body": "b"}', '["text"]', '"text"', "7", "null"],
-    ids=["cut", "field", "list", "str", "int", "null"],
-)
-def test_bad_json_line(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "lines.jsonl"
-    file.write_text(json.dumps({"text": long_text("fine")}) + f"\n{line}\n", encoding="utf-8")
-
-    assert refusal(file) == (f"--data {file}: line 2 is not a JSON object with a 'text' field; set --text-field")
+@pytest.mark.parametrize("source", ["", " "])
+def test_a_source_without_a_name(source: str) -> None:
+    with pytest.raises(CorpusError, match=r"^--data is empty; name a file, a folder or a dataset$"):
+        load_corpus([source])
 
 
-def test_json_line_with_half_a_surrogate_pair(tmp_path: Path) -> None:
-    file = tmp_path / "lines.jsonl"
-    file.write_text(f'{{"text": "{long_text("half")}\\ud83d"}}\n', encoding="utf-8")
+def test_files_of_a_folder_that_were_not_read_are_known(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(long_text("a"), encoding="utf-8")
+    (tmp_path / "a.png").write_bytes(b"png")
 
-    assert refusal(file).startswith(f"--data {file}: line 1 ")
+    assert [(one.path.name, one.reason) for one in load_corpus([str(tmp_path)]).skipped] == [("a.png", "suffix .png")]
 
 
 def test_missing_parquet_column(tmp_path: Path) -> None:
