@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Result = TypeVar("Result")
 
 #: Reports go to standard output, progress to standard error, so that a pipe carries results alone.
 console = Console(stderr=True)
@@ -24,6 +28,21 @@ def progress_bar(*columns: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def interruptible(description: str, work: Callable[[], Result]) -> Result:
+    """Return what `work` returns, with a spinner, and end at Ctrl-C even within a library that does not look for it."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # whatever it is, it is raised where the result is waited for
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    with console.status(description):
+        return future.result()
 
 
 def note(*lines: str) -> None:

@@ -55,6 +55,8 @@ class Generator:
     def encode(self, prompt: Prompt) -> Ids:
         """Return the ids of a prompt, (T,) int64. Text is opened by the end-of-text token, as documents were.
 
+        A prompt of ids may hold control tokens; one of text that spells them is text.
+
         Raises:
             GenerationError: an empty prompt, or ids outside the vocabulary.
         """
@@ -73,14 +75,14 @@ class Generator:
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         cache_length: int | None = None,
         completion: Completion | None = None,
     ) -> Iterator[str]:
         """Yield the text that follows `prompt`, piece by piece, never part of a character.
 
         Args:
-            stop: strings that end the text, themselves left out.
+            stop: a string that ends the text, or several; themselves left out.
             cache_length: tokens to reserve a cache for; None for as many as prompt and new tokens need.
             completion: filled in on the way where given.
         """
@@ -104,7 +106,7 @@ class Generator:
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         cache_length: int | None = None,
     ) -> list[Completion]:
         """Complete all `prompts`: each is prefilled by itself, then all decode together, one step for the batch.
@@ -150,7 +152,7 @@ class Row:
     """One sequence being generated: its sampler, its text, its completion."""
 
     def __init__(
-        self, generator: Generator, ids: Ids, sampling: Sampling, stop: Sequence[str], result: Completion
+        self, generator: Generator, ids: Ids, sampling: Sampling, stop: str | Sequence[str], result: Completion
     ) -> None:
         self.ids, self.result, self.end_of_text = ids, result, generator.end_of_text
         self.sampler = Sampler(sampling, ids, generator.session.contract.vocab_size)
@@ -211,4 +213,5 @@ def _load_tokenizer(session: PackageSession) -> Tokenizer:
             f"{path} has {tokenizer.get_vocab_size()} tokens, the model's vocabulary {session.contract.vocab_size}; "
             "they do not belong together, export again"
         )
+    tokenizer.encode_special_tokens = True  # text is text, whatever it spells
     return tokenizer

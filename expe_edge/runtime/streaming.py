@@ -11,12 +11,15 @@ from tokenizers.decoders import DecodeStream
 class TextStream:
     """Turns tokens into pieces of text that are safe to print.
 
+    stop: a string that ends the text, or several.
+
     Attributes:
         stopped: whether a stop string has been met; the text ends before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(text for text in stop if text)
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+        stops = (stop,) if isinstance(stop, str) else stop
+        self.tokenizer, self.stop = tokenizer, tuple(text for text in stops if text)
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.tokens: list[int] = []
         self.decoded = 0  # characters taken from the decoder

@@ -1,7 +1,11 @@
-"""Tokens: byte-level BPE trained on the corpus, or plain bytes, in the `tokenizers` format that every client reads."""
+"""Tokens: byte-level BPE trained on the corpus, or plain bytes, in the `tokenizers` format that every client reads.
+
+Text is text: where a document spells the separator, it is encoded by its characters. The code alone adds separators.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.package.directory import TOKENIZER_FILE
+from expe_edge.progress import interruptible
 from expe_edge.text.documents import Document
 
 #: Separates documents; opens a text and ends it. Always id 0.
 END_OF_TEXT = "<|endoftext|>"
+#: Characters of a word beyond which training a tokenizer breaks it.
+LONGEST_WORD = 256
+_LONG_WORD = re.compile("|".join(rf"{kind}{{{LONGEST_WORD}}}(?={kind})" for kind in (r"\w", r"[^\w\s]", r"\s")))
 #: 256 bytes and the separator.
 BYTE_VOCABULARY = 257
 
@@ -36,10 +44,21 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    texts = [bounded_words(document.text) for document in documents]
+    interruptible("training the tokenizer", lambda: tokenizer.train_from_iterator(texts, trainer))
     separator = (END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
     tokenizer.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[separator])
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def bounded_words(text: str) -> str:
+    """Return text whose runs of letters, of signs and of spaces are broken after `LONGEST_WORD` characters.
+
+    Pairs are merged within such runs, and the trainer's time grows with the square of their length: it stands still at
+    text without spaces. What a tokenizer encodes later may be as long as it likes.
+    """
+    return _LONG_WORD.sub(r"\g<0>\n", text)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -48,9 +67,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{directory}: no {TOKENIZER_FILE} in it")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[npt.NDArray[np.int32]]:

@@ -307,6 +307,25 @@ def test_ends_before_a_stop_string(any_generator: Generator) -> None:
     assert len(completion.tokens) < 40
 
 
+def test_one_stop_string_is_not_taken_for_its_letters(any_generator: Generator) -> None:
+    whole = any_generator.generate(["the"], max_new_tokens=24)[0].text
+    stop = whole[4:9]
+
+    for completion in (
+        any_generator.generate(["the"], max_new_tokens=24, stop=stop)[0],
+        any_generator.generate(["the"], max_new_tokens=24, stop=[stop])[0],
+    ):
+        assert completion.text == whole.partition(stop)[0]
+    assert "".join(any_generator.stream("the", max_new_tokens=24, stop=stop)) == whole.partition(stop)[0]
+
+
+def test_the_name_of_a_control_token_is_text(generator: Generator) -> None:
+    ids = generator.encode("a<|endoftext|>b")
+
+    assert list(ids).count(0) == 1  # the one that opens every text
+    assert generator.tokenizer.decode(list(ids)) == "a<|endoftext|>b"
+
+
 def test_text_that_might_have_begun_a_stop_string_comes_at_the_end(any_generator: Generator) -> None:
     (whole,) = any_generator.generate(["the tree"], max_new_tokens=40)
     stop = whole.text[-3:] + "!"

@@ -16,6 +16,8 @@ from expe_edge.text.corpus import Document, load_corpus
 from expe_edge.text.tokenization import (
     BYTE_VOCABULARY,
     END_OF_TEXT,
+    LONGEST_WORD,
+    bounded_words,
     encode_documents,
     load_tokenizer,
     token_byte_lengths,
@@ -25,8 +27,8 @@ from expe_edge.text.tokenization import (
 #: Plain bytes, and byte-level BPE with merges inside words and inside characters.
 VOCABULARIES = (BYTE_VOCABULARY, 270, 330)
 SAMPLE = "The quick brown fox jumps over the lazy dog. Ελληνικά, 日本語, עברית, 😀😀 naïve café. " * 8
-#: Any text that UTF-8 can write, save the separator itself.
-UNICODE = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: END_OF_TEXT not in text)
+#: Any text that UTF-8 can write, the separator's name among it.
+UNICODE = st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3).map(END_OF_TEXT.join)
 
 
 @cache
@@ -104,7 +106,36 @@ def test_separator_is_token_0_and_no_text(vocab_size: int) -> None:
 
     assert tokenizer.token_to_id(END_OF_TEXT) == 0
     assert token_byte_lengths(tokenizer)[0] == 0
-    assert tokenizer.encode(END_OF_TEXT, add_special_tokens=False).ids == [0]
+    assert tokenizer.decode([0], skip_special_tokens=False) == END_OF_TEXT
+
+
+def test_the_name_of_the_separator_is_text_like_any_other(tmp_path: Path) -> None:
+    tokenizer_of(330).save(str(tmp_path / "tokenizer.json"))
+
+    for tokenizer in (tokenizer_of(330), load_tokenizer(tmp_path)):
+        ids = encode(tokenizer, f"a{END_OF_TEXT}b")
+        assert list(ids[1:]).count(0) == 0
+        assert tokenizer.decode(list(ids)) == f"a{END_OF_TEXT}b"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("語" * 600, ["語" * LONGEST_WORD, "語" * LONGEST_WORD, "語" * (600 - 2 * LONGEST_WORD)]),
+        ("=" * 257, ["=" * LONGEST_WORD, "="]),
+        (" " * 257, [" " * LONGEST_WORD, " "]),
+        ("a" * LONGEST_WORD + "=" * LONGEST_WORD + "b", ["a" * LONGEST_WORD + "=" * LONGEST_WORD + "b"]),
+        (SAMPLE * 10, [SAMPLE * 10]),
+    ],
+    ids=["letters", "signs", "spaces", "both", "words"],
+)
+def test_words_that_a_tokenizer_is_trained_on_are_bounded(text: str, expected: list[str]) -> None:
+    assert bounded_words(text).split("\n") == expected
+
+
+def test_failures_of_the_trainer_are_raised() -> None:
+    with pytest.raises(TypeError):
+        train_tokenizer([Document("a", SAMPLE)], 300.5)  # type: ignore[arg-type]
 
 
 def test_documents_are_encoded_in_order() -> None:
