@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "calibration": ("graph", "model.config", "positions", "quant", "text", "package"),
     "quality": ("runtime", "text", "package", "training.checkpoint"),
     "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
-    "cli": ("calibration", "export", "quality", "runtime", "training", "package", "quant"),
+    "cli": ("calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
     "__main__": ("cli",),
 }
 #: Folders that the base install must be able to run, or that must stay arithmetic; what they may import of others.

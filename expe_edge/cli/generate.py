@@ -12,12 +12,13 @@ import click
 
 from expe_edge.cli.output import PATH
 from expe_edge.errors import GenerationError
+from expe_edge.text.documents import decoded
 
 
 @click.command(short_help="Continue a text with a package.")
 @click.argument("package", type=PATH)
 @click.option("--prompt", help="Text to continue.")
-@click.option("--prompt-file", type=PATH, help="File that holds it; without either, standard input.")
+@click.option("--prompt-file", type=PATH, help="File that holds it; - or neither for standard input.")
 @click.option("--max-new-tokens", default=256, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="Keep the k best tokens; 0 for all.")
@@ -72,14 +73,10 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are no text
             raise GenerationError("--prompt: not UTF-8 text")
         return prompt
-    if prompt_file is None:
-        try:
-            return "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise GenerationError("standard input: not UTF-8 text") from error
+    if prompt_file is None or str(prompt_file) == "-":
+        nothing = sys.stdin is None or sys.stdin.isatty()  # None where it was closed
+        return "" if nothing else decoded("standard input", sys.stdin.buffer.read())
     try:
-        return prompt_file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise GenerationError(f"--prompt-file {prompt_file}: not UTF-8 text") from error
+        return decoded(f"--prompt-file {prompt_file}", prompt_file.read_bytes())
     except OSError as error:
         raise GenerationError(f"--prompt-file {prompt_file}: {error.strerror}") from error

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -18,9 +21,14 @@ from expe_edge.cli.sensitivity import sensitivity
 from expe_edge.cli.train import train
 from expe_edge.errors import ExPEEdgeError
 
-#: Exit codes: bad input, and Ctrl-C (128 + SIGINT).
+#: Exit codes: a fault of ours, bad input, and Ctrl-C (128 + SIGINT).
+INTERNAL = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+#: Set to anything, it lets a fault of ours end in its traceback.
+DEBUG = "EXPE_EDGE_DEBUG"
+#: Characters of its message that one line shows otherwise.
+LONGEST_REASON = 300
 
 
 class CleanGroup(click.Group):
@@ -42,6 +50,17 @@ class CleanGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if os.environ.get(DEBUG):
+                raise
+            reason = " ".join(str(error).split())[:LONGEST_REASON]
+            click.echo(
+                f"Error: {type(error).__name__}: {reason}; a fault of expe-edge, {DEBUG}=1 shows where",
+                err=True,
+            )
+            sys.exit(INTERNAL)
 
     def _fail(self, message: str) -> NoReturn:
         click.echo(f"Error: {message}", err=True)
@@ -52,11 +71,22 @@ def _extra_for(ctx: click.Context) -> str:
     return "export" if ctx.invoked_subcommand in ("export", "quantize", "sensitivity") else "train"
 
 
+def prepare_streams() -> None:
+    """Let output go nowhere where a standard stream is closed, and replace what a terminal's encoding cannot show."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # for as long as the process lives
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 @click.group(cls=CleanGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="expe-edge")
 def main() -> None:
     """Small language models with ExPE positions: train, export to int8 ONNX, generate and compare far past the
     training length."""
+    prepare_streams()
 
 
 for command in (train, export, quantize, sensitivity, inspect, generate, compare):

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from expe_edge.errors import GenerationError
 
 Scores = npt.NDArray[np.float32]
+#: Penalties beyond act as these, so that no penalized score leaves float32.
+LEAST_PENALTY, MOST_PENALTY = 1e-30, 1e30
 #: Best tokens that top-p looks among before it sorts them all.
 NUCLEUS_GUESS = 64
 
@@ -68,14 +70,24 @@ class Sampler:
         return token
 
     def _draw(self, logits: Scores) -> int:
-        scores = filter_scores(logits / np.float32(self.sampling.temperature), self.sampling)
+        scores = filter_scores(cooled(logits, self.sampling.temperature), self.sampling)
         kept = np.flatnonzero(scores > -np.inf)
         reached = np.cumsum(softmax(scores[kept]), dtype=np.float64)
         return int(kept[np.searchsorted(reached, self.random.random() * reached[-1], side="right")])
 
 
+def cooled(logits: Scores, temperature: float) -> Scores:
+    """Return `logits` (V,) over a temperature above 0; less the best of them where float32 could not hold it."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scores: Scores = logits / np.float32(temperature)
+        if not np.isfinite(scores).all():
+            scores = ((logits.astype(np.float64) - logits.max()) / temperature).astype(np.float32)
+    return scores
+
+
 def penalize(logits: Scores, seen: npt.NDArray[np.bool_], penalty: float) -> Scores:
     """Return `logits` (V,) with the scores of `seen` tokens lowered."""
+    penalty = min(max(penalty, LEAST_PENALTY), MOST_PENALTY)
     return np.where(seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -123,11 +123,11 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
             with _open(path) as lines:
                 yield from _json_lines(path, lines, text_field)
         elif suffix == ".json":
-            yield from _json(path, _decoded(path, _content(path)), text_field)
+            yield from _json(path, decoded(path, _content(path)), text_field)
         elif suffix == ".parquet":
             yield from _parquet(path, text_field)
         else:
-            yield Document(str(path), _decoded(path, _content(path)))
+            yield Document(str(path), decoded(path, _content(path)))
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise CorpusError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -149,8 +149,12 @@ def _content(path: Path) -> bytes:
         return file.read()
 
 
-def _decoded(where: object, content: bytes) -> str:
-    """Return bytes as text, line ends as \\n."""
+def decoded(where: object, content: bytes) -> str:
+    """Return bytes as text: UTF-8, or what a byte order mark says, without the mark and with line ends as \\n.
+
+    Raises:
+        NotTextError: bytes that are no such text; `where` they are from.
+    """
     encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -166,7 +170,7 @@ def _json_lines(path: Path, lines: Iterable[bytes], text_field: str) -> Iterator
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}: line {number}"
-            yield Document(f"{path}:{number}", _field(where, _parsed(where, _decoded(path, line)), text_field))
+            yield Document(f"{path}:{number}", _field(where, _parsed(where, decoded(path, line)), text_field))
 
 
 def _json(path: Path, text: str, text_field: str) -> Iterator[Document]:
@@ -230,6 +234,6 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
         for value in batch.column(0).to_pylist():
             if value is None:
                 raise NotTextError(f"{path}: row {row}", f"{text_field!r} is null, not text")
-            text = value if isinstance(value, str) else _decoded(f"{path}: row {row}", value)
+            text = value if isinstance(value, str) else decoded(f"{path}: row {row}", value)
             yield Document(f"{path}:{row}", text)
             row += 1

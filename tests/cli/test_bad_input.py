@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from expe_edge.runtime import Generator
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
 from expe_edge.training.run import disk_full_is_an_error
-from tests.command_line import command, invoke, refused, tree, write_text
+from tests.command_line import command, invoke, refused, succeed, tree, write_text
 from tests.damage import remove, rewrite, set_json
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -134,11 +136,66 @@ def test_generate_options_out_of_range(packages: Path, options: list[str], messa
     assert refused("generate", packages / "float32", "--prompt", "the", *options) == message
 
 
+@pytest.mark.parametrize("content", [b"a\nb", b"\xef\xbb\xbfa\r\nb", "a\rb".encode("utf-16")])
+def test_a_prompt_is_the_same_from_wherever_it_comes(packages: Path, content: bytes) -> None:
+    package, options = packages / "float32", ("--max-new-tokens", 8, "--json")
+    expected = json.loads(succeed("generate", package, "--prompt", "a\nb", *options).stdout)
+    Path("prompt").write_bytes(content)
+
+    for source, stdin in ((("--prompt-file", "prompt"), b""), (("--prompt-file", "-"), content), ((), content)):
+        found = json.loads(succeed("generate", package, *source, *options, stdin=stdin).stdout)
+        assert (found["prompt"], found["tokens"]) == ("a\nb", expected["tokens"])
+
+
+def run_with(redirections: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the command line under a shell that redirects its streams."""
+    line = shlex.join(command(*arguments)) + redirections
+    return subprocess.run(["bash", "-c", line], capture_output=True, env={**os.environ, **environment}, check=False)
+
+
+def test_text_that_the_terminal_cannot_show_is_replaced(packages: Path) -> None:
+    prompt = ("--prompt", "café", "--temperature", 3, "--seed", 5, "--max-new-tokens", 64)
+    done = run_with("", "generate", packages / "float32", *prompt, PYTHONIOENCODING="cp1252")
+    whole = run_with("", "generate", packages / "float32", *prompt, PYTHONIOENCODING="utf-8").stdout.decode()
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "\ufffd" in whole
+    assert done.stdout == whole.encode("cp1252", errors="replace")
+
+
+@pytest.mark.parametrize("closed", [" >&-", " 2>&-", " >&- 2>&-"])
+def test_output_that_is_closed_goes_nowhere(packages: Path, closed: str) -> None:
+    done = run_with(closed, "generate", packages / "float32", "--prompt", "the", "--max-new-tokens", 2)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_standard_input_that_is_closed_is_an_empty_prompt(packages: Path) -> None:
+    done = run_with(" <&-", "generate", packages / "float32")
+
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"Error: the prompt is empty; ")
+
+
+def test_a_fault_of_ours_is_one_line_and_a_traceback_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setattr("expe_edge.cli.inspect.require_writable", broken)
+    monkeypatch.delenv("EXPE_EDGE_DEBUG", raising=False)
+    result = invoke("inspect", "anything")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: ZeroDivisionError: a b; a fault of expe-edge, EXPE_EDGE_DEBUG=1 shows where\n"
+
+    monkeypatch.setenv("EXPE_EDGE_DEBUG", "1")
+    assert isinstance(invoke("inspect", "anything").exception, ZeroDivisionError)
+
+
 def test_prompt_file_that_cannot_be_read(packages: Path) -> None:
     Path("latin.txt").write_bytes(b"caf\xe9")
 
     assert refused("generate", packages / "float32", "--prompt-file", "latin.txt") == (
-        "--prompt-file latin.txt: not UTF-8 text"
+        "--prompt-file latin.txt: not UTF-8 text (unexpected end of data at byte 3)"
     )
     assert refused("generate", packages / "float32", "--prompt-file", "gone.txt") == (
         "--prompt-file gone.txt: No such file or directory"
@@ -146,9 +203,9 @@ def test_prompt_file_that_cannot_be_read(packages: Path) -> None:
     assert refused("generate", packages / "float32", "--prompt-file", ".") == "--prompt-file .: Is a directory"
 
 
-@pytest.mark.parametrize("data", [b"caf\xe9", b"\xff\xfe"])
+@pytest.mark.parametrize("data", [b"caf\xe9", b"\xffa"])
 def test_prompt_on_standard_input_that_is_not_utf8(packages: Path, data: bytes) -> None:
-    assert refused("generate", packages / "float32", stdin=data).endswith(" not UTF-8 text")
+    assert refused("generate", packages / "float32", stdin=data).startswith("standard input: not UTF-8 text (")
 
 
 @pytest.mark.parametrize("options", [[], ["--prompt", "caf\udce9"]], ids=["stdin", "argument"])
@@ -164,7 +221,7 @@ def test_prompt_that_is_not_utf8_where_the_locale_lets_bytes_through(packages: P
     )
 
     assert (done.returncode, done.stdout) == (2, b""), done.stderr
-    assert re.fullmatch(rb"Error: [^\n]+ not UTF-8 text\n", done.stderr)
+    assert re.fullmatch(rb"Error: [^\n]+ not UTF-8 text[^\n]*\n", done.stderr)
 
 
 # Compare

@@ -142,6 +142,25 @@ def test_likeliest_token_always_remains(seed: int, top_k: int, top_p: float, min
 # Drawing
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-40, 1e-38, 1e-30])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1e300}])
+def test_next_to_no_temperature_is_greedy(temperature: float, filters: dict[str, Any]) -> None:
+    logits = np.random.default_rng(0).normal(0, 5, 50).astype(np.float32)
+    prompt = np.array([7])
+    with np.errstate(all="raise", under="ignore"):
+        cold = Sampler(Sampling(temperature=temperature, seed=0, **filters), prompt, 50).choose(logits)
+    greedy = Sampler(Sampling(repetition_penalty=filters.get("repetition_penalty", 1.0)), prompt, 50).choose(logits)
+    assert cold == greedy
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e300}, {"temperature": 1.0, "repetition_penalty": 1e300}])
+def test_settings_without_measure_draw_some_token_without_a_warning(settings: dict[str, float]) -> None:
+    sampler = Sampler(Sampling(seed=0, **settings), np.array([7]), 50)
+    with np.errstate(all="raise", under="ignore"):
+        drawn = {sampler.choose(np.linspace(-9, 9, 50, dtype=np.float32)) for _ in range(20)}
+    assert 7 not in drawn or "repetition_penalty" not in settings
+
+
 def test_without_temperature_the_likeliest_token_is_chosen() -> None:
     for seed in range(20):
         logits = random_logits(seed)
