@@ -72,7 +72,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range

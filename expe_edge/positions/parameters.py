@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,46 @@ WHERE = ("key", "query_key", "query_key_value", "embedding")
 HOW = ("override", "add")
 #: How the slopes of the heads begin: as ALiBi's, at zero, or as the random weights give them.
 SLOPES = ("alibi", "zero", "random")
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def all_are(kind: Callable[[object], bool], values: object) -> bool:
+    """Tell whether `values` is a tuple of nothing else."""
+    return isinstance(values, tuple) and all(map(kind, values))
+
+
+#: What the values of a setting must be, by the annotation of its field, in words and as a test.
+KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "bool": ("true or false", lambda value: type(value) is bool),
+    "int": ("a whole number", lambda value: type(value) is int),
+    "float": ("a number", is_number),
+    "str": ("text", lambda value: isinstance(value, str)),
+    "float | tuple[float, ...]": (
+        "a number, or a list of numbers",
+        lambda value: is_number(value) or all_are(is_number, value),
+    ),
+    "tuple[str, ...]": ("text, or a list of it", lambda value: all_are(lambda item: isinstance(item, str), value)),
+    "Mapping[str, Any]": ("a mapping", lambda value: isinstance(value, Mapping)),
+}
+
+
+def require_kinds(settings: Any, flag: Callable[[str], str] | None = None) -> None:
+    """Raise `ConfigError` unless every field of a dataclass holds what its annotation says; others are left alone.
+
+    flag: names the option that sets a field.
+    """
+    for field in dataclasses.fields(settings):
+        value, annotation = getattr(settings, field.name), str(field.type)
+        if value is None and annotation.endswith(" | None"):
+            continue
+        words, holds = KINDS.get(annotation.removesuffix(" | None"), ("", None))
+        if holds is not None and not holds(value):
+            change = f"; change {flag(field.name)}" if flag else ""
+            raise ConfigError(f"{field.name} is {value!r}; it must be {words}{change}")
 
 
 def require_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -52,6 +92,12 @@ class NoParameters:
 
     #: The largest number of positions the encoding can represent exactly.
     reach: ClassVar[int] = FLOAT32_EXACT
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+        require_kinds(self)
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any], training_length: int) -> dict[str, Any]:
@@ -115,16 +161,13 @@ class ExPEParameters(NoParameters):
     slopes: str | tuple[float, ...] = "random"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(dims=self.dims)
         require_choice("where", self.where, WHERE)
         require_choice("how", self.how, HOW)
-        for name in ("start", "step", "slopes"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
         if isinstance(self.slopes, str):
             require_choice("slopes", self.slopes, SLOPES)
-        elif not isinstance(self.slopes, tuple) or not all(type(slope) in (int, float) for slope in self.slopes):
+        elif not all_are(lambda slope: type(slope) in (int, float), self.slopes):
             raise ConfigError(f"slopes is {self.slopes!r}; give {', '.join(SLOPES)}, or a list of one number a head")
         if self.slopes != "random" and self.where not in ("key", "query_key"):
             raise ConfigError(f"slopes is {self.slopes!r}, which needs where: key or query_key, not {self.where}")
@@ -266,6 +309,7 @@ class ExQPEParameters(ExPEParameters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(limbs=self.limbs, limb_bits=self.limb_bits)
         if self.dims % self.limbs:
             raise ConfigError(f"dims is {self.dims}, which {self.limbs} limbs do not divide; change dims or limbs")
         if not self.code.int8_reach:

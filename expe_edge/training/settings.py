@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from expe_edge.errors import CheckpointError, ConfigError, unknown_name
-from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters, require_kinds
 from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
 DTYPES = ("auto", "float32", "bfloat16")
 #: Settings, corpus and loss history of a run, beside the model.
 TRAINING_FILE = "training.json"
 
+#: Settings that must be above 0 where they are given, and those that must not be below.
+POSITIVE = (
+    *("max_steps", "batch_size", "learning_rate", "save_every", "log_every", "training_length", "vocab_size"),
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
+NOT_NEGATIVE = ("position_offset", "warmup_steps", "seed", "weight_decay", "max_grad_norm")
+#: The largest that NumPy's generator takes, as transformers seeds it.
+LARGEST_SEED = 2**32 - 1
+#: A number that YAML 1.1 takes for text: an exponent without a sign or a point.
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 #: What differs from the settings of the checkpoint that a fine-tuning run starts from.
 FINE_TUNING: dict[str, Any] = {
     "max_steps": 100,
@@ -85,21 +96,17 @@ class TrainSettings:
     distillation: bool = _setting(True, "Quantization-aware: match what --from predicts, not the text.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) else tuple(self.data))
-        self._require_types()
-        for name in (
-            "max_steps",
-            "batch_size",
-            "learning_rate",
-            "save_every",
-            "log_every",
-            "training_length",
-        ):
-            if getattr(self, name) <= 0:
+        data = (self.data,) if isinstance(self.data, str) else self.data
+        object.__setattr__(self, "data", tuple(data) if isinstance(data, list) else data)
+        require_kinds(self, _flag)
+        for name in POSITIVE:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0; change {_flag(name)}")
-        for name in ("position_offset", "warmup_steps", "seed", "weight_decay"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative; change {_flag(name)}")
+        if self.seed > LARGEST_SEED:
+            raise ConfigError(f"seed is {self.seed}; at most {LARGEST_SEED}; change --seed")
         if self.dtype not in DTYPES:
             raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change --dtype")
         encoding_parameters(self.positional, self.positional_parameters)
@@ -113,17 +120,6 @@ class TrainSettings:
     def rounding(self) -> WeightRounding | None:
         """What weights are rounded to in training; None where they are not."""
         return WeightRounding(self.quantization_aware, self.block_size) if self.quantization_aware is not None else None
-
-    def _require_types(self) -> None:
-        """Raise `TypeError` for a value of another kind than its default; YAML reads 3e-3 as text, for one."""
-        for setting in dataclasses.fields(self):
-            value, default = getattr(self, setting.name), setting.default
-            if default is None and value is not None and type(value) is not setting.metadata["kind"]:
-                raise TypeError(f"{setting.name} is {value!r}, not {setting.metadata['kind'].__name__}")
-            allowed = (int, float) if isinstance(default, float) else type(default)
-            wrong = not isinstance(value, allowed) or isinstance(value, bool) is not isinstance(default, bool)
-            if isinstance(default, bool | int | float | str) and wrong:
-                raise TypeError(f"{setting.name} is {value!r}, not {type(default).__name__}")
 
 
 #: What differs from `tiny` in the other presets.
@@ -160,7 +156,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    special = next(
+        (field.metadata.get("flag") for field in dataclasses.fields(TrainSettings) if field.name == name), None
+    )
+    return special or "--" + name.replace("_", "-").removesuffix("s" if name == "positional_parameters" else "")
 
 
 def make_settings(
@@ -185,20 +184,31 @@ def make_settings(
     for name in merged:
         if name not in known:
             raise ConfigError(unknown_name("config key", name, known))
-    try:
-        return TrainSettings(**merged)
-    except TypeError as error:
-        raise ConfigError(f"a setting has the wrong type: {error}") from error
+    return TrainSettings(**merged)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a flat YAML mapping of settings."""
+    """Read a YAML mapping of settings: keys are text and stand once; 1e-3 is a number, as in YAML 1.2."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for place, key in enumerate(keys):
+                line = node.value[place][0].start_mark.line + 1
+                if not isinstance(key, str):
+                    raise ConfigError(f"--config {path}: line {line}: the key {key!r} is no text; write it in quotes")
+                if key in keys[:place]:
+                    raise ConfigError(f"--config {path}: line {line}: {key} stands there twice; keep one")
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}  # noqa: S506  # a safe loader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: not readable as YAML ({str(error).splitlines()[0]})") from error
+    except RecursionError as error:
+        raise ConfigError(f"--config {path}: nested too deeply") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected a mapping of settings, got {type(values).__name__}")
     return values

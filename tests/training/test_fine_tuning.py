@@ -271,7 +271,7 @@ REFUSALS = {
 def test_settings_refuse_what_cannot_be_rounded_to() -> None:
     with pytest.raises(ConfigError, match="unknown quantization-aware precision 'int3-weight'"):
         TrainSettings(from_checkpoint="somewhere", quantization_aware="int3-weight")
-    with pytest.raises(ConfigError, match="a setting has the wrong type: quantization_aware is 4, not str"):
+    with pytest.raises(ConfigError, match="quantization_aware is 4; it must be text; change --quantization-aware"):
         make_settings(flags={"from_checkpoint": "somewhere", "quantization_aware": 4})
 
 
