@@ -6,6 +6,7 @@ import signal
 import time
 from typing import Any
 
+import torch
 from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -34,6 +35,31 @@ class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers pu
     def on_step_end(self, _: TrainingArguments, __: TrainerState, control: TrainerControl, **___: Any) -> None:
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+
+
+class SettingsWin(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types
+    """Lets a run that goes on follow its settings, not those its checkpoint brings: rate, schedule, decay.
+
+    The schedule is that of the whole run as it is now asked for, from the step where it stands.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        *_: Any,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
+        **__: Any,
+    ) -> None:
+        rates = []
+        for group, decay, factor in zip(
+            optimizer.param_groups, (args.weight_decay, 0.0), lr_scheduler.lr_lambdas, strict=True
+        ):
+            rate = args.learning_rate * factor(lr_scheduler.last_epoch)
+            group |= {"weight_decay": decay, "initial_lr": args.learning_rate, "lr": rate}
+            rates.append(rate)
+        lr_scheduler.base_lrs = [args.learning_rate] * len(rates)
+        lr_scheduler._last_lr = rates
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError
-from expe_edge.training.run import WindowDataset, stored_settings, train
+from expe_edge.training.run import train
+from expe_edge.training.settings import stored_settings
+from expe_edge.training.trainer import WindowDataset
 from tests.small import small_settings
 
 

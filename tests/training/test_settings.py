@@ -10,8 +10,7 @@ import pytest
 
 from expe_edge.errors import ConfigError
 from expe_edge.positions.parameters import encoding_parameters
-from expe_edge.training.run import stored_settings
-from expe_edge.training.settings import PRESETS, TrainSettings, make_settings
+from expe_edge.training.settings import PRESETS, TrainSettings, make_settings, stored_settings
 from tests.small import small_settings
 
 KEYS = ", ".join(sorted(field.name for field in dataclasses.fields(TrainSettings)))

@@ -1,0 +1,125 @@
+"""What a run has written of itself, and whether another may go on from it or take its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.positions.parameters import encoding_parameters
+from expe_edge.text.corpus import absolute_source
+from expe_edge.training.rounding import explicit_rounding
+from expe_edge.training.settings import TRAINING_FILE, TrainSettings, stored_settings
+
+#: Where Trainer keeps what resuming needs.
+TRAINER_DIRECTORY = "trainer"
+#: Settings that the weights of a run depend on.
+MODEL_SETTINGS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "tie_word_embeddings", "positional", "positional_parameters", "training_length"),
+)
+#: What a run starts from, what its weights are rounded to, and what they learn.
+START_SETTINGS = ("from_checkpoint", "quantization_aware", "block_size", "distillation")
+#: What its sequences are. The rest may change when it goes on: rates, decay, steps, intervals.
+STREAM_SETTINGS = ("data", "text_field", "position_offset", "batch_size", "seed")
+#: Files of a checkpoint that torch writes, as zip archives.
+TORCH_FILES = ("optimizer.pt", "scheduler.pt")
+
+
+def explicit(settings: TrainSettings) -> TrainSettings:
+    """Return settings that mean the same wherever and by whatever release they are read again."""
+    rounding = explicit_rounding(settings.rounding)
+    start = settings.from_checkpoint
+    parameters = encoding_parameters(settings.positional, settings.positional_parameters, settings.training_length)
+    return dataclasses.replace(
+        settings,
+        positional_parameters=parameters.to_dict(),
+        data=tuple(map(absolute_source, settings.data)),
+        from_checkpoint=None if start is None else str(Path(start).absolute()),
+        block_size=None if rounding is None else rounding.block_size,
+    )
+
+
+def require_same(settings: TrainSettings, run: Path, names: Sequence[str], option: str) -> None:
+    """Raise `ConfigError` where settings of those names are not as the run recorded them.
+
+    option: that asks to go on from the run.
+    """
+    recorded = TrainSettings(**stored_settings(run))
+    stored, asked = (json.loads(json.dumps(dataclasses.asdict(explicit(each)))) for each in (recorded, settings))
+    for name in names:
+        if stored[name] != asked[name]:
+            raise ConfigError(
+                f"{name} is {asked[name]}, but {stored[name]} in the run of {run}; drop the option, or {option}"
+            )
+
+
+def stream_digest(stream: npt.NDArray[np.int32]) -> str:
+    """Return the sha256 of a token stream (tokens,)."""
+    return hashlib.sha256(stream.tobytes()).hexdigest()
+
+
+def require_same_stream(stream: npt.NDArray[np.int32], run: Path) -> None:
+    """Raise `ConfigError` where the run was trained on other tokens; runs of earlier releases did not record theirs."""
+    record = json.loads((run / TRAINING_FILE).read_text(encoding="utf-8"))
+    if record.get("stream", stream_digest(stream)) != stream_digest(stream):
+        raise ConfigError(
+            f"the text of {run} has changed since its run began; bring it back, or start anew with --force"
+        )
+
+
+def last_checkpoint(run: Path) -> tuple[Path, list[str]]:
+    """Return the newest whole checkpoint of a run, and a line for each newer one that is not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    damaged: list[str] = []
+    for path in sorted((run / TRAINER_DIRECTORY).glob("checkpoint-*"), key=_step, reverse=True):
+        faults = list(_faults(path))
+        if not faults:
+            return path, damaged
+        damaged.append(f"{path}: {', '.join(faults)}; going on from the checkpoint before")
+    reason = f" ({damaged[0].partition(': ')[2].partition(';')[0]})" if damaged else ""
+    raise CheckpointError(f"{run}: no checkpoint to resume from{reason}; drop --resume")
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _faults(checkpoint: Path) -> Iterator[str]:
+    """Yield what keeps a checkpoint from being resumed: files that are missing, empty or cut short."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        yield "trainer_state.json is missing or damaged"
+    try:
+        with safe_open(checkpoint / "model.safetensors", "np"):
+            pass
+    except (OSError, SafetensorError):
+        yield "model.safetensors is missing or damaged"
+    random = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]
+    for name in (*TORCH_FILES, *random):
+        if not zipfile.is_zipfile(checkpoint / name):
+            yield f"{name} is missing or damaged"
+
+
+def require_room(out: Path, *, force: bool) -> None:
+    """Raise `ConfigError` where `out` may not be made anew."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, not a directory; choose another --out")
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise ConfigError(f"{out} exists; use --force to replace it, --resume to continue it, or another --out")
+        if not (out / TRAINING_FILE).is_file():
+            raise ConfigError(f"{out} holds something else than a training run; --force will not delete it")
