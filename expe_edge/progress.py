@@ -21,7 +21,7 @@ def progress_bar(*columns: str) -> Progress:
     """Return a bar with a description, counts, the time left, and the task fields named in `columns`."""
     fields = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         *fields,

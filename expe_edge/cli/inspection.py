@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from expe_edge.package.directory import Package
 from expe_edge.package.manifest import Manifest
@@ -112,5 +113,5 @@ def _rows(title: str, headings: Sequence[str], rows: Any) -> Table:
     for heading in headings:
         table.add_column(heading, no_wrap=True, justify="right" if heading in numbers else "left")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     return table

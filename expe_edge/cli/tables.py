@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from expe_edge.quality.comparison import NEAR_TIE, BucketResult, Comparison
 
@@ -37,8 +39,8 @@ def comparison_table(comparison: Comparison) -> Table:
     title = f"Quality by position, N = {n} tokens, {comparison.results[0].documents} documents, ± standard error"
     if len(comparison.models) > 1:
         title += (
-            f"\nKL divergence and top-1 agreement against {comparison.models[0]}; near-ties are tokens where its two "
-            f"best are less than {NEAR_TIE} nats apart"
+            f"\nKL divergence and top-1 agreement against {escape(comparison.models[0])}; near-ties are tokens where "
+            f"its two best are less than {NEAR_TIE} nats apart"
         )
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
     table.add_column("", no_wrap=True)
@@ -63,7 +65,7 @@ def comparison_table(comparison: Comparison) -> Table:
             continue
         table.add_row(f"[bold]{heading}")
         for model in models:
-            table.add_row(f"  {model}", *(cell(result) for result in comparison.of(model)))
+            table.add_row(Text(f"  {model}"), *(cell(result) for result in comparison.of(model)))
         table.add_section()
     return table
 
@@ -78,7 +80,7 @@ def sensitivity_table(results: Sequence[Sensitivity]) -> Table:
     for weight in dict.fromkeys(result.weight for result in results):
         found = {result.format: result for result in results if result.weight == weight}
         cells = [_sensitivity_cell(found.get(name)) for name in formats]
-        table.add_row(weight, *cells)
+        table.add_row(Text(weight), *cells)
     return table
 
 

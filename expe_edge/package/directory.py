@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -80,12 +80,11 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     require_absent(path, force=force)
     made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    partial = path.parent / f".{path.name}-{secrets.token_hex(4)}"
     replaced = partial.with_name(f"{partial.name}-old")
-    try:
+    try:  # from before the first directory is made: Ctrl-C may come at any moment
+        partial.mkdir(parents=True)
         yield partial
-        partial.chmod(0o755)
         if path.exists():
             path.rename(replaced)
         partial.rename(path)

@@ -137,7 +137,7 @@ class Recipe:
 
     def _leaves_to(self, trained: WeightRounding, precision: str) -> bool:
         same_weights = trained.precision == precision or {trained.precision, precision} == set(PER_CHANNEL)
-        if not same_weights or self.smoothing:
+        if not same_weights or self.smoothing or self.reduce_range:  # 7 bits are a grid that they never saw
             return False
         return self.block_size in (None, trained.block_size)
 

@@ -202,8 +202,9 @@ def _save_model(model: ExPEForCausalLM, out: Path) -> None:
     """Write config and weights beside their places first, so that a failure leaves no half-written file."""
     with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as directory:
         model.save_pretrained(directory)
+        mode = Path(directory, "config.json").stat().st_mode  # as the umask has it, which safetensors does not ask
         for file in Path(directory).iterdir():
-            file.chmod(0o644)
+            file.chmod(mode)
             file.replace(out / file.name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -179,6 +180,17 @@ def test_compare_writes_figures_and_plot(checkpoint: Path, packages: Path, tmp_p
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "Quality by position" in result.stdout
     assert "int8-static" in result.stdout
+
+
+def test_names_in_brackets_are_shown_whole(packages: Path) -> None:
+    for name in ("m[beta]", "[/bold]", "[red]"):
+        shutil.copytree(packages / "float32", Path.cwd() / name.strip("/").replace("/", "_"))
+    names = sorted(path.name for path in Path.cwd().iterdir() if path.name.startswith(("m[", "[")))
+
+    for name in names:
+        assert name in succeed("inspect", name).stdout
+    shown = succeed("compare", *names, "--lengths", "1", "--documents", "2").stdout
+    assert all(name in shown for name in names)
 
 
 def test_compare_takes_other_text(packages: Path) -> None:

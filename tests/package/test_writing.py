@@ -69,7 +69,20 @@ def test_package_appears_whole(tmp_path: Path) -> None:
 
     assert content(tmp_path) == {"deep/er/package/a": "1"}
     assert [entry.name for entry in path.parent.iterdir()] == ["package"]
-    assert path.stat().st_mode & 0o777 == 0o755  # readable by others, as mkdtemp's directories are not
+
+
+@pytest.mark.parametrize(
+    ("umask", "modes"), [(0o022, (0o755, 0o644)), (0o077, (0o700, 0o600)), (0o002, (0o775, 0o664))]
+)
+def test_who_may_read_a_package_is_for_the_umask_to_say(tmp_path: Path, umask: int, modes: tuple[int, int]) -> None:
+    before = os.umask(umask)
+    try:
+        with write_package(tmp_path / "package") as directory:
+            (directory / "a").write_text("1", encoding="utf-8")
+    finally:
+        os.umask(before)
+
+    assert tuple(entry.stat().st_mode & 0o777 for entry in (tmp_path / "package", tmp_path / "package" / "a")) == modes
 
 
 def write_and_fail(path: Path, fail: Callable[[Path], None], *, force: bool = False) -> None:

@@ -215,6 +215,9 @@ def test_weights_trained_for_one_int8_product_serve_the_other(precision: str) ->
     for trained in PER_CHANNEL:
         assert Recipe(precision).settled(WeightRounding(trained)) == Recipe(precision, solver="rtn")
     assert Recipe("int8-weight").settled(WeightRounding(precision)) == Recipe("int8-weight")
+    seven_bits = Recipe(precision, reduce_range=True)  # a grid that the weights have not learned
+    assert seven_bits.settled(WeightRounding(precision)) == seven_bits
+    assert seven_bits.solver_for(precision, WeightRounding(precision)) == ("gptq", None)
 
 
 def test_a_mixture_rounds_what_was_trained_for_it_to_the_nearest_and_solves_the_rest(fine_tuned: Path) -> None:

@@ -63,6 +63,17 @@ def test_two_processes_train_as_one_does(tmp_path: Path, text_folder: Path):
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-4)
 
 
+def test_who_may_read_a_checkpoint_is_for_the_umask_to_say(tmp_path: Path, text_folder: Path):
+    before = os.umask(0o077)
+    try:
+        train(small_settings(text_folder, max_steps=1), tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").iterdir() if path.is_file()]
+    assert {"config.json", "model.safetensors"} <= {path.name for path in files}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+
+
 def test_every_sample_is_a_function_of_seed_and_number(text_folder: Path):
     stream = np.arange(5000, dtype=np.int32)
     first, again = (WindowDataset(stream, small_settings(text_folder)) for _ in range(2))
