@@ -56,8 +56,8 @@ def _setting(default: Any, help_text: str, **option: Any) -> Any:
 class TrainSettings:
     """Everything that decides the outcome of `expe-edge train`. The defaults are the preset `tiny`."""
 
-    data: tuple[str, ...] = _setting((), "Text: file, folder, glob, .jsonl, .parquet or dataset; repeatable.")
-    text_field: str = _setting("text", "Field that holds the text in JSON lines, parquet and datasets.")
+    data: tuple[str, ...] = _setting((), "Text: file, folder, glob, .jsonl, .json, .parquet or dataset; repeatable.")
+    text_field: str = _setting("text", "Field that holds the text in rows and datasets.")
     vocab_size: int = _setting(512, "Size of the byte-level BPE vocabulary; 257 is plain bytes.")
     training_length: int = _setting(128, "N, tokens per training sequence.")
     position_offset: int = _setting(0, "Start every sequence at a random position below this many N.")
