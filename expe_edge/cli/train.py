@@ -70,6 +70,10 @@ def train(
     given = click.get_current_context().get_parameter_source("preset") is ParameterSource.COMMANDLINE
     if given and flags["from_checkpoint"] is not None:
         raise ConfigError(f"--preset {preset} has no meaning with --from, whose settings hold; drop it")
+    if force and config_file is not None:
+        from expe_edge.training.replacing import require_outside
+
+        require_outside(out, [config_file], "--config")
     stored = stored_settings(out) if resume else None
     settings = make_settings(preset, config_file, flags, stored)  # refuse a bad setting before the slow imports
     from expe_edge.training.checkpoint import starting_settings

@@ -1,4 +1,4 @@
-"""What a run has written of itself, and whether another may go on from it or take its place."""
+"""What a run has written of itself, and whether another may go on from it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.positions.parameters import encoding_parameters
 from expe_edge.text.corpus import absolute_source
 from expe_edge.training.rounding import explicit_rounding
-from expe_edge.training.settings import TRAINING_FILE, TrainSettings, stored_settings
+from expe_edge.training.settings import TRAINER_DIRECTORY, TRAINING_FILE, TrainSettings, stored_settings
 
-#: Where Trainer keeps what resuming needs.
-TRAINER_DIRECTORY = "trainer"
 #: Settings that the weights of a run depend on.
 MODEL_SETTINGS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -112,14 +110,3 @@ def _faults(checkpoint: Path) -> Iterator[str]:
     for name in (*TORCH_FILES, *random):
         if not zipfile.is_zipfile(checkpoint / name):
             yield f"{name} is missing or damaged"
-
-
-def require_room(out: Path, *, force: bool) -> None:
-    """Raise `ConfigError` where `out` may not be made anew."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file, not a directory; choose another --out")
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise ConfigError(f"{out} exists; use --force to replace it, --resume to continue it, or another --out")
-        if not (out / TRAINING_FILE).is_file():
-            raise ConfigError(f"{out} holds something else than a training run; --force will not delete it")

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from expe_edge.errors import CheckpointError, ConfigError
@@ -35,11 +35,11 @@ from expe_edge.training.record import (
     STREAM_SETTINGS,
     explicit,
     last_checkpoint,
-    require_room,
     require_same,
     require_same_stream,
     stream_digest,
 )
+from expe_edge.training.replacing import kept_until_complete, require_outside, require_room, set_aside
 from expe_edge.training.rounding import round_weights
 from expe_edge.training.settings import TRAINING_FILE, TrainSettings
 from expe_edge.training.trainer import WindowDataset, WindowTrainer, training_arguments
@@ -71,12 +71,30 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         last = _open_last(settings, out)
     else:
         require_room(out, force=force)
+        if force:
+            require_outside(out, settings.data, "--data")
     corpus = load_corpus(settings.data, settings.text_field)
     if state.is_main_process:
         note(*describe_skipped(corpus.skipped))
+    with kept_until_complete(out) if state.is_main_process else nullcontext():
+        return _run(settings, arguments, config, corpus, start, last, state)
+
+
+def _run(
+    settings: TrainSettings,
+    arguments: TrainingArguments,
+    config: ExPEConfig,
+    corpus: Corpus,
+    start: Checkpoint | None,
+    last: Path | None,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Train in the directory of `arguments`, made anew unless there is a `last` checkpoint."""
+    out = Path(arguments.output_dir).parent
+    fresh = state.is_main_process and last is None
     with state.main_process_first():
-        tokenizer, dataset = _prepare(corpus, settings, out, start, fresh=state.is_main_process and not resume)
-    if resume:
+        tokenizer, dataset = _prepare(corpus, settings, out, start, fresh=fresh)
+    if last is not None:
         require_same_stream(dataset.stream, out)
     set_seed(settings.seed)
     config.vocab_size = tokenizer.get_vocab_size()
@@ -176,9 +194,7 @@ def _prepare(
 
 def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, stream: str) -> None:
     """Make `out` anew with its tokenizer, and the settings and the digest of the text that resuming reads."""
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    set_aside(out)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

@@ -20,6 +20,8 @@ from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 DTYPES = ("auto", "float32", "bfloat16")
 #: Settings, corpus and loss history of a run, beside the model.
 TRAINING_FILE = "training.json"
+#: Where Trainer keeps what resuming needs.
+TRAINER_DIRECTORY = "trainer"
 
 #: Settings that must be above 0 where they are given, and those that must not be below.
 POSITIVE = (

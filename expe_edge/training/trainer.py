@@ -22,11 +22,8 @@ from transformers import (
 
 from expe_edge.errors import ConfigError, CorpusError
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.training.record import (
-    TRAINER_DIRECTORY,
-)
 from expe_edge.training.rounding import distillation_loss
-from expe_edge.training.settings import TrainSettings
+from expe_edge.training.settings import TRAINER_DIRECTORY, TrainSettings
 
 # Under a launcher the processor is called cpu:0, a place onto which torch does not load by itself.
 torch.serialization.register_package(50, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None)

@@ -1,0 +1,76 @@
+"""Replacing a run: the one before is kept beside until the new one is complete."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from expe_edge.errors import ConfigError
+from expe_edge.progress import note
+from expe_edge.training.settings import TRAINER_DIRECTORY, TRAINING_FILE
+
+
+def require_room(out: Path, *, force: bool) -> None:
+    """Raise `ConfigError` where `out` may not be made anew."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, not a directory; choose another --out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not force:
+        raise ConfigError(f"{out} exists; use --force to replace it, --resume to continue it, or another --out")
+    if not (out / TRAINING_FILE).is_file():
+        raise ConfigError(f"{out} holds something else than a training run; --force will not delete it")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ConfigError(f"{out} holds the current directory; run --force from elsewhere")
+
+
+def require_outside(out: Path, paths: Iterable[str | Path], option: str) -> None:
+    """Raise `ConfigError` where one of the paths that `option` names lies in `out`, which is to be replaced."""
+    for path in paths:
+        if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"{option} {path} lies in {out}, which --force replaces; choose another --out")
+
+
+def set_aside(out: Path) -> None:
+    """Move what stands at `out` beside it, and make `out` an empty directory.
+
+    An unfinished run is deleted where a run before it is kept already.
+
+    Raises:
+        ConfigError: it cannot be moved, as a mount point cannot; all is left as it was.
+    """
+    kept = _kept(out)
+    if out.exists() and any(out.iterdir()):
+        if kept.exists():
+            unfinished = not (out / "model.safetensors").exists()
+            shutil.rmtree(out.resolve() if unfinished else kept)
+        try:
+            if out.exists() and not kept.exists():
+                out.resolve().rename(kept)
+        except OSError as error:
+            raise ConfigError(f"{out} cannot be replaced ({error.strerror}); choose another --out") from error
+    out.resolve().mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def kept_until_complete(out: Path) -> Iterator[None]:
+    """Delete what `set_aside` moved once the block is through; bring it back where the new run leaves nothing."""
+    kept = _kept(out)
+    try:
+        yield
+    except BaseException:
+        resumable = any((out / TRAINER_DIRECTORY).glob("checkpoint-*"))
+        if kept.exists() and resumable:
+            note(f"{kept} is the run before, until --resume completes this one")
+        elif kept.exists() and not (out / "model.safetensors").exists():
+            shutil.rmtree(out.resolve(), ignore_errors=True)
+            kept.rename(out.resolve())
+        raise
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _kept(out: Path) -> Path:
+    place = out.resolve()
+    return place.with_name(f".{place.name}-before")

@@ -1,0 +1,140 @@
+"""Replacing a run: nothing is lost before the new one is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.training import run as running
+from expe_edge.training.run import train
+from tests.command_line import QUICK, refused, succeed, tree, write_text
+from tests.small import small_settings
+
+
+@pytest.fixture
+def old(tmp_path: Path, text_folder: Path) -> Path:
+    """A complete run of one step, by seed 0."""
+    train(small_settings(text_folder, max_steps=1, save_every=1), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def seed_of(run: Path) -> int:
+    return int(json.loads((run / "training.json").read_text())["settings"]["seed"])
+
+
+def other(text_folder: Path, **changes: object) -> object:
+    return dataclasses.replace(small_settings(text_folder, seed=1), max_steps=2, save_every=1, **changes)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_new_run_takes_the_place(old: Path, text_folder: Path) -> None:
+    train(other(text_folder), old, force=True)
+
+    assert seed_of(old) == 1
+    assert names(old.parent) == ["run"]
+
+
+def fail(*_: object) -> None:
+    raise CheckpointError("as if the disk were full")
+
+
+def test_a_run_that_never_began_brings_the_old_one_back(
+    old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tree(old)
+    monkeypatch.setattr(running, "_make_models", fail)
+    with pytest.raises(CheckpointError, match="as if the disk were full"):
+        train(other(text_folder), old, force=True)
+
+    assert tree(old) == before
+    assert names(old.parent) == ["run"]
+
+
+def test_a_run_that_can_be_resumed_stays_and_the_old_one_beside_it(
+    old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_save_model", fail)
+        with pytest.raises(CheckpointError, match="as if the disk were full"):
+            train(other(text_folder), old, force=True)
+    kept = old.parent / ".run-before"
+    assert (seed_of(old), seed_of(kept)) == (1, 0)
+    assert (kept / "model.safetensors").exists()
+    assert f"{kept} is the run before, until --resume completes this one" in capsys.readouterr().err.replace("\n", "")
+
+    train(other(text_folder), old, resume=True)
+    assert names(old.parent) == ["run"]
+    assert seed_of(old) == 1
+
+
+def test_of_two_interrupted_runs_the_complete_one_before_is_kept(
+    old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "_save_model", fail)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="as if the disk were full"):
+            train(other(text_folder), old, force=True)
+
+    assert seed_of(old.parent / ".run-before") == 0
+
+
+def test_a_linked_folder_is_replaced_where_it_is(old: Path, text_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(old)
+    train(other(text_folder), tmp_path / "link", force=True)
+
+    assert (tmp_path / "link").is_symlink()
+    assert seed_of(old) == 1
+    assert names(tmp_path) == ["link", "run"]
+
+
+def test_an_empty_folder_is_used_as_it_is(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(small_settings(text_folder, max_steps=1), Path())
+
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_what_cannot_be_moved_is_refused_and_kept(
+    old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mount point cannot, which only root could make here."""
+
+    def busy(*_: object) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    before = tree(old)
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(ConfigError, match=r"run cannot be replaced \(Device or resource busy\); choose another --out$"):
+        train(other(text_folder), old, force=True)
+    assert tree(old) == before
+
+
+def test_the_current_folder_is_refused_and_kept(old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(old)
+    before = tree(old)
+    with pytest.raises(ConfigError, match="holds the current directory; run --force from elsewhere"):
+        train(other(text_folder), Path(), force=True)
+    assert tree(old) == before
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_texts_and_settings_inside_are_refused_and_kept(old: Path, text_folder: Path) -> None:
+    texts = shutil.copytree(text_folder, old / "texts")
+    (old / "config.yaml").write_text("max_steps: 1\n", encoding="utf-8")
+
+    assert refused("train", "--data", texts, *QUICK, "--max-steps", 1, "--out", old, "--force") == (
+        f"--data {texts} lies in {old}, which --force replaces; choose another --out"
+    )
+    assert refused("train", "--config", old / "config.yaml", "--out", old, "--force") == (
+        f"--config {old / 'config.yaml'} lies in {old}, which --force replaces; choose another --out"
+    )
+    write_text("config.yaml", "max_steps: 1\n")
+    succeed("train", "--data", text_folder, "--config", "config.yaml", *QUICK, "--out", old, "--force")
