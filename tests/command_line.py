@@ -75,6 +75,19 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "expe_edge", *(str(argument) for argument in arguments)]
 
 
+def on_two_processes(port: int, *arguments: object) -> None:
+    """Run a command under torch's launcher on two processes and check that all is well."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    done = subprocess.run(
+        [*launcher, f"--master-port={port}", *command(*arguments)[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
     """Start such a process as a shell's foreground does, Ctrl-C not ignored."""
     return subprocess.Popen(

@@ -81,8 +81,6 @@ def per_dimension(name: str, value: float | Sequence[float], dims: int) -> tuple
     values = (float(value),) * dims if isinstance(value, int | float) else tuple(map(float, value))
     if len(values) != dims:
         raise ConfigError(f"{name} has {len(values)} values; give one number, or one for each of the {dims} dims")
-    if not all(map(math.isfinite, values)):
-        raise ConfigError(f"{name} is {value}; it must be finite")
     return values
 
 

@@ -135,7 +135,7 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
 def _suffix(path: Path) -> str:
     """Return the suffix that tells what is inside, in lower case: `.jsonl` of `rows.JSONL.gz`."""
     *before, last = ["", *path.suffixes]
-    return (before[-1] if last.lower() in COMPRESSED and before else last).lower()
+    return (before[-1] if last.lower() in COMPRESSED else last).lower()
 
 
 def _open(path: Path) -> BinaryIO:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from expe_edge.errors import CheckpointError, ConfigError
@@ -60,15 +57,13 @@ def require_same(settings: TrainSettings, run: Path, names: Sequence[str], optio
             )
 
 
-def stream_digest(stream: npt.NDArray[np.int32]) -> str:
-    """Return the sha256 of a token stream (tokens,)."""
-    return hashlib.sha256(stream.tobytes()).hexdigest()
+def require_same_stream(digest: str, run: Path) -> None:
+    """Raise `ConfigError` where the run was trained on other tokens; runs of earlier releases did not record theirs.
 
-
-def require_same_stream(stream: npt.NDArray[np.int32], run: Path) -> None:
-    """Raise `ConfigError` where the run was trained on other tokens; runs of earlier releases did not record theirs."""
+    digest: `WindowDataset.digest` of the text as it is now.
+    """
     record = json.loads((run / TRAINING_FILE).read_text(encoding="utf-8"))
-    if record.get("stream", stream_digest(stream)) != stream_digest(stream):
+    if record.get("stream", digest) != digest:
         raise ConfigError(
             f"the text of {run} has changed since its run began; bring it back, or start anew with --force"
         )

@@ -37,7 +37,6 @@ from expe_edge.training.record import (
     last_checkpoint,
     require_same,
     require_same_stream,
-    stream_digest,
 )
 from expe_edge.training.replacing import kept_until_complete, require_outside, require_room, set_aside
 from expe_edge.training.rounding import round_weights
@@ -95,7 +94,7 @@ def _run(
     with state.main_process_first():
         tokenizer, dataset = _prepare(corpus, settings, out, start, fresh=fresh)
     if last is not None:
-        require_same_stream(dataset.stream, out)
+        require_same_stream(dataset.digest, out)
     set_seed(settings.seed)
     config.vocab_size = tokenizer.get_vocab_size()
     model, teacher = _make_models(settings, config, start)
@@ -120,7 +119,7 @@ def _run(
         "corpus": _corpus_record(corpus, dataset),
         "parameters": model.num_parameters(),
         "processes": state.num_processes,
-        "stream": stream_digest(dataset.stream),
+        "stream": dataset.digest,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     if state.is_main_process:
@@ -188,7 +187,7 @@ def _prepare(
     dataset = WindowDataset(np.concatenate(encode_documents(tokenizer, corpus.training)), settings)
     if fresh:
         with disk_full_is_an_error(out):
-            _make_directory(out, tokenizer, settings, stream_digest(dataset.stream))
+            _make_directory(out, tokenizer, settings, dataset.digest)
     return tokenizer, dataset
 
 

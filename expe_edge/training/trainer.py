@@ -6,7 +6,9 @@ see exactly the sequences that one uninterrupted process sees.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,11 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
                 "add --data or lower --training-length"
             )
         self.stream, self.settings = stream, settings
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the token stream."""
+        return hashlib.sha256(self.stream.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return self.settings.max_steps * self.settings.batch_size

@@ -12,7 +12,7 @@ import pytest
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.training import run as running
 from expe_edge.training.run import train
-from tests.command_line import QUICK, refused, succeed, tree, write_text
+from tests.command_line import QUICK, names, refused, succeed, tree, write_text
 from tests.small import small_settings
 
 
@@ -29,10 +29,6 @@ def seed_of(run: Path) -> int:
 
 def other(text_folder: Path, **changes: object) -> object:
     return dataclasses.replace(small_settings(text_folder, seed=1), max_steps=2, save_every=1, **changes)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_new_run_takes_the_place(old: Path, text_folder: Path) -> None:

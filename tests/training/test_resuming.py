@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from safetensors.torch import load_file
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.training.run import train
-from tests.command_line import command
+from tests.command_line import on_two_processes
 from tests.small import small_settings
 
 STEPS, EVERY = 8, 4
@@ -160,16 +157,7 @@ def test_a_run_goes_on_with_the_same_batches_on_another_number_of_processes(
 ) -> None:
     """From one process to two, and back to one."""
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    arguments = command("train", "--resume", "--out", run, "--max-steps", STEPS + 4)[1:]
-    done = subprocess.run(
-        [*launcher, "--master-port=29518", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    on_two_processes(29518, "train", "--resume", "--out", run, "--max-steps", STEPS + 4)
     assert json.loads((run / "training.json").read_text())["processes"] == 2
 
     for steps in (STEPS + 4, STEPS + 8):

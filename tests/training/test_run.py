@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.training.run import train
 from expe_edge.training.settings import stored_settings
 from expe_edge.training.trainer import WindowDataset
+from tests.command_line import on_two_processes
 from tests.small import small_settings
 
 
@@ -50,14 +49,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, text_folder: Path):
     one = train(settings, tmp_path / "one")
     config = tmp_path / "settings.yaml"
     config.write_text(json.dumps(stored_settings(tmp_path / "one")), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command = [*launcher, "--master-port=29517", "-m", "expe_edge", "train", "--config", str(config)]
-    subprocess.run(
-        [*command, "--out", str(tmp_path / "two")],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    on_two_processes(29517, "train", "--config", config, "--out", tmp_path / "two")
     two = json.loads((tmp_path / "two" / "training.json").read_text())
     assert two["processes"] == 2
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-4)
