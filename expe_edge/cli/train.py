@@ -13,19 +13,17 @@ from click.core import ParameterSource
 
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.errors import ConfigError
-from expe_edge.training.settings import PRESETS, TrainSettings, make_settings, stored_settings
+from expe_edge.training.settings import PRESETS, TrainSettings, flag_of, make_settings, stored_settings
 
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for every setting; its default is the preset's, so None here."""
     for setting in reversed(dataclasses.fields(TrainSettings)):
-        name, shown = setting.metadata.get("flag", "--" + setting.name.replace("_", "-")), setting.metadata["help"]
+        name, shown = flag_of(setting.name), setting.metadata["help"]
         if setting.name == "data":
             option = click.option(name, multiple=True, metavar="PATH", help=shown)
         elif setting.name == "positional_parameters":
-            option = click.option(
-                "--positional-parameter", setting.name, multiple=True, metavar="KEY=VALUE", help=shown
-            )
+            option = click.option(name, setting.name, multiple=True, metavar="KEY=VALUE", help=shown)
         elif isinstance(setting.default, bool):
             option = click.option(f"{name}/--no-{name[2:]}", setting.name, default=None, help=shown)
         else:

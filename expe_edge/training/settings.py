@@ -64,7 +64,9 @@ class TrainSettings:
     training_length: int = _setting(128, "N, tokens per training sequence.")
     position_offset: int = _setting(0, "Start every sequence at a random position below this many N.")
     positional: str = _setting("expe", f"Positional encoding: {', '.join(POSITIONAL_PARAMETERS)}.")
-    positional_parameters: Mapping[str, Any] = _setting({}, "Parameter of the encoding, KEY=VALUE; repeatable.")
+    positional_parameters: Mapping[str, Any] = _setting(
+        {}, "Parameter of the encoding, KEY=VALUE; repeatable.", flag="--positional-parameter"
+    )
     hidden_size: int = _setting(128, "C, width of the model.")
     num_hidden_layers: int = _setting(4, "Number of blocks.")
     num_attention_heads: int = _setting(4, "Attention heads.")
@@ -100,13 +102,13 @@ class TrainSettings:
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, str) else self.data
         object.__setattr__(self, "data", tuple(data) if isinstance(data, list) else data)
-        require_kinds(self, _flag)
+        require_kinds(self, flag_of)
         for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0; change {_flag(name)}")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0; change {flag_of(name)}")
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative; change {_flag(name)}")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative; change {flag_of(name)}")
         if self.seed > LARGEST_SEED:
             raise ConfigError(f"seed is {self.seed}; at most {LARGEST_SEED}; change --seed")
         if self.dtype not in DTYPES:
@@ -157,11 +159,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _flag(name: str) -> str:
-    special = next(
-        (field.metadata.get("flag") for field in dataclasses.fields(TrainSettings) if field.name == name), None
-    )
-    return special or "--" + name.replace("_", "-").removesuffix("s" if name == "positional_parameters" else "")
+def flag_of(name: str) -> str:
+    """Return the option of `expe-edge train` that sets the setting `name`."""
+    (setting,) = (setting for setting in dataclasses.fields(TrainSettings) if setting.name == name)
+    return str(setting.metadata.get("flag", "--" + name.replace("_", "-")))
 
 
 def make_settings(
