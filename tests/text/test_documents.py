@@ -152,7 +152,14 @@ def test_bytes_that_are_no_text(tmp_path: Path, content: bytes, reason: str) -> 
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
-@pytest.mark.parametrize("content", [b"no archive", gzip.compress(b"x" * 1000)[:-9], lzma.compress(b"x" * 1000)[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"no archive", id="no archive"),
+        pytest.param(gzip.compress(b"x" * 1000)[:-9], id="gzip cut short"),
+        pytest.param(lzma.compress(b"x" * 1000)[:-9], id="xz cut short"),
+    ],
+)
 def test_damaged_archives(tmp_path: Path, suffix: str, content: bytes) -> None:
     refusal(write(tmp_path / f"a.txt{suffix}", content))
 
