@@ -18,7 +18,7 @@ from expe_edge.cli.tables import comparison_table, print_whole, short
 from expe_edge.export.exporter import export
 from expe_edge.package.directory import Package, read_package
 from expe_edge.quality.comparison import BucketResult, Comparison, compare_by_length
-from expe_edge.quality.scoring import open_scorer
+from expe_edge.quality.scoring import open_side_by_side
 from expe_edge.quant.recipe import Recipe
 
 #: Directory to the positions and recipes of the packages in it. The reference comes first.
@@ -79,8 +79,8 @@ def make_packages(checkpoint: Path, out: Path, wanted: tuple[str, ...]) -> list[
 
 def measure(paths: list[Path], lengths: list[int], documents: int, threads: int | None = None) -> Comparison:
     """Compare all packages on the held-out documents of the first."""
-    scorers = [open_scorer(path, threads) for path in paths]
-    return compare_by_length(scorers, lengths, documents)
+    scorers, at_once = open_side_by_side(paths, threads)
+    return compare_by_length(scorers, lengths, documents, at_once=at_once)
 
 
 def summarize(name: str, package: Package, reference: Package, results: list[BucketResult]) -> Row:

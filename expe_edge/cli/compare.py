@@ -16,7 +16,7 @@ from expe_edge.errors import ConfigError
 @click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
 @click.option("--lengths", default="1,2,4,8,16", show_default=True, help="Ends of the buckets, in training lengths.")
 @click.option("--documents", default=24, show_default=True, help="Most documents to score.")
-@click.option("--threads", type=int, help="Threads of each package's session.")
+@click.option("--threads", type=int, help="Threads of all packages together.  [default: every core]")
 @click.option("--json", "json_file", type=PATH, help="Write all figures there.")
 @click.option("--plot", "plot_file", type=PATH, help="Draw perplexity and KL divergence by length there (.png, .svg).")
 def compare(
@@ -41,15 +41,17 @@ def compare(
     from expe_edge.cli.plots import plot_comparison
     from expe_edge.cli.tables import comparison_table, print_whole
     from expe_edge.quality import comparison
-    from expe_edge.quality.scoring import open_scorer
+    from expe_edge.quality.scoring import open_side_by_side
 
     ends = parse_lengths(lengths)
     comparison.require_rising(ends)
     comparison.unique_names(models)
-    require_counts(documents=documents)
-    scorers = [open_scorer(path, threads) for path in models]
+    require_counts(documents=documents, threads=1 if threads is None else threads)
+    scorers, at_once = open_side_by_side(models, threads)
     comparison.require_same_vocabulary(scorers)
-    result = comparison.compare_by_length(scorers, ends, documents, sources=data, text_field=text_field)
+    result = comparison.compare_by_length(
+        scorers, ends, documents, sources=data, text_field=text_field, at_once=at_once
+    )
     print_whole(comparison_table(result), Console())
     write_json(json_file, result.to_dict())
     if plot_file is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ import numpy.typing as npt
 from expe_edge.divergence import log_divergence, log_softmax, ratio_of_sums
 from expe_edge.errors import ConfigError, CorpusError
 from expe_edge.progress import counted
-from expe_edge.quality.scoring import Scorer, tokenizer_path
+from expe_edge.quality.scoring import Float, Ids, Scorer, tokenizer_path
+from expe_edge.runtime.session import PREFILL_CHUNK
 from expe_edge.text.corpus import load_corpus
 from expe_edge.text.tokenization import encode_documents, load_tokenizer, token_byte_lengths
 
-Ids = npt.NDArray[np.int64]
 Double = npt.NDArray[np.float64]
 
 
@@ -91,15 +92,16 @@ def compare_by_length(
     *,
     sources: Sequence[str] = (),
     text_field: str = "text",
+    at_once: int = 1,
 ) -> Comparison:
-    """Compare on up to `documents` documents as long as the last bucket needs, with a progress bar.
+    """Compare on a sample of `documents` documents as long as the last bucket needs, with a progress bar.
 
     Arguments and errors as for `long_documents` and `compare`.
     """
     tokens = lengths[-1] * scorers[0].training_length
     chosen, byte_lengths = long_documents(scorers[0], sources, text_field, tokens + 1, documents)
     with counted("comparing tokens", len(chosen) * tokens) as advance:
-        return compare(scorers, chosen, byte_lengths, lengths, advance=advance)
+        return compare(scorers, chosen, byte_lengths, lengths, at_once=at_once, advance=advance)
 
 
 def compare(
@@ -108,6 +110,7 @@ def compare(
     byte_lengths: npt.NDArray[np.int64],
     lengths: Sequence[int],
     *,
+    at_once: int = 1,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Comparison:
     """Score `documents` with every model and gather the results by length.
@@ -117,18 +120,21 @@ def compare(
         documents: token ids (T,), each at least max(lengths)·N + 1 long (see `long_documents`).
         byte_lengths: bytes of each token id, (V,).
         lengths: ends of the buckets in units of the reference's N, rising.
+        at_once: models that are computed side by side.
         advance: called with the number of tokens that every model has just scored.
     """
     names, training_length = unique_names([scorer.path for scorer in scorers]), scorers[0].training_length
     ends = np.array(lengths, dtype=np.int64) * training_length
     sums = np.zeros((len(scorers), len(documents), len(ends), len(_MEASURES)))
-    for index, document in enumerate(documents):
-        tokens, targets = document[: ends[-1]], document[1 : ends[-1] + 1]
-        buckets = np.searchsorted(ends, np.arange(len(tokens)), side="right")
-        for model, measured in enumerate(_measure(scorers, tokens, targets, advance)):
-            measured["bytes"] = byte_lengths[targets].astype(np.float64)
-            for column, name in enumerate(_MEASURES):
-                np.add.at(sums[model, index, :, column], buckets, measured[name])
+    with ThreadPoolExecutor(at_once) as pool:
+        for index, document in enumerate(documents):
+            tokens, targets = document[: ends[-1]], document[1 : ends[-1] + 1]
+            buckets = np.searchsorted(ends, np.arange(len(tokens)), side="right")
+            chunks = _abreast(scorers, tokens, pool)
+            for model, measured in enumerate(_measure(chunks, targets, advance)):
+                measured["bytes"] = byte_lengths[targets].astype(np.float64)
+                for column, name in enumerate(_MEASURES):
+                    np.add.at(sums[model, index, :, column], buckets, measured[name])
     results = [
         _result(name, int(start), int(end), sums[model, :, bucket])
         for model, name in enumerate(names)
@@ -143,20 +149,26 @@ _MEASURES = ("tokens", "bytes", "nll", "change", "kl", "top1", "clear", "clear_t
 NEAR_TIE = 0.05
 
 
-def _measure(
-    scorers: Sequence[Scorer], tokens: Ids, targets: Ids, advance: Callable[[int], None]
-) -> list[dict[str, Double]]:
-    """Return for every model the measures of every token, each (T,)."""
-    parts: list[list[dict[str, Double]]] = [[] for _ in scorers]
+def _abreast(scorers: Sequence[Scorer], tokens: Ids, pool: Executor) -> Iterator[list[Float]]:
+    """Yield the logits (t, V) of every model for chunk after chunk of the tokens (T,), computed side by side."""
+    streams = [scorer.logits(tokens) for scorer in scorers]
+    for _ in range(0, len(tokens), PREFILL_CHUNK):
+        yield list(pool.map(next, streams))
+
+
+def _measure(chunks: Iterable[list[Float]], targets: Ids, advance: Callable[[int], None]) -> list[dict[str, Double]]:
+    """Return for every model the measures of every token, each (T,), from the logits of all models chunk by chunk."""
+    parts: list[list[dict[str, Double]]] = []
     begin = 0
-    for chunks in zip(*(scorer.logits(tokens) for scorer in scorers), strict=True):
-        wanted = targets[begin : begin + len(chunks[0])]
+    for models in chunks:
+        parts = parts or [[] for _ in models]
+        wanted = targets[begin : begin + len(models[0])]
         begin += len(wanted)
-        reference, every = log_softmax(chunks[0]), np.arange(len(wanted))
+        reference, every = log_softmax(models[0]), np.arange(len(wanted))
         best = reference.argmax(axis=-1)
         second, first = np.sort(np.partition(reference, -2, axis=-1)[:, -2:], axis=-1).T
         clear = (first - second >= NEAR_TIE).astype(np.float64)
-        for model, logits in enumerate(chunks):
+        for model, logits in enumerate(models):
             predicted = reference if model == 0 else log_softmax(logits)
             agreed = (predicted.argmax(axis=-1) == best).astype(np.float64)
             parts[model].append(
@@ -214,7 +226,8 @@ def long_documents(
     """Return up to `most` documents of at least `tokens` tokens (T,), and the byte length of each token id.
 
     Without `sources` these are the held-out documents of the reference's training text; given sources are taken
-    whole.
+    whole. They are a sample of those that are long enough, the same on every machine: the order of a document's digest
+    has nothing to do with its subject or its place in the source.
 
     Raises:
         CorpusError: no document is that long.
@@ -224,6 +237,7 @@ def long_documents(
     candidates = corpus.training + corpus.held_out if sources else corpus.held_out
     # A token is at least one byte, so shorter texts need not be encoded.
     worth = [document for document in candidates if len(document.text.encode()) >= tokens - 1]
+    worth.sort(key=lambda document: document.digest)
     encoded = [ids.astype(np.int64) for ids in encode_documents(tokenizer, worth)]
     chosen = [ids for ids in encoded if len(ids) >= tokens][:most]
     if not chosen:

@@ -44,14 +44,18 @@ class Document:
     text: str
 
     @property
+    def digest(self) -> bytes:
+        """SHA-256 of the content, whatever its name."""
+        return hashlib.sha256(self.text.encode()).digest()
+
+    @property
     def held_out(self) -> bool:
         """Whether the document is kept for evaluation.
 
         Decided by its content alone, so that the split is the same on every machine and in every order, and a copy
         of a held-out document under another name does not leak into training.
         """
-        digest = hashlib.sha256(self.text.encode()).digest()
-        return int.from_bytes(digest[:4], "big") % HELD_OUT_EVERY == 0
+        return int.from_bytes(self.digest[:4], "big") % HELD_OUT_EVERY == 0
 
 
 @dataclass(frozen=True)

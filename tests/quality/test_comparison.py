@@ -136,6 +136,14 @@ def test_float32_package_is_the_checkpoint(scored: tuple[Comparison, list[np.nda
         assert ours.nll == pytest.approx(theirs.nll, abs=1e-5)
 
 
+def test_side_by_side_is_one_after_another(
+    scored: tuple[Comparison, list[np.ndarray], np.ndarray], scorers: list[Scorer]
+) -> None:
+    comparison, documents, byte_lengths = scored
+
+    assert compare(scorers, documents, byte_lengths, LENGTHS, at_once=3) == comparison
+
+
 def test_order_decides_the_reference(scorers: list[Scorer]) -> None:
     documents, byte_lengths = long_documents(scorers[0], (), "text", 2 * N + 1, 2)
 
@@ -289,6 +297,20 @@ def test_given_text_is_taken_whole(scorers: list[Scorer], text_folder: Path) -> 
 
 def test_documents_as_many_as_asked_for(scorers: list[Scorer]) -> None:
     assert len(long_documents(scorers[0], (), "text", 100, 2)[0]) == 2
+
+
+def test_documents_are_a_sample_whatever_their_order(scorers: list[Scorer], text_folder: Path, tmp_path: Path) -> None:
+    files = sorted(text_folder.iterdir())
+    backwards = tmp_path / "backwards"
+    backwards.mkdir()
+    for index, file in enumerate(reversed(files)):
+        (backwards / f"{index:03}{file.suffix}").write_bytes(file.read_bytes())
+
+    chosen, again = (long_documents(scorers[0], [str(of)], "text", 513, 5)[0] for of in (text_folder, backwards))
+
+    assert [ids.tolist() for ids in chosen] == [ids.tolist() for ids in again]
+    first = encode_documents(load_tokenizer(scorers[0].path), load_corpus([str(text_folder)]).training[:5])
+    assert [ids.tolist() for ids in chosen] != [ids.tolist() for ids in first]
 
 
 @pytest.mark.parametrize("text", ["the old tree " * 40, "QX7" * 40], ids=["merged", "bytes"])
