@@ -43,6 +43,8 @@ OUTPUT_ERROR = "output-error"
 CALIBRATION_METHODS = (*ORT_METHODS, OUTPUT_ERROR)
 #: Rows of every linear's input that are kept; its moments and extremes are of all rows.
 SAMPLE_ROWS = 2048
+#: Tokens of windows that are observed at once.
+RUN_TOKENS = 1024
 #: How far `output-error` shrinks the widest range.
 SHRINKAGE = np.linspace(1.0, 0.4, 25)
 #: A histogram of fewer tokens than its bins says nothing of the tails.
@@ -105,35 +107,34 @@ def observe(
     contract: GraphContract,
     windows: Sequence[Ids],
 ) -> Observations:
-    """Run the float32 `graph` over `windows` and return what its linears and its cache saw."""
+    """Run the float32 `graph` over `windows` (N,), all of one length, and return what its linears and cache saw."""
     tensors = sorted({linear.input for linear in graph.linears.values()})
     watched = onnx.ModelProto()
     watched.CopyFrom(graph.model)
     watched.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
     session = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [*contract.present_names, *tensors]
-    watchers = {name: _Watcher(-(-SAMPLE_ROWS // len(windows))) for name in tensors}
+    length = len(windows[0])
+    watchers = {name: _Watcher(min(SAMPLE_ROWS / (len(windows) * length), 1)) for name in tensors}
     peaks: list[Float] = []
-    for window in windows:
-        cache = None
-        for part in filter(len, (window[:-1], window[-1:])):
-            outputs = session.run(names, graph_feeds(contract, part[None], cache))
-            cache = outputs[: len(contract.present_names)]
-            for name, rows in zip(tensors, outputs[len(cache) :], strict=True):
-                watchers[name].see(rows.reshape(-1, rows.shape[-1]))
-        assert cache is not None
-        found = [np.abs(array[0]).max(axis=1) for array in cache]  # (Hkv, D)
-        peaks = [np.maximum(a, b) for a, b in zip(peaks, found, strict=True)] if peaks else found
+    abreast = max(1, RUN_TOKENS // length)
+    for begin in range(0, len(windows), abreast):
+        outputs = session.run(names, graph_feeds(contract, np.stack(windows[begin : begin + abreast])))
+        cache = outputs[: len(contract.present_names)]  # (batch, Hkv, N, D) each
+        for name, rows in zip(tensors, outputs[len(cache) :], strict=True):
+            watchers[name].see(rows.reshape(-1, rows.shape[-1]))
+        largest = [np.abs(array).max(axis=(0, 2)) for array in cache]  # (Hkv, D)
+        peaks = [np.maximum(a, b) for a, b in zip(peaks, largest, strict=True)] if peaks else largest
     inputs = {name: watchers[linear.input].observed() for name, linear in graph.linears.items()}
     layers = [CacheScales(*pair) for pair in zip(peaks[0::2], peaks[1::2], strict=True)]
     return Observations(inputs, layers)
 
 
 class _Watcher:
-    """Gathers what enters one tensor, run by run; keeps at most `quota` rows of a run."""
+    """Gathers what enters one tensor, run by run; keeps this `share` of the rows."""
 
-    def __init__(self, quota: int) -> None:
-        self.quota, self.count = quota, 0
+    def __init__(self, share: float) -> None:
+        self.share, self.count = share, 0
         self.moments: Double
         self.low: Float
         self.high: Float
@@ -147,13 +148,13 @@ class _Watcher:
         if self.count:
             moments, low, high = self.moments + moments, np.minimum(self.low, low), np.maximum(self.high, high)
         self.moments, self.low, self.high = moments, low, high
+        kept = round((self.count + len(rows)) * self.share) - round(self.count * self.share)
         self.count += len(rows)
-        kept = self.random.permutation(len(rows))[: self.quota]
-        self.samples.append(rows[kept])
+        self.samples.append(rows[self.random.permutation(len(rows))[:kept]])
 
     def observed(self) -> Observed:
         """Return what was seen."""
-        return Observed(self.moments / self.count, self.low, self.high, np.concatenate(self.samples)[:SAMPLE_ROWS])
+        return Observed(self.moments / self.count, self.low, self.high, np.concatenate(self.samples))
 
 
 def cache_scales(peaks: Sequence[CacheScales]) -> list[CacheScales]:

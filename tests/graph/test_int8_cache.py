@@ -181,7 +181,7 @@ def test_predictions_are_nearly_those_of_the_same_weights_with_a_float_cache(
 ) -> None:
     expected, found = logits_of(packages / name.removesuffix("-int8-cache"), tokens), logits_of(cached / name, tokens)
     assert 1e-9 < divergence(expected, found).mean() < 1e-4
-    assert (expected.argmax(axis=-1) == found.argmax(axis=-1)).mean() > 0.98
+    assert (expected.argmax(axis=-1) == found.argmax(axis=-1)).mean() > 0.96
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
