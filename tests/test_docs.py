@@ -14,6 +14,7 @@ from expe_edge.training.settings import make_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_the_command_line_is_current():
@@ -42,6 +43,11 @@ def test_the_make_targets_of_the_readme_exist(target: str):
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_example_settings_are_valid(path: Path):
     make_settings(config_file=path)
+
+
+@pytest.mark.parametrize("path", re.findall(r"`([a-z_]+/[\w/.]*)`", CONTRIBUTING))
+def test_what_contributors_are_sent_to_exists(path: str):
+    assert (ROOT / path).exists()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
