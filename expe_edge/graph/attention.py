@@ -15,6 +15,7 @@ import numpy as np
 from onnx import TensorProto
 
 from expe_edge.graph.nodes import MICROSOFT, GraphBuilder
+from expe_edge.graph.padding import TokensFirst
 from expe_edge.graph.positions import Projection
 from expe_edge.model.config import ExPEConfig
 from expe_edge.quant.channels import CacheScales
@@ -27,26 +28,18 @@ HIDDEN = float(np.finfo(np.float32).min)
 class GroupedAttention:
     """Attention through GroupQueryAttention, which appends to the cache in place where past and present are one.
 
-    cache: scales of every layer where the cache is int8, PER_CHANNEL.
+    run: the lengths of the rows, whose tokens stand first. cache: scales of every layer where it is int8, PER_CHANNEL.
     """
 
     graph: GraphBuilder
     config: ExPEConfig
+    run: TokensFirst
     cache: Sequence[CacheScales] | None = None
-
-    def begin(self) -> None:
-        """The operator's two lengths: last position of each row (B,), and of the longest row plus one, int32."""
-        graph = self.graph
-        tokens = graph.op("ReduceSum", "attention_mask", graph.ints(1), name="lengths.tokens", keepdims=0)
-        last = graph.op("Sub", tokens, graph.ints(1), name="lengths.last")
-        self.last = graph.op("Cast", last, name="lengths.last", to=int(TensorProto.INT32))
-        total = graph.op("Shape", "attention_mask", name="lengths.total", start=1, end=2)
-        self.total = graph.op("Cast", total, name="lengths.total", to=int(TensorProto.INT32))
 
     def emit(self, name: str, layer: int, projection: Projection) -> str:
         """Append the attention of one layer; return (B, T, H·D)."""
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-        inputs = [projection.query, projection.key, projection.value, *past, self.last, self.total]
+        inputs = [projection.query, projection.key, projection.value, *past, self.run.last, self.run.total]
         attributes: dict[str, Any] = {}
         if projection.bias or self.cache is not None:
             inputs += ["", "", "", projection.bias]
@@ -88,7 +81,7 @@ class PortableAttention:
     config: ExPEConfig
     key_positions: Callable[[], str]
 
-    def begin(self) -> None:
+    def __post_init__(self) -> None:
         """What is added to the score of every query and key, (B, 1, T, S): 0 where the query sees the key."""
         graph = self.graph
         queries = graph.op("Unsqueeze", "position_ids", graph.ints(1, 3), name="visible.queries")

@@ -42,6 +42,8 @@ class PositionNodes:
     graph: GraphBuilder
     weights: ModelWeights
     linear: EmitLinear
+    #: The positions of the queries, (B, T) int64.
+    positions: str = "position_ids"
     #: Whether the cache grows, so that padding may stand between a row's keys.
     growing_cache: bool = False
     #: Shared tensors by what they are.
@@ -77,8 +79,8 @@ class PositionNodes:
         return self.graph.multi("Split", [fused, sizes], 3, name=f"{layer}.split", axis=-1)
 
     def float_positions(self) -> str:
-        """`position_ids` as (B, T, 1) float32; exact below 2^24."""
-        positions = self.graph.op("Cast", "position_ids", name="positions.float", to=1)
+        """The queries' positions as (B, T, 1) float32; exact below 2^24."""
+        positions = self.graph.op("Cast", self.positions, name="positions.float", to=1)
         return self.graph.op("Unsqueeze", positions, self.graph.ints(2), name="positions.column")
 
     def key_positions(self) -> str:
@@ -101,7 +103,7 @@ class PositionNodes:
 
     def distances(self) -> str:
         """j − i for every query i and key j, (B, 1, T, S) int64, exact."""
-        queries = self.graph.op("Unsqueeze", "position_ids", self.graph.ints(1, 3), name="queries.positions")
+        queries = self.graph.op("Unsqueeze", self.positions, self.graph.ints(1, 3), name="queries.positions")
         return self.graph.op("Sub", self.key_positions(), queries, name="distances")
 
 
@@ -182,7 +184,7 @@ class ExPENodes(PositionNodes):
     def begin(self) -> None:
         distances_alone = self.weights.folded and self.parameters.relative and self.parameters.code.limbs == 1
         if not distances_alone:
-            self.shared["codes"] = self.codes("queries", "position_ids", self.parameters.code.stored)
+            self.shared["codes"] = self.codes("queries", self.positions, self.parameters.code.stored)
 
     def codes(self, name: str, positions: str, code: PositionCode) -> str:
         """Append the limbs of int64 `positions` (…) by integer arithmetic: (…, G) float32, every value exact."""

@@ -76,6 +76,20 @@ def test_the_usual_optimum_snippet_runs(packages):
     assert output[0, inputs["input_ids"].shape[1] :].tolist() == ours[0].tokens
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8-static", "int4-weight"])
+def test_optimum_generates_from_batches_padded_on_the_left(packages, precision):
+    """Formats of fixed ranges: int8-dynamic has one range for the whole batch."""
+    prompts = [PROMPT, "A", "The stream under the hill is cold and the"]
+    tokenizer = AutoTokenizer.from_pretrained(packages / precision, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    output = ORTModelForCausalLM.from_pretrained(packages / precision).generate(
+        **inputs, max_new_tokens=20, max_length=None, do_sample=False
+    )
+    ours = [Generator.load(packages / precision).generate(prompt, max_new_tokens=20)[0] for prompt in prompts]
+    assert output[:, inputs["input_ids"].shape[1] :].tolist() == [completion.tokens for completion in ours]
+
+
 def test_float32_chooses_the_tokens_pytorch_chooses(packages, checkpoint, prompt):
     assert our_tokens(packages / "float32", prompt) == torch_tokens(checkpoint, prompt)
 
