@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from expe_edge.divergence import log_divergence, log_softmax, ratio_of_sums
 from expe_edge.errors import ConfigError, CorpusError
-from expe_edge.progress import counted
+from expe_edge.progress import counted, note
 from expe_edge.quality.scoring import Float, Ids, Scorer, tokenizer_path
 from expe_edge.runtime.session import PREFILL_CHUNK
 from expe_edge.text.corpus import load_corpus
@@ -230,11 +230,16 @@ def long_documents(
     has nothing to do with its subject or its place in the source.
 
     Raises:
-        CorpusError: no document is that long.
+        CorpusError: no document is that long, or none is left of those that were held out.
     """
     tokenizer = load_tokenizer(reference.path)
     corpus = load_corpus(sources, text_field) if sources else load_corpus(**reference.corpus)
     candidates = corpus.training + corpus.held_out if sources else corpus.held_out
+    if corpus.missing:
+        missing = f"{corpus.missing} of the documents held out when {reference.path} was trained are not there"
+        if not candidates:
+            raise CorpusError(f"{missing}, none is; bring its text back, or give other with --data")
+        note(f"{missing}: {len(candidates)} are left")
     # A token is at least one byte, so shorter texts need not be encoded.
     worth = [document for document in candidates if len(document.text.encode()) >= tokens - 1]
     worth.sort(key=lambda document: document.digest)

@@ -22,25 +22,45 @@ STDLIB_WITH_TESTS = "python-stdlib+tests"
 SHORTEST_DOCUMENT = 64
 #: So many skipped files are named one by one.
 NAMED = 3
+#: A checkpoint remembers so many of its held-out documents.
+REMEMBERED = 10_000
+#: Of a digest so many hexadecimal digits are kept: 64 bits.
+DIGEST_DIGITS = 16
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents divided into training and held-out, without duplicates. skipped: files of folders left unread."""
+    """Documents divided into training and held-out, without duplicates.
+
+    skipped: files of folders left unread. missing: held-out documents that were asked for, but are not in the sources.
+    """
 
     sources: tuple[str, ...]
     training: tuple[Document, ...]
     held_out: tuple[Document, ...]
     skipped: tuple[Skipped, ...] = ()
+    missing: int = 0
+
+    def digests(self) -> list[str]:
+        """Return what tells the held-out documents from others: the digests of `REMEMBERED` of them, as a sample."""
+        return sorted(document.digest.hex()[:DIGEST_DIGITS] for document in self.held_out)[:REMEMBERED]
 
 
-def load_corpus(sources: Sequence[str] = (), text_field: str = "text", *, option: str = "--data") -> Corpus:
+def load_corpus(
+    sources: Sequence[str] = (),
+    text_field: str = "text",
+    held_out: Sequence[str] | None = None,
+    *,
+    option: str = "--data",
+) -> Corpus:
     """Read all documents of `sources`; of the standard library where there are none.
 
     Args:
         sources: files, folders, globs, names of `datasets` datasets (`NAME` or `NAME:CONFIG`), `python-stdlib` or
             `python-stdlib+tests`.
         text_field: the field that holds the text in JSON lines, JSON, parquet and datasets.
+        held_out: `Corpus.digests` of what was held out when a model was trained. No other document counts as held out
+            then: sources change, and an edited version of a document that was trained on is as good as trained on.
         option: of the command line, that would name other sources.
 
     Raises:
@@ -64,10 +84,14 @@ def load_corpus(sources: Sequence[str] = (), text_field: str = "text", *, option
         for document in found:
             documents.setdefault(document.text, document)
     training = tuple(document for document in documents.values() if not document.held_out)
-    held_out = tuple(document for document in documents.values() if document.held_out)
+    kept = tuple(document for document in documents.values() if document.held_out)
     if not training:  # one document, or a few that chance puts on one side: there is nothing to hold out
-        training, held_out = held_out, ()
-    return Corpus(sources, training, held_out, tuple(skipped))
+        training, kept = kept, ()
+    if held_out is None:
+        return Corpus(sources, training, kept, tuple(skipped))
+    known = set(held_out)
+    kept = tuple(document for document in kept if document.digest.hex()[:DIGEST_DIGITS] in known)
+    return Corpus(sources, training, kept, tuple(skipped), missing=len(known) - len(kept))
 
 
 def describe_skipped(skipped: Iterable[Skipped]) -> list[str]:

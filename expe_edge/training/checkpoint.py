@@ -55,9 +55,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: missing or truncated files, weights of other shapes, or a tokenizer of another vocabulary.
         ConfigError: a config with unknown keys or values.
     """
-    values, settings = _read_records(path)
+    values, record = _read_records(path)
+    settings = record["settings"]
     try:
         sources = {"sources": list(settings["data"]), "text_field": settings["text_field"]}
+        if "held_out" in record.get("corpus", {}):  # earlier releases did not record it
+            sources["held_out"] = [str(digest) for digest in record["corpus"]["held_out"]]
         trained_for, block_size = settings.get("quantization_aware"), settings.get("block_size")
         rounding = None if trained_for is None else WeightRounding(trained_for, block_size)
     except (TypeError, KeyError, ConfigError) as error:
@@ -84,7 +87,8 @@ def starting_settings(path: Path, rounding: WeightRounding | None = None) -> dic
     Raises:
         CheckpointError: missing or damaged files.
     """
-    _, settings = _read_records(path)
+    _, record = _read_records(path)
+    settings = record["settings"]
     changed = {**FINE_TUNING, "from_checkpoint": str(path)}
     if rounding is not None and rounding.bits == 8:
         changed["learning_rate"] = EIGHT_BIT_LEARNING_RATE
@@ -92,7 +96,7 @@ def starting_settings(path: Path, rounding: WeightRounding | None = None) -> dic
 
 
 def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the config's values and the settings of a finished checkpoint."""
+    """Return the config's values and the training record of a finished checkpoint."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
     if is_package(path):
@@ -102,13 +106,13 @@ def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or --resume it")
     try:
         values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        settings = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))["settings"]
-        if not isinstance(values, dict) or not isinstance(settings, dict):
+        record = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not isinstance(record["settings"], dict):
             raise TypeError("no mapping")
-        settings = upgraded(settings)
+        record["settings"] = upgraded(record["settings"])
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged {CONFIG_FILE} or {TRAINING_FILE} ({error})") from error
-    return values, settings
+    return values, record
 
 
 def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:

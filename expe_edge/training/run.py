@@ -171,6 +171,7 @@ def _corpus_record(corpus: Corpus, dataset: WindowDataset) -> dict[str, Any]:
         "sources": list(corpus.sources),
         "training_documents": len(corpus.training),
         "held_out_documents": len(corpus.held_out),
+        "held_out": corpus.digests(),
         "skipped_files": len(corpus.skipped),
         "training_tokens": len(dataset.stream),
     }

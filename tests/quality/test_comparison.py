@@ -295,6 +295,30 @@ def test_given_text_is_taken_whole(scorers: list[Scorer], text_folder: Path) -> 
     assert len(chosen) == 40
 
 
+def test_documents_that_were_not_held_out_in_training_are_never_scored(
+    scorers: list[Scorer], text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "model"
+    shutil.copytree(scorers[0].path, checkpoint)
+    scorer, edited = open_scorer(checkpoint), tmp_path / "text"
+    shutil.copytree(text_folder, edited)
+    scorer.corpus["sources"] = [str(edited)]
+    before = long_documents(scorer, (), "text", 513, 100)[0]
+    lost, *others = [file for file in sorted(edited.iterdir()) if Document("", file.read_text()).held_out]
+
+    lost.write_text(lost.read_text() + " edited")
+    after = long_documents(scorer, (), "text", 513, 100)[0]
+    assert len(after) == len(before) - 1
+    assert f"1 of the documents held out when {checkpoint} was trained are not there: {len(after)} are left" in (
+        capfd.readouterr().err
+    )
+
+    for file in others:
+        file.write_text(file.read_text() + " edited")
+    with pytest.raises(CorpusError, match=r"none is; bring its text back, or give other with --data"):
+        long_documents(scorer, (), "text", 513, 100)
+
+
 def test_documents_as_many_as_asked_for(scorers: list[Scorer]) -> None:
     assert len(long_documents(scorers[0], (), "text", 100, 2)[0]) == 2
 

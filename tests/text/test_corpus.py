@@ -50,6 +50,23 @@ def standard_library() -> Corpus:
 # The split
 
 
+def test_an_edited_document_is_not_held_out_from_a_model_trained_before(text_folder: Path, tmp_path: Path) -> None:
+    """Edited files fall on either side anew, and those that fall on the held-out side may have been trained on."""
+    trained, edited = load_corpus([str(text_folder)]), tmp_path / "edited"
+    shutil.copytree(text_folder, edited)
+    for index, file in enumerate(sorted(edited.iterdir())):
+        if index % 2:
+            file.write_text(file.read_text(encoding="utf-8") + "edited", encoding="utf-8")
+
+    anew = load_corpus([str(edited)])
+    known = load_corpus([str(edited)], held_out=trained.digests())
+
+    assert not split(anew)[1] <= split(trained)[1]
+    assert split(known)[1] == split(anew)[1] & split(trained)[1] != set()
+    assert known.missing == len(trained.held_out) - len(known.held_out) > 0
+    assert known.training == anew.training
+
+
 @given(st.text(), st.text(), st.text())
 def test_a_documents_half_depends_on_its_text_alone(text: str, name: str, other_name: str) -> None:
     assert Document(name, text).held_out is Document(other_name, text).held_out
