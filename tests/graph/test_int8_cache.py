@@ -19,6 +19,7 @@ from expe_edge.graph.attention import GroupedAttention
 from expe_edge.graph.build import build_graph, graph_contract
 from expe_edge.graph.linears import Float32
 from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.padding import TokensFirst
 from expe_edge.graph.positions import Projection
 from expe_edge.package.contract import TensorSpec
 from expe_edge.package.directory import read_package
@@ -62,11 +63,11 @@ def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.nd
 def run_attention(scales: CacheScales, **inputs: np.ndarray) -> list[np.ndarray]:
     """Output (1, T, H·D) and present of the attention that the exporter emits."""
     builder = GraphBuilder()
-    emitter = GroupedAttention(builder, ONE_LAYER, [scales])
-    emitter.begin()
+    emitter = GroupedAttention(builder, ONE_LAYER, TokensFirst(builder), [scales])
     emitter.emit("mixed", 0, Projection("query", "key", "value", "bias"))
     names = {"past_key": "past_key_values.0.key", "past_value": "past_key_values.0.value"}
     feeds = {names.get(name, name): value for name, value in inputs.items()}
+    feeds |= dict.fromkeys(("input_ids", "position_ids"), np.zeros(inputs["query"].shape[:2], dtype=np.int64))
     specs = [TensorSpec(name, str(value.dtype), value.shape) for name, value in feeds.items()]
     cache = ("batch", SHARED, "total", SIZE)
     outputs = [TensorSpec("mixed", "float32", inputs["query"].shape)]
