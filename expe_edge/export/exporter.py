@@ -167,6 +167,9 @@ class Exporter:
         if record["weights"] != self.evidence.fingerprint:
             raise ExportError(f"--ranges-from {package}: measured on another model, or on weights smoothed otherwise")
         ranges: dict[str, Range] = {name: (low, high) for name, (low, high) in record["ranges"].items()}
+        missing = [name for name in self.evidence.plain.linears if not np.isfinite(ranges.get(name, np.nan)).all()]
+        if missing:
+            raise ExportError(f"--ranges-from {package}: no finite range of {missing[0]}; measure them anew")
         self.evidence.given_ranges = ranges
 
     def refuse(self, recipe: Recipe) -> None:

@@ -15,9 +15,9 @@ import onnxruntime as ort
 import torch
 from tokenizers import Tokenizer
 
-from expe_edge.errors import ExportError
+from expe_edge.errors import ExportError, PackageError
 from expe_edge.export.fold import extract_weights, foldable
-from expe_edge.graph.run import run_graph
+from expe_edge.graph.run import check_contract, run_graph
 from expe_edge.graph.weights import ModelWeights, read_weights
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.directory import Package, is_package, read_package
@@ -98,8 +98,8 @@ def _from_package(package: Package, *, folded: bool) -> Source:
             f"{package.path} has its positions {manifest.positions}; use --positions {manifest.positions}"
         )
     config = ExPEConfig.from_dict(dict(manifest.model))
-    weights = read_weights(onnx.load(package.model_path), config, folded=folded)
-    tokenizer = load_tokenizer(package.path)
+    weights = read_weights(_load_graph(package), config, folded=folded)
+    tokenizer = load_tokenizer(package.path, config.vocab_size)
     return Source(
         package.path,
         config,
@@ -112,13 +112,23 @@ def _from_package(package: Package, *, folded: bool) -> Source:
     )
 
 
+def _load_graph(package: Package) -> onnx.ModelProto:
+    try:
+        return onnx.load(package.model_path)
+    except Exception as error:  # protobuf's exceptions and onnx's share no narrower base
+        reason = " ".join(str(error).split())[:200]
+        raise PackageError(f"{package.model_path}: not a graph that onnx can read ({reason})") from error
+
+
 @dataclass
 class _GraphReference:
     package: Package
 
     @cached_property
     def session(self) -> ort.InferenceSession:
-        return ort.InferenceSession(str(self.package.model_path), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(self.package.model_path), providers=["CPUExecutionProvider"])
+        check_contract(session, self.package.manifest.contract)
+        return session
 
     def __call__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         return run_graph(self.session, self.package.manifest.contract, tokens)

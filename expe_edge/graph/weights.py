@@ -70,15 +70,15 @@ class ModelWeights:
 
 
 def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) -> ModelWeights:
-    """Return the weights of a float32 graph that `export.graph` built.
+    """Return the weights of a float32 graph that `graph.build` made.
 
     Raises:
-        PackageError: a weight is missing.
+        PackageError: a weight is missing, or of another shape or dtype than the config's.
     """
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     try:
         embedding = tensors["embedding.weight"]
-        return ModelWeights(
+        weights = ModelWeights(
             config=config,
             folded=folded,
             embedding=embedding,
@@ -89,6 +89,32 @@ def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) ->
         )
     except KeyError as error:
         raise PackageError(f"the graph has no weight {error}; quantize the checkpoint, or export it again") from error
+    _require_shapes(weights)
+    return weights
+
+
+def _require_shapes(weights: ModelWeights) -> None:
+    """Raise `PackageError` unless every matrix and gain is float32 and as large as the config says."""
+    config = weights.config
+    size, heads, shared = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "attention_norm": (width,),
+        "qkv": (width, (heads + 2 * shared) * size),
+        "out": (heads * size, width),
+        "feed_forward_norm": (width,),
+        "up": (width, inner * (2 if config.hidden_act == "swiglu" else 1)),
+        "down": (inner, width),
+    }
+    outer = {"embedding": (config.vocab_size, width), "norm": (width,), "head": (width, config.vocab_size)}
+    for owner, wanted in ((weights, outer), *((layer, shapes) for layer in weights.layers)):
+        for name, shape in wanted.items():
+            found = getattr(owner, name)
+            if found.dtype != np.float32 or found.shape != shape:
+                raise PackageError(
+                    f"the graph's {name} is {found.dtype} {found.shape}, but float32 {shape} by its manifest; export "
+                    "the package again"
+                )
 
 
 def _read_layer(tensors: Mapping[str, Float], layer: str) -> LayerWeights:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+from expe_edge.package.checks import BOOLEAN, Check, one_of, whole
 
 #: Bytes of a number in the cache, by dtype.
 CACHE_ITEM_BYTES = {"float32": 4, "int8": 1}
+#: The widest tensor, vocabulary included, and the longest text: positions beyond it are not exact in float32.
+WIDEST, LONGEST = 2**20, 2**24
+#: Bounds of a contract, far above the models of this project: a package that asks for more is not opened.
+BOUNDS: dict[str, Check] = {
+    "layers": whole(1, 1024),
+    "key_value_heads": whole(1, 1024),
+    "head_size": whole(1, 4096),
+    "vocab_size": whole(1, WIDEST),
+    "cache_dtype": one_of(*CACHE_ITEM_BYTES),
+    "growing_cache": BOOLEAN,
+}
+#: The most bytes of one token's keys and values: several times what the largest published models take.
+LARGEST_TOKEN = 2**26
+#: Dtypes as NumPy names them, and as onnxruntime does.
+ORT_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "int8": "tensor(int8)"}
 
 #: A dimension is a number, or the name of a symbolic axis.
 Shape = tuple[int | str, ...]
@@ -20,9 +39,17 @@ class TensorSpec:
     shape: Shape
 
 
+class Node(Protocol):
+    """An input or output as onnxruntime describes it; its shape has numbers, names, or None."""
+
+    name: str
+    type: str
+    shape: Sequence[Any]
+
+
 @dataclass(frozen=True)
 class GraphContract:
-    """The inputs and outputs of an exported graph, in order.
+    """The inputs and outputs of an exported graph, in order. A `ValueError` says which size is out of `BOUNDS`.
 
     Position n of a row is the n-th token of that row: `position_ids` count from 0. `attention_mask` has 1 for every
     token up to and including the new ones.
@@ -38,6 +65,12 @@ class GraphContract:
     vocab_size: int
     cache_dtype: str = "float32"
     growing_cache: bool = False
+
+    def __post_init__(self) -> None:
+        for name, check in BOUNDS.items():
+            check(name, getattr(self, name))
+        if self.cache_bytes > LARGEST_TOKEN:
+            raise ValueError(f"a token takes {self.cache_bytes} bytes of cache, more than {LARGEST_TOKEN}")
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -70,6 +103,10 @@ class GraphContract:
         """Bytes of one token's keys and values, in all layers."""
         return 2 * self.layers * self.key_value_heads * self.head_size * CACHE_ITEM_BYTES[self.cache_dtype]
 
+    def difference(self, inputs: Sequence[Node], outputs: Sequence[Node]) -> str | None:
+        """Say how a graph with these inputs and outputs differs: in number, names, dtypes or axes; None where not."""
+        return _difference("input", inputs, self.inputs) or _difference("output", outputs, self.outputs)
+
     def _cache(self, prefix: str, axis: str) -> tuple[TensorSpec, ...]:
         shape: Shape = ("batch", self.key_value_heads, axis, self.head_size)
         return tuple(
@@ -77,3 +114,16 @@ class GraphContract:
             for layer in range(self.layers)
             for part in ("key", "value")
         )
+
+
+def _difference(kind: str, found: Sequence[Node], agreed: Sequence[TensorSpec]) -> str | None:
+    if len(found) != len(agreed):
+        return f"it has {len(found)} {kind}s, not {len(agreed)}"
+    for node, spec in zip(found, agreed, strict=True):
+        if node.name != spec.name:
+            return f"{kind} {node.name!r} stands where {spec.name!r} should"
+        if node.type != ORT_TYPES[spec.dtype]:
+            return f"{kind} {spec.name!r} is {node.type}, not {ORT_TYPES[spec.dtype]}"
+        if tuple(node.shape) != spec.shape:
+            return f"{kind} {spec.name!r} has axes {list(node.shape)}, not {list(spec.shape)}"
+    return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expe_edge.errors import ExportError, PackageError
-from expe_edge.package.manifest import MANIFEST_FILE, Manifest
+from expe_edge.package.manifest import LARGEST_MANIFEST, MANIFEST_FILE, Manifest
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -56,6 +56,8 @@ def read_package(path: Path) -> Package:
     if not path.is_dir():
         raise PackageError(f"{path}: no such package directory")
     try:
+        if (path / MANIFEST_FILE).stat().st_size > LARGEST_MANIFEST:
+            raise PackageError(f"{path}: {MANIFEST_FILE} has more than {LARGEST_MANIFEST} bytes; export it again")
         text = (path / MANIFEST_FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PackageError(f"{path}: no {MANIFEST_FILE} in it, so not a package; make one with export") from error

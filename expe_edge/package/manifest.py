@@ -5,17 +5,92 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from expe_edge.errors import PackageError
-from expe_edge.package.contract import GraphContract
+from expe_edge.package.checks import (
+    MAPPING,
+    NUMBER,
+    TEXT,
+    VERSION,
+    Check,
+    list_of,
+    mapping_of,
+    optional,
+    record,
+    whole,
+)
+from expe_edge.package.contract import BOUNDS, LONGEST, WIDEST, GraphContract
 
 #: Raised by one when a reader of one format would misread the other.
 FORMAT_VERSION = 2
 MANIFEST_FILE = "expe_edge.json"
+#: The most bytes of one; those of `auto` with hundreds of layers take a hundredth.
+LARGEST_MANIFEST = 2**26
+
+_COUNT, _LENGTH, _TOKEN = whole(0, 2**63 - 1), whole(1, LONGEST), optional(whole(0, WIDEST - 1))
+_RANGE = list_of(NUMBER, 2)
+_CALIBRATION_ALWAYS = {
+    "method": TEXT,
+    "windows": _COUNT,
+    "window_tokens": _LENGTH,
+    "sources": list_of(TEXT),
+    "weights": TEXT,
+}
+_CALIBRATION_SOMETIMES = {
+    "ranges": mapping_of(_RANGE),
+    "smoothing": mapping_of(NUMBER),
+    "cache_scales": list_of(record({"key": _RANGE, "value": _RANGE})),
+    "choice": record({"kl": NUMBER, "size": _COUNT}),
+}
+
+
+def _calibration(name: str, value: object) -> None:
+    record(_CALIBRATION_ALWAYS)(name, value)
+    assert isinstance(value, dict)
+    record({key: check for key, check in _CALIBRATION_SOMETIMES.items() if key in value})(name, value)
+
+
+#: What every entry but the contract must be, as far as anything reads it.
+ENTRIES: dict[str, Check] = {
+    "model": record(
+        {
+            "vocab_size": BOUNDS["vocab_size"],
+            "hidden_size": whole(1, WIDEST),
+            "num_hidden_layers": BOUNDS["layers"],
+            "num_attention_heads": whole(1, WIDEST),
+            "num_key_value_heads": BOUNDS["key_value_heads"],
+            "intermediate_size": whole(1, WIDEST),
+            "positional": TEXT,
+            "positional_parameters": MAPPING,
+            "training_length": _LENGTH,
+            "max_position_embeddings": _LENGTH,
+            "eos_token_id": _TOKEN,
+        }
+    ),
+    "training_length": _LENGTH,
+    "context_length": _LENGTH,
+    "precision": TEXT,
+    "linears": mapping_of(TEXT),
+    "positions": TEXT,
+    "position_code": optional(record({"bits": whole(1, 24), "limbs": whole(1, 24)})),
+    "calibration": optional(_calibration),
+    "parity": record({"tokens": _COUNT, "prefill_max": NUMBER, "decode_max": NUMBER, "mean_kl": NUMBER}),
+    "corpus": record({"sources": list_of(TEXT), "text_field": TEXT}, closed=True),
+    "embedding": TEXT,
+    "recipe": MAPPING,
+    "parts": list_of(record({"part": TEXT, "format": TEXT, "bytes": _COUNT})),
+    "operators": mapping_of(_COUNT),
+    "kernels": mapping_of(_COUNT),
+    "requires_onnxruntime": VERSION,
+    "created_by": TEXT,
+    "rounding": optional(record({"precision": TEXT, "block_size": optional(_COUNT)}, closed=True)),
+    "files": mapping_of(TEXT),
+}
 
 
 @dataclass(frozen=True)
@@ -73,11 +148,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
-        """Parse a manifest; strict about its keys, clear about its version."""
+        """Parse a manifest; strict about its keys, what they hold and that they agree, clear about its version."""
         try:
             values = json.loads(text)
             version = values["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PackageError(f"{where}: not a manifest of expe-edge; export the package again") from error
         if isinstance(version, int) and version < FORMAT_VERSION:
             raise PackageError(f"{where}: format version {version}, not {FORMAT_VERSION}; export the package again")
@@ -91,12 +166,26 @@ class Manifest:
             raise PackageError(f"{where}: changed since it was written (its digest differs); export the package again")
         try:
             contract = GraphContract(**values.pop("contract"))
-            for name in ("model", "linears", "parity", "corpus", "recipe", "operators", "kernels", "files"):
-                if not isinstance(values.get(name, {}), dict):
-                    raise TypeError(f"{name} is no mapping")
-            return cls(contract=contract, **values)
-        except (KeyError, TypeError) as error:
+            manifest = cls(contract=contract, **values)
+            record(ENTRIES)("manifest", {"rounding": None, **values})
+            manifest._require_agreement()
+        except (KeyError, TypeError, ValueError) as error:
             raise PackageError(f"{where}: damaged manifest ({error}); export the package again") from error
+        return manifest
+
+    def _require_agreement(self) -> None:
+        """Raise `ValueError` where the model's sizes are not the contract's."""
+        model, contract = self.model, self.contract
+        agreed = {
+            "num_hidden_layers": contract.layers,
+            "num_key_value_heads": contract.key_value_heads,
+            "hidden_size": contract.head_size * model["num_attention_heads"],
+            "vocab_size": contract.vocab_size,
+            "training_length": self.training_length,
+        }
+        for name, size in agreed.items():
+            if model[name] != size:
+                raise ValueError(f"model.{name} is {model[name]}, but {size} by what else it says")
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -104,6 +193,7 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def release(version: str) -> tuple[int, ...]:
-    """Return major and minor number of a version, for comparing."""
-    return tuple(int(part) for part in version.split(".")[:2])
+def release(version: str) -> tuple[int, int]:
+    """Return major and minor number of a version, for comparing: (1, 23) of 1.23rc1 and of 1.23.0+cpu."""
+    found = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)

@@ -14,6 +14,7 @@ from expe_edge.errors import ConfigError
 from expe_edge.package.directory import TOKENIZER_FILE, is_package
 from expe_edge.package.manifest import MANIFEST_FILE
 from expe_edge.runtime.session import PREFILL_CHUNK, PackageSession
+from expe_edge.text.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
     from expe_edge.training.checkpoint import Checkpoint
@@ -63,6 +64,7 @@ class PackageScorer:
 
     def __init__(self, session: PackageSession) -> None:
         manifest = session.package.manifest
+        load_tokenizer(session.package.path, session.contract.vocab_size)  # the ids of texts are columns of the logits
         self.session, self.path = session, session.package.path
         self.training_length = manifest.training_length
         self.corpus = dict(manifest.corpus)

@@ -36,6 +36,9 @@ class PackageSession:
         self.package = package
         self.contract: GraphContract = package.manifest.contract
         self.session = _open_session(package, threads, device)
+        difference = self.contract.difference(self.session.get_inputs(), self.session.get_outputs())
+        if difference is not None:
+            raise PackageError(f"{package.model_path} is not the graph that its manifest describes: {difference}")
 
     @classmethod
     def load(cls, path: str | Path, *, threads: int | None = None, device: str = "cpu") -> PackageSession:
@@ -56,10 +59,21 @@ class PackageSession:
         return int(self.package.manifest.model["max_position_embeddings"])
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Allocate a cache for `batch` rows of `capacity` tokens."""
+        """Allocate a cache for `batch` rows of `capacity` tokens.
+
+        Raises:
+            GenerationError: more tokens than the encoding has positions, or than memory has room for.
+        """
         if capacity > self.reach:
             raise GenerationError(f"{capacity} tokens exceed the {self.reach} positions of this model's encoding")
-        return make_cache(self.contract, batch, capacity)
+        try:
+            return make_cache(self.contract, batch, capacity)
+        except MemoryError as error:
+            size = batch * capacity * self.contract.cache_bytes
+            raise GenerationError(
+                f"no memory for a cache of {batch} × {capacity} tokens, {size:,} bytes; lower --max-new-tokens or "
+                "--cache-length"
+            ) from error
 
     def prefill(self, cache: Cache, tokens: Ids, chunk: int = PREFILL_CHUNK) -> Iterator[Logits]:
         """Append `tokens` (T,) to a cache of one row; yield logits (t, V) for each chunk of t <= `chunk` tokens."""
@@ -78,6 +92,7 @@ class Step:
 
     def __init__(self, session: PackageSession, cache: Cache, tokens: int) -> None:
         self.session, self.cache, self.tokens = session.session, cache, tokens
+        self.path = session.package.model_path
         self.input_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
         self.position_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
         self.logits = np.zeros((cache.batch, tokens, session.contract.vocab_size), dtype=np.float32)
@@ -89,14 +104,21 @@ class Step:
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
 
     def run(self, tokens: Ids) -> Logits:
-        """Append `tokens` (B, T) to every row; return logits (B, T, V), valid until the next run."""
+        """Append `tokens` (B, T) to every row; return logits (B, T, V), valid until the next run.
+
+        Raises:
+            PackageError: onnxruntime cannot run the graph. GenerationError: the cache is full.
+        """
         cache = self.cache
         mask = ort.OrtValue.ortvalue_from_numpy(cache.mask(self.tokens))
         self.input_ids[:] = tokens
         np.add(self.begins, self.offsets, out=self.position_ids)
         self.binding.bind_ortvalue_input("attention_mask", mask)
         cache.bind(self.binding, self.tokens)
-        self.session.run_with_iobinding(self.binding)
+        try:
+            self.session.run_with_iobinding(self.binding)
+        except Exception as error:  # onnxruntime's exceptions share no narrower base
+            raise PackageError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
         cache.advance(self.tokens)
         return self.logits
 
@@ -123,8 +145,13 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     try:
         session = ort.InferenceSession(str(package.model_path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no narrower base
-        reason = str(error).splitlines()[0]
+        reason = _reason(error)
         raise PackageError(f"{package.model_path}: onnxruntime {ort.__version__} cannot open it ({reason})") from error
     if session.get_providers()[0] != provider:
         raise GenerationError(f"--device {device}: {provider} found no device; use --device cpu")
     return session
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of a message of onnxruntime's."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

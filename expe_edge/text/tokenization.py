@@ -61,8 +61,14 @@ def bounded_words(text: str) -> str:
     return _LONG_WORD.sub(r"\g<0>\n", text)
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Read `tokenizer.json` of a checkpoint."""
+def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
+    """Read `tokenizer.json` of a checkpoint or a package.
+
+    vocab_size: of the model, where it is known.
+
+    Raises:
+        CheckpointError: it is missing, damaged, not one that `train` writes, or of another vocabulary.
+    """
     path = directory / TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory}: no {TOKENIZER_FILE} in it")
@@ -70,6 +76,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+    vocabulary = tokenizer.get_vocab()
+    if END_OF_TEXT not in vocabulary or set(vocabulary.values()) != set(range(len(vocabulary))):
+        raise CheckpointError(f"{path}: not a tokenizer of train: no {END_OF_TEXT}, or ids that are not 0, 1, 2, …")
+    if vocab_size not in (None, len(vocabulary)):
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {len(vocabulary)} tokens, the model's vocabulary {vocab_size}; they do "
+            "not belong together"
+        )
     tokenizer.encode_special_tokens = True
     return tokenizer
 

@@ -69,12 +69,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}, not 'expe'; not made by expe-edge")
     config = ExPEConfig.from_dict(values)
     model = _load_model(path, config)
-    tokenizer = load_tokenizer(path)
-    if tokenizer.get_vocab_size() != config.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model's vocabulary "
-            f"{config.vocab_size}; they do not belong together"
-        )
+    tokenizer = load_tokenizer(path, config.vocab_size)
     return Checkpoint(path, model.eval(), tokenizer, sources, rounding)
 
 

@@ -26,6 +26,7 @@ from expe_edge.training.run import train
 from tests.command_line import names, refused, succeed, write_text
 from tests.conftest import PRECISIONS
 from tests.graphs import arrays_of, random_weights
+from tests.manifests import edit_manifest, read_manifest
 from tests.small import small_settings
 from tests.strategies import small_config
 
@@ -239,6 +240,17 @@ def test_ranges_of_a_package_that_has_none_are_refused(packages: Path) -> None:
         assert refused(
             *("quantize", packages / "float32", "--out", "out", "--precision", "int8-static", "--ranges-from", path)
         ) == (f"--ranges-from {path}: it has no static ranges")
+
+
+def test_ranges_that_do_not_cover_the_model_are_refused(packages: Path, tmp_path: Path) -> None:
+    ranges = Path(shutil.copytree(packages / "int8-static", tmp_path / "ranges"))
+    calibration = read_manifest(ranges)["calibration"]
+    for changes in ({"head": [float("-inf"), 1.0]}, {"head": None}):
+        kept = {name: bounds for name, bounds in {**calibration["ranges"], **changes}.items() if bounds is not None}
+        edit_manifest(ranges, calibration={**calibration, "ranges": kept})
+        assert refused(
+            *("quantize", packages / "float32", "--out", "out", "--precision", "int8-static", "--ranges-from", ranges)
+        ) == (f"--ranges-from {ranges}: no finite range of head; measure them anew")
 
 
 def test_ranges_do_not_go_with_smoothing_which_changes_what_they_were_measured_on(packages: Path) -> None:

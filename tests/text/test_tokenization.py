@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +47,25 @@ def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_vocabulary_has_the_size_asked_for(vocab_size: int) -> None:
     assert tokenizer_of(vocab_size).get_vocab_size() == vocab_size
+
+
+def test_tokenizer_of_other_ids_or_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Ids are columns of the logits and rows of tables: they are 0, 1, 2, …, as many as the model has."""
+    good = tokenizer_of(270)
+    values = json.loads(good.to_str())
+    last = max(values["model"]["vocab"], key=values["model"]["vocab"].__getitem__)
+    values["model"]["vocab"][last] = 10**9
+    merged = json.dumps(values)
+    plain = good.to_str().replace(END_OF_TEXT, "<|other|>")
+
+    for text in (merged, plain):
+        (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"\.json: not a tokenizer of train: no <\|endoftext\|>, or ids"):
+            load_tokenizer(tmp_path)
+    good.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, 270).get_vocab_size() == 270
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 270 tokens, the model's vocabulary 300; they do not"):
+        load_tokenizer(tmp_path, 300)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
