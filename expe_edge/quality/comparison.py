@@ -31,8 +31,8 @@ class BucketResult:
     nll: nats per token. perplexity_change: against the reference, relative; its error is that of the paired
     difference. kl: KL(reference ‖ model), nats per token. top1: share of tokens whose likeliest prediction is the
     reference's; top1_clear: the same where the reference itself is not nearly undecided. Each with its standard error
-    over documents; NaN is written as null. near_ties: share of tokens where the reference is undecided: its two
-    likeliest predictions are less than `NEAR_TIE` nats apart.
+    over documents. NaN and infinity, as of a perplexity that no number holds, are written as null. near_ties: share of
+    tokens where the reference is undecided: its two likeliest predictions are less than `NEAR_TIE` nats apart.
     """
 
     model: str
@@ -59,7 +59,7 @@ class BucketResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         values = dataclasses.asdict(self)
-        return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
+        return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _result(model: str, start: int, end: int, sums: Double) -> BucketResult:
     mean_kl, kl_error = ratio_of_sums(kl, tokens)
     mean_top1, top1_error = ratio_of_sums(top1, tokens)
     mean_clear, clear_error = ratio_of_sums(clear_top1, clear)
-    perplexity = math.exp(mean_nll)
+    perplexity, factor = _exp(mean_nll), _exp(mean_change)
     return BucketResult(
         model=model,
         bucket_start=start,
@@ -206,8 +206,8 @@ def _result(model: str, start: int, end: int, sums: Double) -> BucketResult:
         nll_stderr=nll_error,
         perplexity=perplexity,
         perplexity_stderr=perplexity * nll_error,
-        perplexity_change=math.expm1(mean_change),
-        perplexity_change_stderr=math.exp(mean_change) * change_error,
+        perplexity_change=math.expm1(mean_change) if math.isfinite(factor) else factor,
+        perplexity_change_stderr=factor * change_error,
         bits_per_byte=bits,
         bits_per_byte_stderr=bits_error,
         kl=mean_kl,
@@ -218,6 +218,14 @@ def _result(model: str, start: int, end: int, sums: Double) -> BucketResult:
         top1_clear_stderr=clear_error,
         near_ties=1 - ratio_of_sums(clear, tokens)[0],
     )
+
+
+def _exp(value: float) -> float:
+    """Return e to the power of `value`: infinity where that is too large for a number."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def long_documents(

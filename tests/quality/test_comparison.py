@@ -227,6 +227,28 @@ def test_near_ties_and_the_change_of_perplexity_by_hand() -> None:
     assert result.perplexity_change == pytest.approx(((0.8 / 0.1) * (0.405 / 0.395)) ** (1 / 4) - 1, rel=1e-5)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_perplexity_too_large_for_a_number_is_infinity(tmp_path: Path, which: int) -> None:
+    """A head that is a hundred thousand times too large is sure of itself and wrong."""
+    logits = [np.eye(4, 3, k=1), np.eye(4, 3, k=1)]
+    logits[which] = logits[which] * 1e5
+    documents = [np.zeros(5, dtype=np.int64), np.zeros(5, dtype=np.int64)]
+
+    comparison = compare([Fixed("a", logits[0]), Fixed("b", logits[1])], documents, np.ones(3), [1])
+
+    found, change = comparison.of("ab"[which])[0], comparison.of("b")[0].perplexity_change
+    assert found.perplexity == math.inf
+    assert found.nll > 1e4
+    assert change == (math.inf if which == 1 else -1)
+    assert found.to_dict()["perplexity"] is None
+    assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["results"][which]["nll"] == found.nll
+    console = Console(file=io.StringIO(), width=200)
+    print_whole(comparison_table(comparison), console)
+    assert " inf ±" in console.file.getvalue()
+    plot_comparison(comparison, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
 # JSON, table, plot
 
 
