@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 from expe_edge.errors import ConfigError
+from expe_edge.package.directory import why_unwritable
 
 #: A path option or argument; whether it exists is for the command to say, in its own words.
 PATH = click.Path(path_type=Path)
@@ -17,11 +22,20 @@ PLOT_SUFFIXES = (".png", ".svg")
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """Write `value` to `path`, where one is given."""
+    """Write `value` to `path`, where one is given; numbers that are not finite, which JSON does not have, as null."""
     if path is None:
         return
+    text = json.dumps(_finite(value), indent=2, allow_nan=False)
     require_writable(path)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report_written(*files: Path | None) -> None:
@@ -32,11 +46,28 @@ def report_written(*files: Path | None) -> None:
 
 
 def require_writable(path: Path | None) -> None:
-    """Raise `ConfigError` before long work where `path` could not be written after it."""
-    if path is not None and not path.parent.is_dir():
+    """Raise `ConfigError` before long work where `path` could not be written after it; nothing is left there."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise ConfigError(f"{path.parent} is not a directory; create it, or change where {path.name} goes")
-    if path is not None and path.is_dir():
+    if path.is_dir():
         raise ConfigError(f"{path} is a directory; name a file in it")
+    refused = _why_unwritable(path) if path.exists() else why_unwritable(path.parent)
+    if refused is not None:
+        raise ConfigError(f"{refused}; change where {path.name} goes")
+
+
+def _why_unwritable(path: Path) -> str | None:
+    """The same for what exists. A pipe or a device is not opened: opening may wait, or be taken for all there is."""
+    try:
+        if path.is_file():
+            path.open("ab").close()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        return f"{path} cannot be written ({error.strerror})"
+    return None
 
 
 def require_counts(**options: int) -> None:
@@ -51,3 +82,5 @@ def require_plot(path: Path | None) -> None:
     require_writable(path)
     if path is not None and path.suffix not in PLOT_SUFFIXES:
         raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(PLOT_SUFFIXES)}")
+    if path is not None and find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")

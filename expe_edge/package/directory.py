@@ -7,6 +7,7 @@ import errno
 import hashlib
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def require_absent(path: Path, *, force: bool) -> None:
-    """Raise `ExportError` where `path` exists and may not be replaced, or cannot be made."""
+    """Raise `ExportError` where `path` exists and may not be replaced, or cannot be made or written to."""
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():
@@ -116,6 +117,22 @@ def require_absent(path: Path, *, force: bool) -> None:
         raise ExportError(f"{path} exists; use --force to replace it, or another --out")
     if path.exists() and any(path.iterdir()) and not is_package(path):
         raise ExportError(f"{path} holds something else than a package; --force will not delete it")
+    refused = why_unwritable(path.parent)
+    if refused is not None:
+        raise ExportError(f"{refused}; choose another --out")
+
+
+def why_unwritable(directory: Path) -> str | None:
+    """Say why nothing can be written in `directory`, or made above it where it is yet to be; None where it can.
+
+    A file that has no name is made there, which is gone again at once.
+    """
+    try:
+        place = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"{directory} cannot be written to ({error.strerror})"
 
 
 def seal_package(directory: Path, manifest: Manifest) -> None:

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from expe_edge.errors import ConfigError
+from expe_edge.package.directory import why_unwritable
 from expe_edge.progress import note
 from expe_edge.training.settings import TRAINER_DIRECTORY, TRAINING_FILE
 
 
 def require_room(out: Path, *, force: bool) -> None:
-    """Raise `ConfigError` where `out` may not be made anew."""
+    """Raise `ConfigError` where `out` may not or cannot be made anew."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, not a directory; choose another --out")
+    require_writable(out)
     if not out.exists() or not any(out.iterdir()):
         return
     if not force:
@@ -24,6 +26,14 @@ def require_room(out: Path, *, force: bool) -> None:
         raise ConfigError(f"{out} holds something else than a training run; --force will not delete it")
     if Path.cwd().is_relative_to(out.resolve()):
         raise ConfigError(f"{out} holds the current directory; run --force from elsewhere")
+    require_writable(out.resolve().parent)  # into which it is moved
+
+
+def require_writable(directory: Path) -> None:
+    """Raise `ConfigError` before long work where a checkpoint could not be written to `directory` after it."""
+    refused = why_unwritable(directory)
+    if refused is not None:
+        raise ConfigError(f"{refused}; choose another --out")
 
 
 def require_outside(out: Path, paths: Iterable[str | Path], option: str) -> None:

@@ -38,7 +38,7 @@ from expe_edge.training.record import (
     require_same,
     require_same_stream,
 )
-from expe_edge.training.replacing import kept_until_complete, require_outside, require_room, set_aside
+from expe_edge.training.replacing import kept_until_complete, require_outside, require_room, require_writable, set_aside
 from expe_edge.training.rounding import round_weights
 from expe_edge.training.settings import TRAINING_FILE, TrainSettings
 from expe_edge.training.trainer import WindowDataset, WindowTrainer, training_arguments
@@ -68,6 +68,7 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     last = None
     if resume:
         last = _open_last(settings, out)
+        require_writable(out)
     else:
         require_room(out, force=force)
         if force:
