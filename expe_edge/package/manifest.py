@@ -55,6 +55,12 @@ def _calibration(name: str, value: object) -> None:
     record({key: check for key, check in _CALIBRATION_SOMETIMES.items() if key in value})(name, value)
 
 
+def _corpus(name: str, value: object) -> None:
+    entries = {"sources": list_of(TEXT), "text_field": TEXT}
+    remembers = isinstance(value, dict) and "held_out" in value
+    record({**entries, **({"held_out": list_of(TEXT)} if remembers else {})}, closed=True)(name, value)
+
+
 #: What every entry but the contract must be, as far as anything reads it.
 ENTRIES: dict[str, Check] = {
     "model": record(
@@ -80,7 +86,7 @@ ENTRIES: dict[str, Check] = {
     "position_code": optional(record({"bits": whole(1, 24), "limbs": whole(1, 24)})),
     "calibration": optional(_calibration),
     "parity": record({"tokens": _COUNT, "prefill_max": NUMBER, "decode_max": NUMBER, "mean_kl": NUMBER}),
-    "corpus": record({"sources": list_of(TEXT), "text_field": TEXT}, closed=True),
+    "corpus": _corpus,
     "embedding": TEXT,
     "recipe": MAPPING,
     "parts": list_of(record({"part": TEXT, "format": TEXT, "bytes": _COUNT})),
