@@ -31,7 +31,8 @@ def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContr
 
 
 def _tokens(config: ExPEConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: token for name, token in ids.items() if token is not None}  # onnxruntime-genai refuses null
 
 
 def _transformers_config(config: ExPEConfig, context_length: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from expe_edge.package.contract import TensorSpec
+from expe_edge.package.contract import BATCH, TensorSpec
 
 #: The oldest opset with everything used here, and its format; onnxruntime reads it since 1.17.
 OPSET, IR_VERSION = 20, 9
@@ -125,7 +125,7 @@ class GraphBuilder:
 
     def describe(self, name: str, width: int) -> None:
         """Record that tensor `name` is float32 (batch, sequence, width): shape inference stops at custom operators."""
-        self.value_infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "sequence", width]))
+        self.value_infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, "sequence", width]))
 
     def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:
         """Return the finished model."""

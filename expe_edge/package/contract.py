@@ -26,6 +26,9 @@ LARGEST_TOKEN = 2**26
 #: Dtypes as NumPy names them, and as onnxruntime does.
 ORT_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "int8": "tensor(int8)"}
 
+#: The axis of the rows, as transformers.js expects it, and as earlier releases called it.
+BATCH, EARLIER_BATCH = "batch_size", "batch"
+
 #: A dimension is a number, or the name of a symbolic axis.
 Shape = tuple[int | str, ...]
 
@@ -76,16 +79,16 @@ class GraphContract:
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Token inputs, then the cache."""
         return (
-            TensorSpec("input_ids", "int64", ("batch", "sequence")),
-            TensorSpec("attention_mask", "int64", ("batch", "total_sequence")),
-            TensorSpec("position_ids", "int64", ("batch", "sequence")),
+            TensorSpec("input_ids", "int64", (BATCH, "sequence")),
+            TensorSpec("attention_mask", "int64", (BATCH, "total_sequence")),
+            TensorSpec("position_ids", "int64", (BATCH, "sequence")),
             *self._cache("past_key_values", "past"),
         )
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Logits, then the cache with the new tokens appended."""
-        logits = TensorSpec("logits", "float32", ("batch", "sequence", self.vocab_size))
+        logits = TensorSpec("logits", "float32", (BATCH, "sequence", self.vocab_size))
         return (logits, *self._cache("present", "total_sequence"))
 
     @property
@@ -108,7 +111,7 @@ class GraphContract:
         return _difference("input", inputs, self.inputs) or _difference("output", outputs, self.outputs)
 
     def _cache(self, prefix: str, axis: str) -> tuple[TensorSpec, ...]:
-        shape: Shape = ("batch", self.key_value_heads, axis, self.head_size)
+        shape: Shape = (BATCH, self.key_value_heads, axis, self.head_size)
         return tuple(
             TensorSpec(f"{prefix}.{layer}.{part}", self.cache_dtype, shape)
             for layer in range(self.layers)
@@ -124,6 +127,7 @@ def _difference(kind: str, found: Sequence[Node], agreed: Sequence[TensorSpec]) 
             return f"{kind} {node.name!r} stands where {spec.name!r} should"
         if node.type != ORT_TYPES[spec.dtype]:
             return f"{kind} {spec.name!r} is {node.type}, not {ORT_TYPES[spec.dtype]}"
-        if tuple(node.shape) != spec.shape:
-            return f"{kind} {spec.name!r} has axes {list(node.shape)}, not {list(spec.shape)}"
+        shape = tuple(BATCH if axis == EARLIER_BATCH else axis for axis in node.shape)
+        if shape != spec.shape:
+            return f"{kind} {spec.name!r} has axes {list(shape)}, not {list(spec.shape)}"
     return None

@@ -200,6 +200,7 @@ def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, st
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
         model_input_names=["input_ids", "attention_mask"],
     )
     wrapped.save_pretrained(out)

@@ -81,7 +81,6 @@ def test_optimum_generates_from_batches_padded_on_the_left(packages, precision):
     """Formats of fixed ranges: int8-dynamic has one range for the whole batch."""
     prompts = [PROMPT, "A", "The stream under the hill is cold and the"]
     tokenizer = AutoTokenizer.from_pretrained(packages / precision, padding_side="left")
-    tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     output = ORTModelForCausalLM.from_pretrained(packages / precision).generate(
         **inputs, max_new_tokens=20, max_length=None, do_sample=False

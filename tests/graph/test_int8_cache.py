@@ -69,7 +69,7 @@ def run_attention(scales: CacheScales, **inputs: np.ndarray) -> list[np.ndarray]
     feeds = {names.get(name, name): value for name, value in inputs.items()}
     feeds |= dict.fromkeys(("input_ids", "position_ids"), np.zeros(inputs["query"].shape[:2], dtype=np.int64))
     specs = [TensorSpec(name, str(value.dtype), value.shape) for name, value in feeds.items()]
-    cache = ("batch", SHARED, "total", SIZE)
+    cache = ("batch_size", SHARED, "total", SIZE)
     outputs = [TensorSpec("mixed", "float32", inputs["query"].shape)]
     outputs += [TensorSpec(f"present.0.{part}", "int8", cache) for part in ("key", "value")]
     return open_session(builder.model(specs, outputs, "test")).run(None, feeds)

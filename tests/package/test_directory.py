@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime as ort
 import pytest
 
 from expe_edge.errors import PackageError
-from expe_edge.package.contract import GraphContract
+from expe_edge.package.contract import ORT_TYPES, GraphContract, TensorSpec
 from expe_edge.package.directory import MODEL_FILE, Package, file_hash, is_package, read_package, seal_package
 from expe_edge.package.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
 from expe_edge.runtime import PackageSession
@@ -256,21 +257,36 @@ def test_contract_has_the_agreed_names_dtypes_and_axes() -> None:
     kinds = {spec.name: (spec.dtype, spec.shape) for spec in (*contract.inputs, *contract.outputs)}
 
     assert kinds == {
-        "input_ids": ("int64", ("batch", "sequence")),
-        "attention_mask": ("int64", ("batch", "total_sequence")),
-        "position_ids": ("int64", ("batch", "sequence")),
-        "past_key_values.0.key": ("float32", ("batch", 3, "past", 8)),
-        "past_key_values.0.value": ("float32", ("batch", 3, "past", 8)),
-        "past_key_values.1.key": ("float32", ("batch", 3, "past", 8)),
-        "past_key_values.1.value": ("float32", ("batch", 3, "past", 8)),
-        "logits": ("float32", ("batch", "sequence", 300)),
-        "present.0.key": ("float32", ("batch", 3, "total_sequence", 8)),
-        "present.0.value": ("float32", ("batch", 3, "total_sequence", 8)),
-        "present.1.key": ("float32", ("batch", 3, "total_sequence", 8)),
-        "present.1.value": ("float32", ("batch", 3, "total_sequence", 8)),
+        "input_ids": ("int64", ("batch_size", "sequence")),
+        "attention_mask": ("int64", ("batch_size", "total_sequence")),
+        "position_ids": ("int64", ("batch_size", "sequence")),
+        "past_key_values.0.key": ("float32", ("batch_size", 3, "past", 8)),
+        "past_key_values.0.value": ("float32", ("batch_size", 3, "past", 8)),
+        "past_key_values.1.key": ("float32", ("batch_size", 3, "past", 8)),
+        "past_key_values.1.value": ("float32", ("batch_size", 3, "past", 8)),
+        "logits": ("float32", ("batch_size", "sequence", 300)),
+        "present.0.key": ("float32", ("batch_size", 3, "total_sequence", 8)),
+        "present.0.value": ("float32", ("batch_size", 3, "total_sequence", 8)),
+        "present.1.key": ("float32", ("batch_size", 3, "total_sequence", 8)),
+        "present.1.value": ("float32", ("batch_size", 3, "total_sequence", 8)),
     }
     assert contract.past_names == tuple(spec.name for spec in contract.inputs[3:])
     assert contract.present_names == tuple(spec.name for spec in contract.outputs[1:])
+
+
+def test_packages_of_earlier_releases_have_another_name_for_the_rows() -> None:
+    contract = GraphContract(layers=1, key_value_heads=1, head_size=4, vocab_size=8)
+
+    def nodes(specs: Sequence[TensorSpec], batch: str) -> list[SimpleNamespace]:
+        shapes = (tuple(batch if axis == "batch_size" else axis for axis in spec.shape) for spec in specs)
+        return [
+            SimpleNamespace(name=spec.name, type=ORT_TYPES[spec.dtype], shape=shape)
+            for spec, shape in zip(specs, shapes, strict=True)
+        ]
+
+    for batch, same in (("batch_size", True), ("batch", True), ("rows", False)):
+        difference = contract.difference(nodes(contract.inputs, batch), nodes(contract.outputs, batch))
+        assert (difference is None) is same
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

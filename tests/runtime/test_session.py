@@ -53,7 +53,7 @@ def test_manifest_of_larger_heads(own_package: Path) -> None:
     describe(own_package, {"head_size": 4096}, hidden_size=4 * 4096)
 
     assert refusal(own_package) == (
-        "input 'past_key_values.0.key' has axes ['batch', 2, 'past', 16], not ['batch', 2, 'past', 4096]"
+        "input 'past_key_values.0.key' has axes ['batch_size', 2, 'past', 16], not ['batch_size', 2, 'past', 4096]"
     )
 
 
@@ -67,7 +67,7 @@ def test_manifest_of_a_larger_vocabulary(own_package: Path) -> None:
     describe(own_package, {"vocab_size": 2**20}, vocab_size=2**20)
 
     assert refusal(own_package) == (
-        "output 'logits' has axes ['batch', 'sequence', 300], not ['batch', 'sequence', 1048576]"
+        "output 'logits' has axes ['batch_size', 'sequence', 300], not ['batch_size', 'sequence', 1048576]"
     )
 
 
