@@ -34,7 +34,11 @@ def preset_table() -> str:
 
 
 #: What it means that a setting is not given.
-ABSENT = {"num_key_value_heads": "as attention heads"}
+ABSENT = {
+    "num_key_value_heads": "as attention heads",
+    "intermediate_size": "by hidden_size",
+    "max_position_embeddings": "all",
+}
 
 
 def _shown(name: str, value: object) -> str:

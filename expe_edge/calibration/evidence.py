@@ -63,15 +63,20 @@ class Evidence:
     progress: Callable[[str], None] = lambda _: None
     _quantizers: dict[tuple[str, int | None], WeightQuantizer] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def portable_only(self) -> bool:
+        """Whether only portable graphs can be made of the model."""
+        return self.weights.config.needs_portable is not None
+
     @cached_property
     def contract(self) -> GraphContract:
         """Of the float32 graph."""
-        return graph_contract(self.weights.config)
+        return graph_contract(self.weights.config, portable=self.portable_only)
 
     @cached_property
     def plain(self) -> BuiltGraph:
-        """The float32 graph."""
-        return build_graph(self.weights, Float32())
+        """The float32 graph: an ordinary one, where one can be made of the model."""
+        return build_graph(self.weights, Float32(), portable=self.portable_only)
 
     @cached_property
     def fingerprint(self) -> str:

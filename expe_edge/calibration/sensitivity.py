@@ -133,7 +133,7 @@ def stored_bytes(evidence: Evidence, graph: BuiltGraph, weight: str, name: str) 
 
 
 def default_candidates(evidence: Evidence, precisions: Sequence[str]) -> dict[str, list[str]]:
-    """Return the formats of each weight as packages of `precisions` have them, and an int8 cache."""
+    """Return the formats of each weight as packages of `precisions` have them, and an int8 cache where there is one."""
     embeddings = list(dict.fromkeys(LINEAR_FORMATS[precision].embedding for precision in precisions))
     candidates = {weight: embeddings if weight == EMBEDDING else [*precisions] for weight in weights_of(evidence)}
-    return {**candidates, CACHE: ["int8"]}
+    return candidates if evidence.portable_only else {**candidates, CACHE: ["int8"]}

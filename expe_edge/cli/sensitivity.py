@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -93,6 +94,7 @@ def sensitivity(
         text_field=text_field,
         progress=lambda line: click.echo(line, err=True),
     )
+    recipes = [dataclasses.replace(recipe, portable=exporter.evidence.portable_only) for recipe in recipes]
     for recipe in recipes:
         exporter.refuse(recipe)
     texts = exporter.text.beginnings((length,), documents)

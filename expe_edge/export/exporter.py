@@ -151,10 +151,8 @@ class Exporter:
         self.config = source.config
         parameters = self.config.encoding_parameters
         self.encoding = parameters if isinstance(parameters, ExPEParameters) else None
-        if self.encoding is not None and self.encoding.where == "embedding" and source.weights.folded:
-            raise ExportError(
-                "positions at the embedding pass through every norm and cannot be folded; use --positions inline"
-            )
+        if source.weights.folded and self.config.needs_inline is not None:
+            raise ExportError(self.config.needs_inline)
         self.evidence = Evidence(
             source.weights, text.calibration, lambda: text.windows, rounding=source.rounding, progress=progress
         )
@@ -174,6 +172,8 @@ class Exporter:
 
     def refuse(self, recipe: Recipe) -> None:
         """Raise `ExportError` for a recipe that cannot be made of this model."""
+        if not recipe.portable and self.config.needs_portable is not None:
+            raise ExportError(self.config.needs_portable)
         positioned_values = self.encoding is not None and self.encoding.where == "query_key_value"
         if recipe.cache == "int8" and self.source.weights.folded and positioned_values:
             raise ExportError(

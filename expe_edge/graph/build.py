@@ -23,20 +23,25 @@ from expe_edge.quant.channels import CacheScales
 
 #: The name of the head among the linears.
 HEAD = "head"
-#: GroupQueryAttention takes head sizes in these units.
-HEAD_SIZE_UNIT = 8
 
 
 def graph_contract(config: ExPEConfig, *, int8_cache: bool = False, portable: bool = False) -> GraphContract:
-    """Return the contract of the graph of a model with `config`."""
-    return GraphContract(
-        layers=config.num_hidden_layers,
-        key_value_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
-        vocab_size=config.vocab_size,
-        cache_dtype="int8" if int8_cache else "float32",
-        growing_cache=portable,
-    )
+    """Return the contract of the graph of a model with `config`.
+
+    Raises:
+        ExportError: a model that is larger than a package may be.
+    """
+    try:
+        return GraphContract(
+            layers=config.num_hidden_layers,
+            key_value_heads=config.num_key_value_heads,
+            head_size=config.head_dim,
+            vocab_size=config.vocab_size,
+            cache_dtype="int8" if int8_cache else "float32",
+            growing_cache=portable,
+        )
+    except ValueError as error:
+        raise ExportError(f"no package holds this model: {error}") from error
 
 
 class Linear(NamedTuple):
@@ -73,11 +78,8 @@ def build_graph(
     Raises:
         ExportError: a head size that the attention operator does not take.
     """
-    if not portable and weights.config.head_dim % HEAD_SIZE_UNIT:
-        raise ExportError(
-            f"head size {weights.config.head_dim} is not a multiple of {HEAD_SIZE_UNIT}, which onnxruntime's attention "
-            "needs; train with another --num-attention-heads or --hidden-size, or use --portable"
-        )
+    if not portable and weights.config.needs_portable is not None:
+        raise ExportError(weights.config.needs_portable)
     return _Decoder(weights, formats, embedding, cache, portable=portable).build()
 
 

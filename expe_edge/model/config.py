@@ -8,9 +8,17 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from expe_edge.errors import ConfigError, unknown_name
-from expe_edge.positions.parameters import NoParameters, encoding_parameters, require_choice, require_positive
+from expe_edge.positions.parameters import (
+    ExPEParameters,
+    NoParameters,
+    encoding_parameters,
+    require_choice,
+    require_positive,
+)
 
 ACTIVATIONS = ("swiglu", "gelu")
+#: Head sizes that onnxruntime's attention operator takes are multiples of this; those of portable graphs may be any.
+HEAD_SIZE_UNIT = 8
 
 #: Keys that transformers itself writes into or passes through a config, beside the attributes of PretrainedConfig.
 _TRANSFORMERS_KEYS = frozenset(PretrainedConfig().to_dict()) | {
@@ -84,6 +92,11 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         parameters = encoding_parameters(positional, positional_parameters or {}, training_length)
         self.max_position_embeddings = max_position_embeddings or parameters.reach
         parameters.validate(hidden_size, num_attention_heads, self.head_dim, self.max_position_embeddings)
+        if self.max_position_embeddings > parameters.reach:
+            raise ConfigError(
+                f"max_position_embeddings is {self.max_position_embeddings}, but positions are exact in float32 only "
+                f"below {parameters.reach}; lower it"
+            )
         self.positional_parameters = parameters.to_dict()
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
@@ -136,3 +149,24 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
     def encoding_parameters(self) -> NoParameters:
         """The positional parameters as their frozen dataclass."""
         return encoding_parameters(self.positional, self.positional_parameters)
+
+    @property
+    def needs_portable(self) -> str | None:
+        """Why only a portable graph can be made of this model; None where onnxruntime's attention takes its heads."""
+        if self.head_dim % HEAD_SIZE_UNIT == 0:
+            return None
+        return (
+            f"head size {self.head_dim} is not a multiple of {HEAD_SIZE_UNIT}, which onnxruntime's attention needs; "
+            "export with --portable, or train with another --num-attention-heads or --hidden-size"
+        )
+
+    @property
+    def needs_inline(self) -> str | None:
+        """Why positions cannot be folded out of this model's products; None where they can, or there are none."""
+        parameters = self.encoding_parameters
+        if not isinstance(parameters, ExPEParameters) or parameters.where != "embedding":
+            return None
+        return (
+            "positions at the embedding pass through every norm and cannot be folded; export with --positions inline, "
+            "or train with another where"
+        )

@@ -103,12 +103,26 @@ def is_exact(start: float, step: float, count: int) -> bool:
     return max(abs(Fraction(start)), abs(last)) / unit <= FLOAT32_EXACT
 
 
-def require_exact(start: Sequence[float], step: Sequence[float], count: int) -> None:
-    """Raise `ConfigError` unless every dimension's positions are exact for n in [0, count)."""
+def exact_below(start: float, step: float, count: int) -> int:
+    """Return the largest number of n, up to `count`, that `is_exact` for this start and step."""
+    few, many = 0, count + 1  # exact for few, not for many
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if is_exact(start, step, middle) else (few, middle)
+    return few
+
+
+def require_exact(start: Sequence[float], step: Sequence[float], count: int, *, positions: bool = True) -> None:
+    """Raise `ConfigError` unless every dimension's values are exact for n in [0, count).
+
+    positions: whether n are positions, of which fewer may do; else they are the values of a limb.
+    """
     for dim, (a, b) in enumerate(zip(start, step, strict=True)):
         if not is_exact(a, b, count):
+            reach = exact_below(a, b, count)
+            fewer = f"lower max_position_embeddings to {reach}, or " if positions and reach > 1 else ""
+            exact = "a step that is a power of two, such as 0.0078125, and start=0" if b else "a start such as 1 or 0.5"
             raise ConfigError(
                 f"positions start + step·n with start={a!r}, step={b!r} (dimension {dim}) are not exact in float32 "
-                f"for every n < {count}; use a step that is a power of two, such as 0.0078125, a start that is a "
-                f"multiple of it, or lower max_position_embeddings"
+                f"for every n < {count}; {fewer}use {exact}"
             )

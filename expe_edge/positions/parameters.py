@@ -336,7 +336,7 @@ class ExQPEParameters(ExPEParameters):
                 f"exact in int8 only below {self.reach}; add limbs or lower max_position_embeddings"
             )
         for steps in self.limb_steps:
-            require_exact(self.starts, steps, INT8_LIMIT)
+            require_exact(self.starts, steps, INT8_LIMIT, positions=False)
 
 
 #: The registry of positional encodings: name to the type of its parameters. `model/encodings.py` has the modules.

@@ -19,7 +19,8 @@ from expe_edge.training.settings import TRAINER_DIRECTORY, TRAINING_FILE, TrainS
 #: Settings that the weights of a run depend on.
 MODEL_SETTINGS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("hidden_act", "tie_word_embeddings", "positional", "positional_parameters", "training_length"),
+    *("intermediate_size", "hidden_act", "tie_word_embeddings", "positional", "positional_parameters"),
+    *("training_length", "max_position_embeddings"),
 )
 #: What a run starts from, what its weights are rounded to, and what they learn.
 START_SETTINGS = ("from_checkpoint", "quantization_aware", "block_size", "distillation")

@@ -76,6 +76,7 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     corpus = load_corpus(settings.data, settings.text_field)
     if state.is_main_process:
         note(*describe_skipped(corpus.skipped))
+        note(*filter(None, (config.needs_portable, config.needs_inline)))
     with kept_until_complete(out) if state.is_main_process else nullcontext():
         return _run(settings, arguments, config, corpus, start, last, state)
 
@@ -184,6 +185,11 @@ def _prepare(
     """Return tokenizer and sequences; where the run is `fresh`, make `out` anew once nothing is left to refuse."""
     if fresh:
         tokenizer = start.tokenizer if start else train_tokenizer(corpus.training, settings.vocab_size)
+        if tokenizer.get_vocab_size() < settings.vocab_size:
+            note(
+                f"the text holds {tokenizer.get_vocab_size()} tokens to learn, fewer than --vocab-size "
+                f"{settings.vocab_size}; the model's vocabulary is of {tokenizer.get_vocab_size()}"
+            )
     else:
         tokenizer = load_tokenizer(out)
     dataset = WindowDataset(np.concatenate(encode_documents(tokenizer, corpus.training)), settings)
@@ -208,11 +214,12 @@ def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, st
 
 
 def _require_reach(settings: TrainSettings, config: ExPEConfig) -> None:
-    farthest = max(settings.position_offset, 1) * settings.training_length + settings.training_length
+    farthest = (settings.position_offset + 1) * settings.training_length
     if farthest > config.max_position_embeddings:
+        lower = "lower --position-offset" if settings.position_offset else "lower --training-length"
         raise ConfigError(
             f"position_offset {settings.position_offset} reaches position {farthest}, beyond the encoding's "
-            f"{config.max_position_embeddings}; lower --position-offset"
+            f"{config.max_position_embeddings}; {lower}, or raise --max-position-embeddings where it is set"
         )
 
 

@@ -27,6 +27,7 @@ TRAINER_DIRECTORY = "trainer"
 POSITIVE = (
     *("max_steps", "batch_size", "learning_rate", "save_every", "log_every", "training_length", "vocab_size"),
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "max_position_embeddings"),
 )
 NOT_NEGATIVE = ("position_offset", "warmup_steps", "seed", "weight_decay", "max_grad_norm")
 #: The largest that NumPy's generator takes, as transformers seeds it.
@@ -67,11 +68,17 @@ class TrainSettings:
     positional_parameters: Mapping[str, Any] = _setting(
         {}, "Parameter of the encoding, KEY=VALUE; repeatable.", flag="--positional-parameter"
     )
+    max_position_embeddings: int | None = _setting(
+        None, "Positions that must be exact; by default all that the encoding can count.", kind=int
+    )
     hidden_size: int = _setting(128, "C, width of the model.")
     num_hidden_layers: int = _setting(4, "Number of blocks.")
     num_attention_heads: int = _setting(4, "Attention heads.")
     num_key_value_heads: int | None = _setting(
         None, "Key/value heads; by default as many as attention heads.", kind=int
+    )
+    intermediate_size: int | None = _setting(
+        None, "Width of the feed-forward layer; by default 8/3 C for swiglu, 4 C for gelu.", kind=int
     )
     hidden_act: str = _setting("swiglu", "Feed-forward activation: swiglu or gelu.")
     tie_word_embeddings: bool = _setting(False, "Use the embedding as the head.")

@@ -18,7 +18,7 @@ from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.positions import ExPENodes
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import TensorSpec
-from expe_edge.positions.codes import FLOAT32_EXACT, STORAGE, WHOLE, PositionCode, is_exact, require_exact
+from expe_edge.positions.codes import FLOAT32_EXACT, STORAGE, WHOLE, PositionCode, exact_below, is_exact, require_exact
 from tests import reference, strategies
 
 LAST = FLOAT32_EXACT - 1
@@ -213,9 +213,36 @@ def test_require_exact_names_the_values_the_dimension_and_the_way_out() -> None:
         require_exact([0.0, 0.5], [0.25, 0.001], 100)
     assert str(raised.value) == (
         "positions start + step·n with start=0.5, step=0.001 (dimension 1) are not exact in float32 for every n < 100; "
-        "use a step that is a power of two, such as 0.0078125, a start that is a multiple of it, "
-        "or lower max_position_embeddings"
+        "use a step that is a power of two, such as 0.0078125, and start=0"
     )
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "reach"),
+    [
+        (1.0, 2.0**-7, FLOAT32_EXACT - 127),
+        (-1.0, 2.0**-7, FLOAT32_EXACT),
+        (0.0, 3.0 * 2.0**-7, FLOAT32_EXACT // 3 + 1),
+        (0.0, 0.001, 1),
+        (0.1, 0.0, 0),
+    ],
+)
+def test_the_way_out_is_one(start: float, step: float, reach: int) -> None:
+    """What a refusal says to lower the number of positions to is accepted, and one more is not."""
+    assert exact_below(start, step, FLOAT32_EXACT) == reach
+    if reach < FLOAT32_EXACT:
+        with pytest.raises(ConfigError) as raised:
+            require_exact([start], [step], FLOAT32_EXACT)
+        assert (f"; lower max_position_embeddings to {reach}, or use " in str(raised.value)) is (reach > 1)
+    if reach > 1:
+        require_exact([start], [step], reach)
+
+
+def test_a_start_that_is_not_exact_is_told_what_is() -> None:
+    with pytest.raises(ConfigError, match=r"start=0\.1, step=0\.0 .* n < 100; use a start such as 1 or 0\.5$"):
+        require_exact([0.1], [0.0], 100)
+    with pytest.raises(ConfigError, match=r"n < 128; use a step that is a power of two, such as 0\.0078125, and st"):
+        require_exact([1000.0], [2.0**-15], 128, positions=False)
 
 
 def test_require_exact_accepts_exact_positions() -> None:
@@ -229,9 +256,17 @@ def test_a_step_of_a_thousandth_is_refused_by_the_config() -> None:
         ExPEConfig(positional_parameters={"step": 0.001, "where": "query_key"})
     assert str(raised.value) == (
         "positions start + step·n with start=0.0, step=0.001 (dimension 0) are not exact in float32 "
-        "for every n < 16777216; use a step that is a power of two, such as 0.0078125, a start that is a multiple "
-        "of it, or lower max_position_embeddings"
+        "for every n < 16777216; use a step that is a power of two, such as 0.0078125, and start=0"
     )
+
+
+def test_no_encoding_reaches_beyond_what_float32_counts() -> None:
+    for positional in ("rotary", "alibi", "none"):
+        with pytest.raises(ConfigError) as raised:
+            ExPEConfig(positional=positional, max_position_embeddings=2**24 + 1)
+        assert str(raised.value) == (
+            "max_position_embeddings is 16777217, but positions are exact in float32 only below 16777216; lower it"
+        )
 
 
 @pytest.mark.parametrize(

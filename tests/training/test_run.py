@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from expe_edge.errors import CheckpointError, ConfigError, CorpusError
+from expe_edge.errors import CheckpointError, ConfigError, CorpusError, ExportError
+from expe_edge.export.exporter import export
 from expe_edge.training.run import train
 from expe_edge.training.settings import stored_settings
 from expe_edge.training.trainer import WindowDataset
@@ -103,6 +106,71 @@ def test_refuses_offsets_beyond_the_encodings_reach(tmp_path: Path, text_folder:
     with pytest.raises(ConfigError, match="position_offset 100 reaches position 3232, beyond the encoding's 2048"):
         train(settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_have_defaults_may_be_given(tmp_path: Path, text_folder: Path):
+    sizes = {"intermediate_size": 40, "max_position_embeddings": 96}
+    settings = small_settings(text_folder, position_offset=2, max_steps=1, **sizes)
+    train(settings, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: config[name] for name in sizes} == sizes
+    assert {name: stored_settings(tmp_path / "out")[name] for name in sizes} == sizes
+    assert load_file(tmp_path / "out" / "model.safetensors")["blocks.0.feed_forward.down.weight"].shape == (64, 40)
+    with pytest.raises(ConfigError, match="max_position_embeddings is 128, but 96 in the run of"):
+        train(dataclasses.replace(settings, max_position_embeddings=128), tmp_path / "out", resume=True)
+
+
+def test_the_way_out_of_inexact_positions_is_one(tmp_path: Path, text_folder: Path):
+    """As the refusal says, before anything is made; a sequence must still fit."""
+    paper = {"where": "query_key", "start": 1.0}
+    settings = small_settings(text_folder, positional_parameters=paper, position_offset=0, max_steps=1)
+    with pytest.raises(ConfigError, match="; lower max_position_embeddings to 16777185, or use") as caught:
+        train(settings, tmp_path / "out")
+    assert "start=1.0, step=0.03125" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    train(dataclasses.replace(settings, max_position_embeddings=16777185), tmp_path / "out")
+    train(dataclasses.replace(settings, max_position_embeddings=32), tmp_path / "short")
+    with pytest.raises(ConfigError, match="reaches position 32, beyond the encoding's 31; lower --training-length, or"):
+        train(dataclasses.replace(settings, max_position_embeddings=31), tmp_path / "shorter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": 28},
+            "head size 7 is not a multiple of 8, which onnxruntime's attention needs; export with --portable, or train "
+            "with another --num-attention-heads or --hidden-size",
+        ),
+        (
+            {"positional_parameters": {"where": "embedding"}},
+            "positions at the embedding pass through every norm and cannot be folded; export with --positions inline, "
+            "or train with another where",
+        ),
+    ],
+)
+def test_what_export_would_refuse_is_said_before_training(
+    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+):
+    train(small_settings(text_folder, max_steps=1, **changes), tmp_path / "out")
+    assert message in capsys.readouterr().err.splitlines()
+    with pytest.raises(ExportError) as caught:
+        export(tmp_path / "out", tmp_path / "package", ["float32"])
+    assert str(caught.value) == message
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_vocabulary_smaller_than_asked_for_is_said(
+    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    settings = small_settings(text_folder, max_steps=1, vocab_size=5000)
+    train(settings, tmp_path / "out")
+    size = json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"]
+    assert 300 < size < 5000
+    (line,) = capsys.readouterr().err.splitlines()[:1]
+    assert line == (
+        f"the text holds {size} tokens to learn, fewer than --vocab-size 5000; the model's vocabulary is of {size}"
+    )
 
 
 def test_refuses_to_replace_or_resume_what_it_should_not(tmp_path: Path, checkpoint: Path, text_folder: Path):

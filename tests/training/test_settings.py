@@ -167,6 +167,8 @@ def test_unknown_parameter_of_an_encoding() -> None:
         ("training_length", "--training-length"),
         ("hidden_size", "--hidden-size"),
         ("num_key_value_heads", "--num-key-value-heads"),
+        ("intermediate_size", "--intermediate-size"),
+        ("max_position_embeddings", "--max-position-embeddings"),
     ],
 )
 def test_setting_that_must_be_positive(name: str, flag: str, value: int) -> None:

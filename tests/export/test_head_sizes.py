@@ -1,0 +1,108 @@
+"""Heads that onnxruntime's attention does not take: portable packages of every format, and no others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expe_edge.errors import ExportError
+from expe_edge.export.exporter import export
+from expe_edge.package.directory import read_package
+from expe_edge.quant.recipe import Recipe
+from expe_edge.runtime import Generator
+from expe_edge.training.checkpoint import load_checkpoint
+from expe_edge.training.run import train
+from tests.command_line import refused, succeed
+from tests.conftest import PRECISIONS
+from tests.small import small_settings
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def nines(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    """A checkpoint of heads of nine."""
+    out = tmp_path_factory.mktemp("nines") / "model"
+    train(small_settings(text_folder, hidden_size=36, max_steps=20), out)
+    return out
+
+
+def test_every_format_has_a_portable_package(nines: Path, tmp_path: Path) -> None:
+    recipes = [Recipe(precision, portable=True) for precision in PRECISIONS]
+    recipes += [Recipe("int8-static", portable=True, smoothing=True, solver="rtn")]
+
+    for recipe in recipes:
+        (package,) = export(nines, tmp_path / "out", [recipe], force=True)
+        assert read_package(package.path).manifest.contract.head_size == 9
+
+    assert len(Generator.load(package.path).generate(["the", "a tree"], max_new_tokens=4)[0].tokens) == 4
+
+
+def test_predictions_are_those_of_pytorch(nines: Path, tmp_path: Path) -> None:
+    (package,) = export(nines, tmp_path, [Recipe(portable=True)])
+    generator = Generator.load(package.path)
+    ids = generator.encode("the old tree grows under the river")
+    with torch.inference_mode():
+        expected = load_checkpoint(nines).model(torch.from_numpy(ids)[None]).logits[0]
+
+    found = np.concatenate(list(generator.session.prefill(generator.session.new_cache(1, len(ids)), ids, chunk=5)))
+
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
+def test_every_way_to_calibrate_works(nines: Path, method: str) -> None:
+    succeed(
+        *("export", nines, "--out", "out", "--portable", "--precision", "int8-static", "--solver", "rtn"),
+        *("--calibration-method", method),
+    )
+
+
+def test_formats_can_be_measured(nines: Path) -> None:
+    succeed("sensitivity", nines, "--documents", "2", "--precision", "int8-dynamic", "--solver", "rtn", "--json", "s")
+    measured = {result["weight"] for result in json.loads(Path("s").read_text())["results"]}
+    assert {"embedding", "head", "layers.0.attention.qkv"} <= measured
+    assert "cache" not in measured  # which has an int8 form in that attention alone
+
+
+def test_formats_can_be_chosen(nines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On little text: how well is not the question here."""
+    monkeypatch.setattr("expe_edge.export.exporter.LONGER", (1,))
+    monkeypatch.setattr("expe_edge.export.exporter.LEAST_TEXTS", 2)
+    monkeypatch.setattr("expe_edge.export.exporter.TOKENS", 64)
+    monkeypatch.setattr("expe_edge.export.exporter.LONGER_TOKENS", 64)
+    succeed("export", nines, "--out", "out", "--portable", "--precision", "auto", "--max-size", "1MB")
+
+    assert read_package(Path("out/auto-portable")).manifest.contract.growing_cache
+
+
+def test_a_float32_package_is_a_source_of_others(nines: Path) -> None:
+    succeed("export", nines, "--out", "out", "--portable")
+    succeed("quantize", "out/float32-portable", "--out", "out", "--portable", "--precision", "int8-dynamic")
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_heads_of_any_size(text_folder: Path, tmp_path: Path, size: int) -> None:
+    settings = small_settings(
+        text_folder, hidden_size=4 * size, max_steps=1, positional_parameters={"dims": 2}, training_length=64
+    )
+    train(settings, tmp_path / "model")
+
+    export(tmp_path / "model", tmp_path, [Recipe(portable=True), Recipe("int8-static", portable=True, solver="rtn")])
+
+
+def test_an_ordinary_package_is_refused_before_anything_is_made(nines: Path) -> None:
+    message = (
+        "head size 9 is not a multiple of 8, which onnxruntime's attention needs; export with --portable, or train "
+        "with another --num-attention-heads or --hidden-size"
+    )
+    for options in ((), ("--positions", "inline"), ("--precision", "auto", "--budget-kl", "1"), ("--cache", "int8")):
+        assert refused("export", nines, "--out", "out", *options) == message
+    with pytest.raises(ExportError) as caught:
+        export(nines, Path("out"), [Recipe(portable=True), "float32"])
+    assert str(caught.value) == message
+    assert not Path("out").exists()
