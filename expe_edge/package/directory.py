@@ -79,7 +79,7 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty sibling directory to fill; on success it becomes `path`, on any failure it vanishes.
 
     Raises:
-        ExportError: `path` exists and `force` is not set, or the disk is full.
+        ExportError: `path` exists and `force` is not set or it cannot be moved, or the disk is full.
     """
     require_absent(path, force=force)
     made = [parent for parent in path.parents if not parent.exists()]
@@ -87,6 +87,8 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
     replaced = partial.with_name(f"{partial.name}-old")
     try:  # from before the first directory is made: Ctrl-C may come at any moment
         partial.mkdir(parents=True)
+        if path.exists():
+            _require_movable(path, replaced)
         yield partial
         if path.exists():
             path.rename(replaced)
@@ -104,6 +106,15 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
             for parent in made:
                 with suppress(OSError):  # something else has been put there
                     parent.rmdir()
+
+
+def _require_movable(path: Path, aside: Path) -> None:
+    """Raise `ExportError`, before the work, where `path` cannot be moved aside: a mount point, a layer of an overlay."""
+    try:
+        path.rename(aside)
+        aside.rename(path)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be replaced ({error.strerror}); choose another --out") from error
 
 
 def require_absent(path: Path, *, force: bool) -> None:

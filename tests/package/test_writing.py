@@ -157,6 +157,27 @@ def test_existing_package_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["package"]
 
 
+def test_what_cannot_be_moved_is_refused_before_the_work_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mount point or a lower layer of an overlay cannot, which only root could make here."""
+
+    def elsewhere(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    path = tmp_path / "package"
+    write_whole(path, "old")
+    monkeypatch.setattr(Path, "rename", elsewhere)
+    with (
+        pytest.raises(
+            ExportError, match=r"package cannot be replaced \(Invalid cross-device link\); choose another --out$"
+        ),
+        write_package(path, force=True),
+    ):
+        pytest.fail("the work was begun")
+    assert content(tmp_path) == {"package/a": "old", f"package/{MANIFEST_FILE}": "old"}
+
+
 def test_file_is_never_replaced_by_a_package(tmp_path: Path) -> None:
     (tmp_path / "package").write_text("a file of the user's", encoding="utf-8")
 
