@@ -109,7 +109,7 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _require_movable(path: Path, aside: Path) -> None:
-    """Raise `ExportError`, before the work, where `path` cannot be moved aside: a mount point, a layer of an overlay."""
+    """Raise `ExportError`, before the work, where `path` cannot be moved: a mount point, a layer of an overlay."""
     try:
         path.rename(aside)
         aside.rename(path)
