@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate import TARGET, page
+from docs.generate import PAGES
 from expe_edge.cli.main import main as cli
 from expe_edge.training.settings import make_settings
 
@@ -17,8 +17,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_the_page_of_the_command_line_is_current():
-    assert TARGET.read_text(encoding="utf-8") == page(), "run `make docs`"
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_generated_page_is_current(path: Path):
+    assert path.read_text(encoding="utf-8") == PAGES[path](), "run `make docs`"
 
 
 def test_the_python_example_of_the_readme_runs(packages: Path, capsys: pytest.CaptureFixture[str]):

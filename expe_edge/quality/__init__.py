@@ -1,1 +1,11 @@
-"""Quality by length, of packages and checkpoints."""
+"""Quality by length, of packages and checkpoints.
+
+from expe_edge.quality import compare_by_length, open_scorer
+scorers = [open_scorer(Path("package", name)) for name in ("float32", "int8-dynamic")]
+print(compare_by_length(scorers, (1, 2, 4), 24).of("int8-dynamic")[-1].kl)
+"""
+
+from expe_edge.quality.comparison import BucketResult, Comparison, compare_by_length
+from expe_edge.quality.scoring import Scorer, open_scorer
+
+__all__ = ["BucketResult", "Comparison", "Scorer", "compare_by_length", "open_scorer"]
