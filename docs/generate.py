@@ -79,7 +79,8 @@ def python() -> str:
 
 
 def _signature(value: Callable[..., object]) -> str:
-    return re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))  # annotations are kept as text
+    text = re.sub(r"<function .*? at 0x[0-9a-f]+>", "…", str(inspect.signature(value)))
+    return re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)  # annotations are kept as text
 
 
 def _text(value: Callable[..., object] | ModuleType, heading: str = "") -> list[str]:
