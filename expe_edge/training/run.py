@@ -185,15 +185,15 @@ def _prepare(
     """Return tokenizer and sequences; where the run is `fresh`, make `out` anew once nothing is left to refuse."""
     if fresh:
         tokenizer = start.tokenizer if start else train_tokenizer(corpus.training, settings.vocab_size)
-        if tokenizer.get_vocab_size() < settings.vocab_size:
-            note(
-                f"the text holds {tokenizer.get_vocab_size()} tokens to learn, fewer than --vocab-size "
-                f"{settings.vocab_size}; the model's vocabulary is of {tokenizer.get_vocab_size()}"
-            )
     else:
         tokenizer = load_tokenizer(out)
     dataset = WindowDataset(np.concatenate(encode_documents(tokenizer, corpus.training)), settings)
     if fresh:
+        if start is None and tokenizer.get_vocab_size() < settings.vocab_size:
+            note(
+                f"the text holds {tokenizer.get_vocab_size()} tokens to learn, fewer than --vocab-size "
+                f"{settings.vocab_size}; the model's vocabulary is of {tokenizer.get_vocab_size()}"
+            )
         with disk_full_is_an_error(out):
             _make_directory(out, tokenizer, settings, dataset.digest)
     return tokenizer, dataset
