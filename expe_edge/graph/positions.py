@@ -111,10 +111,13 @@ class SinusoidalNodes(PositionNodes):
     """Sines and cosines, computed in the graph: no table, no longest length."""
 
     def embed(self, hidden: str) -> str:
-        frequencies = self.graph.constant(inverse_frequencies(self.config.hidden_size, 10000.0).numpy())
+        width = self.config.hidden_size
+        frequencies = self.graph.constant(inverse_frequencies(width, 10000.0).numpy())
         angles = self.graph.op("Mul", self.float_positions(), frequencies, name="positions.angles")
         waves = [self.graph.op(kind, angles, name=f"positions.{kind.lower()}") for kind in ("Sin", "Cos")]
         both = self.graph.op("Concat", *waves, name="positions.waves", axis=-1)
+        if width % 2:  # the last cosine has no place
+            both = self.graph.op("Slice", both, *(self.graph.ints(n) for n in (0, width, 2)), name="positions.kept")
         return self.graph.op("Add", hidden, both, name="embedding.positioned")
 
 

@@ -11,6 +11,10 @@ import torch
 
 from expe_edge.errors import ExportError
 from expe_edge.export.exporter import export
+from expe_edge.export.fold import extract_weights
+from expe_edge.graph.build import build_graph, graph_contract
+from expe_edge.graph.linears import Float32
+from expe_edge.graph.run import run_graph
 from expe_edge.package.directory import read_package
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator
@@ -18,7 +22,9 @@ from expe_edge.training.checkpoint import load_checkpoint
 from expe_edge.training.run import train
 from tests.command_line import refused, succeed
 from tests.conftest import PRECISIONS
+from tests.graphs import open_session
 from tests.small import small_settings
+from tests.strategies import random_model, random_tokens, small_config
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -93,6 +99,19 @@ def test_heads_of_any_size(text_folder: Path, tmp_path: Path, size: int) -> None
     train(settings, tmp_path / "model")
 
     export(tmp_path / "model", tmp_path, [Recipe(portable=True), Recipe("int8-static", portable=True, solver="rtn")])
+
+
+def test_sinusoidal_waves_fit_an_odd_width() -> None:
+    """One sine more than cosines: of a width that only heads of an odd size make."""
+    config = small_config(positional="sinusoidal", hidden_size=27, num_attention_heads=3, num_key_value_heads=3)
+    model, tokens = random_model(config), random_tokens(config, 12)
+    graph = build_graph(extract_weights(model, folded=True), Float32(), portable=True).model
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(tokens)).logits[0]
+
+    found = run_graph(open_session(graph), graph_contract(config, portable=True), tokens[0], 3)
+
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
 def test_an_ordinary_package_is_refused_before_anything_is_made(nines: Path) -> None:
