@@ -72,17 +72,21 @@ def mapping_of(check: Check) -> Check:
     return checked
 
 
-def record(entries: Mapping[str, Check], *, closed: bool = False) -> Check:
-    """A mapping with each of these entries; a `closed` one has no others."""
+def record(
+    entries: Mapping[str, Check], sometimes: Mapping[str, Check] | None = None, *, closed: bool = False
+) -> Check:
+    """A mapping with each of these entries, and those of `sometimes` or not; a `closed` one has no others."""
+    known = {**entries, **(sometimes or {})}
 
     def checked(name: str, value: object) -> None:
         MAPPING(name, value)
         assert isinstance(value, dict)
-        for key, check in entries.items():
-            if key not in value:
+        for key, check in known.items():
+            if key in value:
+                check(f"{name}.{key}", value[key])
+            elif key in entries:
                 raise ValueError(f"{name} has no {key}")
-            check(f"{name}.{key}", value[key])
-        unknown = sorted(set(value) - set(entries))
+        unknown = sorted(set(value) - set(known))
         if closed and unknown:
             raise ValueError(f"{name} has the unknown entry {reprlib.repr(unknown[0])}")
 

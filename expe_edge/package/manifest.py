@@ -34,32 +34,22 @@ LARGEST_MANIFEST = 2**26
 
 _COUNT, _LENGTH, _TOKEN = whole(0, 2**63 - 1), whole(1, LONGEST), optional(whole(0, WIDEST - 1))
 _RANGE = list_of(NUMBER, 2)
-_CALIBRATION_ALWAYS = {
-    "method": TEXT,
-    "windows": _COUNT,
-    "window_tokens": _LENGTH,
-    "sources": list_of(TEXT),
-    "weights": TEXT,
-}
-_CALIBRATION_SOMETIMES = {
-    "ranges": mapping_of(_RANGE),
-    "smoothing": mapping_of(NUMBER),
-    "cache_scales": list_of(record({"key": _RANGE, "value": _RANGE})),
-    "choice": record({"kl": NUMBER, "size": _COUNT}),
-}
-
-
-def _calibration(name: str, value: object) -> None:
-    record(_CALIBRATION_ALWAYS)(name, value)
-    assert isinstance(value, dict)
-    record({key: check for key, check in _CALIBRATION_SOMETIMES.items() if key in value})(name, value)
-
-
-def _corpus(name: str, value: object) -> None:
-    entries = {"sources": list_of(TEXT), "text_field": TEXT}
-    remembers = isinstance(value, dict) and "held_out" in value
-    record({**entries, **({"held_out": list_of(TEXT)} if remembers else {})}, closed=True)(name, value)
-
+_CALIBRATION = record(
+    {
+        "method": TEXT,
+        "windows": _COUNT,
+        "window_tokens": _LENGTH,
+        "sources": list_of(TEXT),
+        "weights": TEXT,
+    },
+    sometimes={
+        "ranges": mapping_of(_RANGE),
+        "smoothing": mapping_of(NUMBER),
+        "cache_scales": list_of(record({"key": _RANGE, "value": _RANGE})),
+        "choice": record({"kl": NUMBER, "size": _COUNT}),
+    },
+)
+_CORPUS = record({"sources": list_of(TEXT), "text_field": TEXT}, sometimes={"held_out": list_of(TEXT)}, closed=True)
 
 #: What every entry but the contract must be, as far as anything reads it.
 ENTRIES: dict[str, Check] = {
@@ -84,9 +74,9 @@ ENTRIES: dict[str, Check] = {
     "linears": mapping_of(TEXT),
     "positions": TEXT,
     "position_code": optional(record({"bits": whole(1, 24), "limbs": whole(1, 24)})),
-    "calibration": optional(_calibration),
+    "calibration": optional(_CALIBRATION),
     "parity": record({"tokens": _COUNT, "prefill_max": NUMBER, "decode_max": NUMBER, "mean_kl": NUMBER}),
-    "corpus": _corpus,
+    "corpus": _CORPUS,
     "embedding": TEXT,
     "recipe": MAPPING,
     "parts": list_of(record({"part": TEXT, "format": TEXT, "bytes": _COUNT})),
@@ -94,9 +84,10 @@ ENTRIES: dict[str, Check] = {
     "kernels": mapping_of(_COUNT),
     "requires_onnxruntime": VERSION,
     "created_by": TEXT,
-    "rounding": optional(record({"precision": TEXT, "block_size": optional(_COUNT)}, closed=True)),
     "files": mapping_of(TEXT),
 }
+_ROUNDING = optional(record({"precision": TEXT, "block_size": optional(_COUNT)}, closed=True))
+_MANIFEST = record(ENTRIES, sometimes={"rounding": _ROUNDING})
 
 
 @dataclass(frozen=True)
@@ -173,7 +164,7 @@ class Manifest:
         try:
             contract = GraphContract(**values.pop("contract"))
             manifest = cls(contract=contract, **values)
-            record(ENTRIES)("manifest", {"rounding": None, **values})
+            _MANIFEST("manifest", values)
             manifest._require_agreement()
         except (KeyError, TypeError, ValueError) as error:
             raise PackageError(f"{where}: damaged manifest ({error}); export the package again") from error

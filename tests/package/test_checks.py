@@ -36,6 +36,8 @@ ALLOWED: list[tuple[Check, object]] = [
     (mapping_of(TEXT), {"a": "b"}),
     (record({"a": TEXT}), {"a": "b", "c": 3}),
     (record({"a": TEXT}, closed=True), {"a": "b"}),
+    (record({"a": TEXT}, {"b": BOOLEAN}, closed=True), {"a": "b"}),
+    (record({"a": TEXT}, {"b": BOOLEAN}, closed=True), {"a": "b", "b": True}),
 ]
 REFUSED: list[tuple[Check, object, str]] = [
     (TEXT, 3, "x is 3, not text"),
@@ -56,6 +58,7 @@ REFUSED: list[tuple[Check, object, str]] = [
     (record({"a": TEXT}), {"b": "a"}, "x has no a"),
     (record({"a": record({"b": TEXT})}), {"a": {"b": 3}}, "x.a.b is 3, not text"),
     (record({"a": TEXT}, closed=True), {"a": "b", "c": 3}, "x has the unknown entry 'c'"),
+    (record({"a": TEXT}, {"b": BOOLEAN}), {"a": "b", "b": 3}, "x.b is 3, not true or false"),
 ]
 
 
