@@ -13,7 +13,7 @@ from expe_edge.graph.attention import GroupedAttention, PortableAttention
 from expe_edge.graph.embeddings import EMBEDDING_FORMATS, Table
 from expe_edge.graph.linears import LinearFormat
 from expe_edge.graph.nodes import GraphBuilder
-from expe_edge.graph.padding import TokensFirst
+from expe_edge.graph.padding import AsGiven, TokensFirst
 from expe_edge.graph.positions import POSITION_NODES, PositionNodes
 from expe_edge.graph.weights import LayerWeights, ModelWeights
 from expe_edge.model.config import ExPEConfig
@@ -96,13 +96,14 @@ class _Decoder:
         self.weights, self.config, self.formats = weights, weights.config, formats
         self.graph = GraphBuilder()
         self.linears: dict[str, Linear] = {}
-        self.run = None if portable else TokensFirst(self.graph)
-        positions = self.run.positions if self.run else "position_ids"
+        self.run = AsGiven(self.graph) if portable else TokensFirst(self.graph)
         kind = POSITION_NODES[self.config.positional]
-        self.positions: PositionNodes = kind(self.graph, weights, self.linear, positions, growing_cache=portable)
+        self.positions: PositionNodes = kind(
+            self.graph, weights, self.linear, self.run.positions, growing_cache=portable
+        )
         self.attention: GroupedAttention | PortableAttention = (
             GroupedAttention(self.graph, self.config, self.run, cache)
-            if self.run
+            if isinstance(self.run, TokensFirst)
             else PortableAttention(self.graph, self.config, self.positions.key_positions)
         )
         self.contract = graph_contract(self.config, int8_cache=cache is not None, portable=portable)
@@ -112,13 +113,11 @@ class _Decoder:
     def build(self) -> BuiltGraph:
         graph = self.graph
         self.positions.begin()
-        token_ids = self.run.token_ids if self.run else "input_ids"
-        hidden = self.positions.embed(self.embedding.lookup(graph, token_ids))
+        hidden = self.positions.embed(self.embedding.lookup(graph, self.run.token_ids))
         for index, weights in enumerate(self.weights.layers):
             hidden = self._block(f"layers.{index}", index, hidden, weights)
         hidden = self._norm("norm", hidden, self.weights.norm)
-        hidden = self.run.restore(hidden) if self.run else hidden
-        logits = self.linear(HEAD, hidden, self.weights.head, tied=self.tied)
+        logits = self.linear(HEAD, self.run.restore(hidden), self.weights.head, tied=self.tied)
         graph.emit("Identity", [logits], ["logits"], name="logits")
         proto = graph.model(self.contract.inputs, self.contract.outputs, f"expe-edge {__version__}")
         return BuiltGraph(proto, self.linears)

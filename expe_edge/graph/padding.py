@@ -17,17 +17,25 @@ from expe_edge.graph.nodes import GraphBuilder
 
 
 @dataclass
-class TokensFirst:
-    """Rolls each row (T,) of a run by the padding before its tokens.
-
-    Attributes:
-        token_ids, positions: `input_ids` and `position_ids`, tokens first; (B, T) int64.
-        last, total: the operator's two lengths: index of each row's last key (B,), and the longest row, int32.
-    """
+class AsGiven:
+    """A run whose rows stay as they are. token_ids, positions: tensors (B, T) int64."""
 
     graph: GraphBuilder
-    token_ids: str = field(init=False)
-    positions: str = field(init=False)
+    token_ids: str = field(init=False, default="input_ids")
+    positions: str = field(init=False, default="position_ids")
+
+    def restore(self, hidden: str) -> str:
+        """Append what gives rows (B, T, C) their place among the inputs again."""
+        return hidden
+
+
+@dataclass
+class TokensFirst(AsGiven):
+    """Rolls each row (T,) of a run by the padding before its tokens, which then stand first in `token_ids`.
+
+    last, total: the operator's two lengths: index of each row's last key (B,), and the longest row, int32.
+    """
+
     last: str = field(init=False)
     total: str = field(init=False)
 
@@ -62,5 +70,4 @@ class TokensFirst:
         return padding
 
     def restore(self, hidden: str) -> str:
-        """Append what rolls rows (B, T, C) back."""
         return self.graph.op("GatherND", hidden, self.restored, name="run.restored", batch_dims=1)
