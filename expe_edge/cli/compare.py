@@ -46,7 +46,7 @@ def compare(
     ends = parse_lengths(lengths)
     comparison.require_rising(ends)
     comparison.unique_names(models)
-    require_counts(documents=documents, threads=1 if threads is None else threads)
+    require_counts(documents=documents, threads=threads)
     scorers, at_once = open_side_by_side(models, threads)
     comparison.require_same_vocabulary(scorers)
     result = comparison.compare_by_length(

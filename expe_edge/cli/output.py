@@ -70,10 +70,10 @@ def _why_unwritable(path: Path) -> str | None:
     return None
 
 
-def require_counts(**options: int) -> None:
-    """Raise `ConfigError` unless each option, by its name without dashes, is 1 or more."""
+def require_counts(**options: int | None) -> None:
+    """Raise `ConfigError` unless each option that is given, by its name without dashes, is 1 or more."""
     for name, value in options.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"--{name} is {value}; at least 1")
 
 

@@ -158,32 +158,37 @@ def _abreast(scorers: Sequence[Scorer], tokens: Ids, pool: Executor) -> Iterator
 
 def _measure(chunks: Iterable[list[Float]], targets: Ids, advance: Callable[[int], None]) -> list[dict[str, Double]]:
     """Return for every model the measures of every token, each (T,), from the logits of all models chunk by chunk."""
-    parts: list[list[dict[str, Double]]] = []
+    measured: list[list[dict[str, Double]]] = []
     begin = 0
-    for models in chunks:
-        parts = parts or [[] for _ in models]
-        wanted = targets[begin : begin + len(models[0])]
-        begin += len(wanted)
-        reference, every = log_softmax(models[0]), np.arange(len(wanted))
-        best = reference.argmax(axis=-1)
-        second, first = np.sort(np.partition(reference, -2, axis=-1)[:, -2:], axis=-1).T
-        clear = (first - second >= NEAR_TIE).astype(np.float64)
-        for model, logits in enumerate(models):
-            predicted = reference if model == 0 else log_softmax(logits)
-            agreed = (predicted.argmax(axis=-1) == best).astype(np.float64)
-            parts[model].append(
-                {
-                    "tokens": np.ones(len(wanted)),
-                    "nll": -predicted[every, wanted],
-                    "change": reference[every, wanted] - predicted[every, wanted],
-                    "kl": log_divergence(reference, predicted),
-                    "top1": agreed,
-                    "clear": clear,
-                    "clear_top1": clear * agreed,
-                }
-            )
-        advance(len(wanted))
-    return [{name: np.concatenate([part[name] for part in of]) for name in of[0]} for of in parts]
+    for logits in chunks:
+        end = begin + len(logits[0])
+        measured.append(_measure_chunk(logits, targets[begin:end]))
+        advance(end - begin)
+        begin = end
+    return [{name: np.concatenate([part[name] for part in of]) for name in of[0]} for of in zip(*measured, strict=True)]
+
+
+def _measure_chunk(logits: list[Float], targets: Ids) -> list[dict[str, Double]]:
+    """Return for every model the measures of the tokens (t,) that its logits (t, V) predict."""
+    reference, every = log_softmax(logits[0]), np.arange(len(targets))
+    best = reference.argmax(axis=-1)
+    second, first = np.sort(np.partition(reference, -2, axis=-1)[:, -2:], axis=-1).T
+    clear = (first - second >= NEAR_TIE).astype(np.float64)
+    measured = []
+    for predicted in (reference, *map(log_softmax, logits[1:])):
+        agreed = (predicted.argmax(axis=-1) == best).astype(np.float64)
+        measured.append(
+            {
+                "tokens": np.ones(len(targets)),
+                "nll": -predicted[every, targets],
+                "change": reference[every, targets] - predicted[every, targets],
+                "kl": log_divergence(reference, predicted),
+                "top1": agreed,
+                "clear": clear,
+                "clear_top1": clear * agreed,
+            }
+        )
+    return measured
 
 
 def _result(model: str, start: int, end: int, sums: Double) -> BucketResult:

@@ -43,7 +43,7 @@ class Corpus:
 
     def digests(self) -> list[str]:
         """Return what tells the held-out documents from others: the digests of `REMEMBERED` of them, as a sample."""
-        return sorted(document.digest.hex()[:DIGEST_DIGITS] for document in self.held_out)[:REMEMBERED]
+        return sorted(map(_short_digest, self.held_out))[:REMEMBERED]
 
 
 def load_corpus(
@@ -90,8 +90,12 @@ def load_corpus(
     if held_out is None:
         return Corpus(sources, training, kept, tuple(skipped))
     known = set(held_out)
-    kept = tuple(document for document in kept if document.digest.hex()[:DIGEST_DIGITS] in known)
+    kept = tuple(document for document in kept if _short_digest(document) in known)
     return Corpus(sources, training, kept, tuple(skipped), missing=len(known) - len(kept))
+
+
+def _short_digest(document: Document) -> str:
+    return document.digest.hex()[:DIGEST_DIGITS]
 
 
 def describe_skipped(skipped: Iterable[Skipped]) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +44,7 @@ class Document:
     name: str
     text: str
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the content, whatever its name."""
         return hashlib.sha256(self.text.encode()).digest()
