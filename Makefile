@@ -44,6 +44,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quantization $(OUT)/checkpoint --out runs/quantization
 	$(BIN)/python -m benchmarks.off_the_shelf $(OUT)/checkpoint
 	$(BIN)/python -m benchmarks.portable $(OUT)/checkpoint
+	$(BIN)/python -m benchmarks.export_memory
 	$(BIN)/python -m benchmarks.exqpe --runs runs/extrapolation
 
 # Pages generated from the code: docs/cli.md.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import onnx
 import onnxruntime as ort
 
 from expe_edge.export.fold import extract_weights
+from expe_edge.export.kernels import optimized_operators
 from expe_edge.graph.build import BuiltGraph, build_graph, graph_contract
 from expe_edge.graph.linears import Float32, FormatOptions, LinearFormat, StaticInt8
 from expe_edge.graph.nodes import GraphBuilder
@@ -112,6 +116,14 @@ def run_text(
         cache = outputs[1:]
     assert cache is not None
     return np.concatenate(logits), cache
+
+
+def operators_of(model: onnx.ModelProto) -> Counter[str]:
+    """How often each operator occurs in what onnxruntime makes of the graph."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "model.onnx")
+        onnx.save(model, path)
+        return optimized_operators(path)
 
 
 def watched(model: onnx.ModelProto, names: Sequence[str]) -> ort.InferenceSession:

@@ -22,11 +22,12 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(expe_edge.__pat
 HEAVY = {"torch", "transformers", "onnx", "optimum", "matplotlib", "accelerate", "datasets", "safetensors", "pyarrow"}
 SOURCES = sorted(ROOT.rglob("*.py"))
 #: What every folder may import, and what it may of the others. docs/design.md draws it.
-GROUND = ("errors", "progress", "divergence", "__version__")
+GROUND = ("errors", "progress", "divergence", "spool", "__version__")
 MAY_IMPORT = {
     "errors": (),
     "progress": (),
     "divergence": (),
+    "spool": (),
     "positions": (),
     "package": (),
     "quant": (),

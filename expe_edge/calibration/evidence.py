@@ -23,7 +23,7 @@ from expe_edge.calibration.observations import (
     require_enough,
 )
 from expe_edge.calibration.smoothing import smooth
-from expe_edge.graph.build import BuiltGraph, build_graph, graph_contract
+from expe_edge.graph.build import BuiltGraph, Linear, build_graph, graph_contract, linears_of
 from expe_edge.graph.embeddings import EMBEDDING_FORMATS
 from expe_edge.graph.linears import (
     LINEAR_FORMATS,
@@ -49,7 +49,7 @@ EMBEDDING, CACHE = "embedding", "cache"
 
 @dataclass
 class Evidence:
-    """A model's weights, its float32 graph, and what calibration text shows of them.
+    """A model's weights, and what calibration text shows of them.
 
     windows: called for the text when something must be measured. given_ranges: measured before, taken as they are.
     rounding: what the weights were trained for, if anything. progress: called with a line before long work.
@@ -73,16 +73,20 @@ class Evidence:
         """Of the float32 graph."""
         return graph_contract(self.weights.config, portable=self.portable_only)
 
-    @cached_property
-    def plain(self) -> BuiltGraph:
-        """The float32 graph: an ordinary one, where one can be made of the model."""
+    def float_graph(self) -> BuiltGraph:
+        """Build the float32 graph: an ordinary one, where one can be made of the model. It is large, so not kept."""
         return build_graph(self.weights, Float32(), portable=self.portable_only)
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """The products of the float32 graph by name."""
+        return linears_of(self.weights, portable=self.portable_only)
 
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 of all weights: whose ranges these are."""
         digest = hashlib.sha256()
-        for tensor in sorted(self.plain.model.graph.initializer, key=lambda tensor: str(tensor.name)):
+        for tensor in sorted(self.float_graph().model.graph.initializer, key=lambda tensor: str(tensor.name)):
             digest.update(tensor.name.encode())
             digest.update(numpy_helper.to_array(tensor).tobytes())
         return digest.hexdigest()
@@ -92,7 +96,7 @@ class Evidence:
         """What the linears and the cache see."""
         windows = self.windows()
         self.progress(f"observing {len(windows)} windows of {len(windows[0])} tokens")
-        return observe(self.plain, self.contract, windows)
+        return observe(self.float_graph(), self.contract, windows)
 
     @cached_property
     def ranges(self) -> Mapping[str, Range]:
@@ -100,11 +104,11 @@ class Evidence:
         if self.given_ranges is not None:
             return self.given_ranges
         if self.calibration.method == OUTPUT_ERROR:
-            return fit_ranges(self.plain, self.observations, lambda ranges: StaticInt8(FormatOptions(ranges=ranges)))
+            return fit_ranges(self.linears, self.observations, lambda ranges: StaticInt8(FormatOptions(ranges=ranges)))
         self.require_ranges()
         windows = self.windows()
         self.progress(f"calibrating {len(windows)} windows of {len(windows[0])} tokens")
-        return measure_ranges(self.plain, self.contract, windows, self.calibration)
+        return measure_ranges(self.float_graph(), self.contract, windows, self.calibration)
 
     @cached_property
     def moments(self) -> Mapping[str, Double]:
@@ -119,7 +123,7 @@ class Evidence:
 
     def require_moments(self) -> None:
         """Raise `ExportError` where it has too little for second moments that can be inverted."""
-        widest = max(len(linear.weight) for linear in self.plain.linears.values())
+        widest = max(len(linear.weight) for linear in self.linears.values())
         require_enough(self.calibration, self.weights.config.training_length, histograms=False, widest=widest)
 
     def formats(self, recipe: Recipe, names: Mapping[str, str]) -> dict[str, LinearFormat]:
@@ -146,7 +150,7 @@ class Evidence:
             recipe: solver, block size and the like.
             formats: linear to linear format, `EMBEDDING` to embedding format; `CACHE` for an int8 cache.
         """
-        names = {linear: formats.get(linear, Float32.name) for linear in self.plain.linears}
+        names = {linear: formats.get(linear, Float32.name) for linear in self.linears}
         table = EMBEDDING_FORMATS[formats.get(EMBEDDING, Float32.name)]
         graph = build_graph(
             self.weights,

@@ -20,9 +20,9 @@ import onnxruntime as ort
 from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod, create_calibrator
 
 from expe_edge.errors import CorpusError, ExportError, unknown_name
-from expe_edge.graph.build import BuiltGraph
+from expe_edge.graph.build import BuiltGraph, Linear
 from expe_edge.graph.linears import LinearFormat
-from expe_edge.graph.run import graph_feeds
+from expe_edge.graph.run import graph_feeds, open_graph
 from expe_edge.package.contract import GraphContract
 from expe_edge.quant.blocks import Double, Float
 from expe_edge.quant.channels import CacheScales, Range
@@ -109,10 +109,7 @@ def observe(
 ) -> Observations:
     """Run the float32 `graph` over `windows` (N,), all of one length, and return what its linears and cache saw."""
     tensors = sorted({linear.input for linear in graph.linears.values()})
-    watched = onnx.ModelProto()
-    watched.CopyFrom(graph.model)
-    watched.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
-    session = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = _open_watched(graph.model, tensors)
     names = [*contract.present_names, *tensors]
     length = len(windows[0])
     watchers = {name: _Watcher(min(SAMPLE_ROWS / (len(windows) * length), 1)) for name in tensors}
@@ -128,6 +125,16 @@ def observe(
     inputs = {name: watchers[linear.input].observed() for name, linear in graph.linears.items()}
     layers = [CacheScales(*pair) for pair in zip(peaks[0::2], peaks[1::2], strict=True)]
     return Observations(inputs, layers)
+
+
+def _open_watched(model: onnx.ModelProto, tensors: Sequence[str]) -> ort.InferenceSession:
+    """Open a graph with some inner tensors among its outputs; `model` is left as it was, and never copied."""
+    outputs = model.graph.output
+    own = len(outputs)
+    outputs.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
+    session = open_graph(model)
+    del outputs[own:]
+    return session
 
 
 class _Watcher:
@@ -196,16 +203,14 @@ def measure_ranges(
 
 
 def fit_ranges(
-    graph: BuiltGraph, observations: Observations, make: Callable[[Mapping[str, Range]], LinearFormat]
+    linears: Mapping[str, Linear], observations: Observations, make: Callable[[Mapping[str, Range]], LinearFormat]
 ) -> dict[str, Range]:
     """Return the range of every linear's input that minimises the squared error of the linear's output.
 
     Args:
         make: the static format with given ranges.
     """
-    return {
-        name: _fit_range(name, observations.inputs[name], graph.linears[name].weight, make) for name in graph.linears
-    }
+    return {name: _fit_range(name, observations.inputs[name], linear.weight, make) for name, linear in linears.items()}
 
 
 def _fit_range(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 
 from expe_edge.calibration.evidence import CACHE, EMBEDDING, Evidence
 from expe_edge.divergence import log_divergence, log_softmax
 from expe_edge.graph.build import BuiltGraph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS
-from expe_edge.graph.run import run_graph
+from expe_edge.graph.run import logits_of, open_graph
 from expe_edge.graph.sizes import measure_parts
 from expe_edge.quant.recipe import Recipe
+from expe_edge.spool import Spool
 
 Ids = npt.NDArray[np.int64]
+Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,39 @@ class Divergence:
     texts: Sequence[Ids]
 
     @cached_property
-    def expected(self) -> list[npt.NDArray[np.float32]]:
-        """The float32 logits (T, V) of every text."""
-        return self._run(self.evidence.plain.model, int8_cache=False)
+    def expected(self) -> Spool:
+        """The float32 logits (t, V) of every part of every text."""
+        runs = self._runs(self.evidence.float_graph().model, int8_cache=False)
+        return Spool(logits for run in runs for logits in run)
 
     def of(self, model: onnx.ModelProto, *, int8_cache: bool = False) -> Loss:
         """Return what `model` loses."""
-        found = self._run(model, int8_cache=int8_cache)
-        divergences, rises = [], []
-        for before, after, tokens in zip(self.expected, found, self.texts, strict=True):
-            expected, predicted = log_softmax(before), log_softmax(after)
-            divergences.append(log_divergence(expected, predicted).mean())
-            lost = (expected - predicted)[range(len(tokens) - 1), tokens[1:]]
-            rises.append(lost.sum() / max(len(lost), 1))
+        expected, runs = iter(self.expected), self._runs(model, int8_cache=int8_cache)
+        lost = [_lost(expected, found, tokens) for found, tokens in zip(runs, self.texts, strict=True)]
+        divergences, rises = zip(*lost, strict=True)
         return Loss(*_mean(divergences), *_mean(rises))
 
-    def _run(self, model: onnx.ModelProto, *, int8_cache: bool) -> list[npt.NDArray[np.float32]]:
+    def _runs(self, model: onnx.ModelProto, *, int8_cache: bool) -> Iterator[Iterator[Float]]:
         contract = graph_contract(self.evidence.weights.config, int8_cache=int8_cache)
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        return [run_graph(session, contract, tokens) for tokens in self.texts]
+        session = open_graph(model)
+        return (logits_of(session, contract, tokens) for tokens in self.texts)
+
+
+def _lost(before: Iterator[Float], after: Iterable[Float], tokens: Ids) -> tuple[float, float]:
+    """Return the divergence and the rise of the loss on `tokens` (T,), nats per token.
+
+    Args:
+        before, after: logits (t, V) of consecutive parts of the tokens; of `before`, no more than that is read.
+    """
+    divergences, rises, begin = [], [], 0
+    for logits in after:
+        expected, predicted = log_softmax(next(before)), log_softmax(logits)
+        divergences.append(log_divergence(expected, predicted))
+        following = tokens[begin + 1 : begin + 1 + len(logits)]
+        rises.append((expected - predicted)[range(len(following)), following])
+        begin += len(logits)
+    rise = np.concatenate(rises)
+    return np.concatenate(divergences).mean(), rise.sum() / max(len(rise), 1)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
@@ -96,7 +111,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 def weights_of(evidence: Evidence) -> list[str]:
     """Return the weights that can be quantized one by one: all linears, and the embedding unless it is the head."""
     tied = evidence.weights.config.tie_word_embeddings
-    return [*([] if tied else [EMBEDDING]), *evidence.plain.linears]
+    return [*([] if tied else [EMBEDDING]), *evidence.linears]
 
 
 def measure_sensitivity(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,6 @@ from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.export.plan import Plan, oldest_onnxruntime
 from expe_edge.export.portable import require_portable
 from expe_edge.export.source import Source, open_source
-from expe_edge.graph.build import BuiltGraph
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.run import DECODED
 from expe_edge.graph.sizes import measure_parts
@@ -47,6 +46,7 @@ from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.progress import counted
 from expe_edge.quant.channels import Range
 from expe_edge.quant.recipe import Recipe
+from expe_edge.spool import Spool
 from expe_edge.text.corpus import load_corpus
 
 POSITIONS = ("folded", "inline")
@@ -143,6 +143,13 @@ def open_exporter(
     return Exporter(opened, text, progress)
 
 
+class Contents(NamedTuple):
+    """What is in a graph: its parts with their sizes, see `measure_parts`, and how often each operator occurs."""
+
+    parts: list[dict[str, Any]]
+    operators: Counter[str]
+
+
 class Exporter:
     """Everything the packages of one model share: the float graph, what calibration shows, the validation's text."""
 
@@ -151,6 +158,8 @@ class Exporter:
         self.config = source.config
         parameters = self.config.encoding_parameters
         self.encoding = parameters if isinstance(parameters, ExPEParameters) else None
+        if self.config.too_large is not None:
+            raise ExportError(self.config.too_large)
         if source.weights.folded and self.config.needs_inline is not None:
             raise ExportError(self.config.needs_inline)
         self.evidence = Evidence(
@@ -165,7 +174,7 @@ class Exporter:
         if record["weights"] != self.evidence.fingerprint:
             raise ExportError(f"--ranges-from {package}: measured on another model, or on weights smoothed otherwise")
         ranges: dict[str, Range] = {name: (low, high) for name, (low, high) in record["ranges"].items()}
-        missing = [name for name in self.evidence.plain.linears if not np.isfinite(ranges.get(name, np.nan)).all()]
+        missing = [name for name in self.evidence.linears if not np.isfinite(ranges.get(name, np.nan)).all()]
         if missing:
             raise ExportError(f"--ranges-from {package}: no finite range of {missing[0]}; measure them anew")
         self.evidence.given_ranges = ranges
@@ -216,7 +225,7 @@ class Exporter:
         if recipe.precision == "auto":
             choice = self._choose(recipe)
             return Plan(recipe, self.evidence, {**choice.formats, **cache}, choice=choice)
-        names = dict.fromkeys(self.evidence.plain.linears, recipe.precision)
+        names = dict.fromkeys(self.evidence.linears, recipe.precision)
         embedding = recipe.embedding or LINEAR_FORMATS[recipe.precision].embedding
         formats = {**names, EMBEDDING: embedding, **cache}
         if not recipe.smoothing:
@@ -241,21 +250,19 @@ class Exporter:
         return self.text.beginnings(lengths, max(count, LEAST_TEXTS))
 
     def write(self, recipe: Recipe, path: Path, *, force: bool) -> ExportedPackage:
-        """Build, verify, validate and write one package."""
+        """Choose formats, build, verify, validate and write one package; it appears at `path` when all is well."""
         plan = self.plan(recipe)
-        self.progress(f"{recipe.name}: building")
-        graph = plan.evidence.build(recipe, plan.formats)
-        operators = optimized_operators(graph.model)
-        require_kernels(operators, plan.linears)
-        self.progress(f"{recipe.name}: validating against {self.source.origin}")
-        folded = self.source.weights.folded
-        parity = measure_parity(self._expected, graph.model, plan.contract, self._parity_tokens)
-        require_parity(parity, recipe.name, folded=folded, exact=plan.exact)
-        if recipe.portable:
-            require_portable(graph.model, plan.contract, self._parity_tokens, plan.linears, folded=folded)
-        manifest = self._manifest(plan, graph, parity, operators)
+        expected = self._expected
         with write_package(path, force=force) as directory:
-            self._fill(directory, graph.model, manifest)
+            self.progress(f"{recipe.name}: building")
+            contents = _save(plan, directory / MODEL_FILE)
+            kernels = optimized_operators(directory / MODEL_FILE)
+            require_kernels(kernels, plan.linears)
+            self.progress(f"{recipe.name}: validating against {self.source.origin}")
+            parity = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
+            self._require_valid(plan, parity, directory / MODEL_FILE)
+            manifest = self._manifest(plan, contents, parity, kernels)
+            self._fill(directory, manifest)
         size = Package(path, manifest).size
         return ExportedPackage(path, recipe.name, size, parity, self.source.origin, plan.linears, plan.choice)
 
@@ -265,10 +272,17 @@ class Exporter:
         return self.text.longest(max(length, 2 * DECODED))
 
     @cached_property
-    def _expected(self) -> npt.NDArray[np.float32]:
-        return self.source.reference(self._parity_tokens)
+    def _expected(self) -> Spool:
+        """What the source computes: once for all packages, before any graph is held beside it."""
+        return Spool(self.source.reference(self._parity_tokens))
 
-    def _manifest(self, plan: Plan, graph: BuiltGraph, parity: Parity, operators: Counter[str]) -> Manifest:
+    def _require_valid(self, plan: Plan, parity: Parity, model: Path) -> None:
+        folded = self.source.weights.folded
+        require_parity(parity, plan.recipe.name, folded=folded, exact=plan.exact)
+        if plan.recipe.portable:
+            require_portable(onnx.load(model), plan.contract, self._parity_tokens, plan.linears, folded=folded)
+
+    def _manifest(self, plan: Plan, contents: Contents, parity: Parity, kernels: Counter[str]) -> Manifest:
         code = self.encoding.code.stored if self.encoding else None
         recipe = plan.recipe
         return Manifest(
@@ -286,9 +300,9 @@ class Exporter:
             calibration=self._calibration_record(plan),
             parity=parity.to_dict(),
             corpus=self.source.corpus,
-            parts=measure_parts(graph.model, plan.linears, plan.embedding),
-            operators=dict(Counter(node.op_type for node in graph.model.graph.node).most_common()),
-            kernels=dict(operators.most_common()),
+            parts=contents.parts,
+            operators=dict(contents.operators.most_common()),
+            kernels=dict(kernels.most_common()),
             requires_onnxruntime=plan.requires_onnxruntime,
             created_by=f"expe-edge {__version__}",
         )
@@ -305,13 +319,20 @@ class Exporter:
             **measured,
         }
 
-    def _fill(self, directory: Path, model: onnx.ModelProto, manifest: Manifest) -> None:
-        onnx.save(model, directory / MODEL_FILE)
+    def _fill(self, directory: Path, manifest: Manifest) -> None:
         for name in TOKENIZER_FILES:
             if (self.source.path / name).is_file():
                 shutil.copyfile(self.source.path / name, directory / name)
         write_client_files(directory, self.config, manifest.contract, manifest.context_length)
         seal_package(directory, manifest)
+
+
+def _save(plan: Plan, path: Path) -> Contents:
+    """Build a graph into a file. It is gone from memory then: what follows runs what the package will hold."""
+    model = plan.build().model
+    onnx.save(model, path)
+    operators = Counter(node.op_type for node in model.graph.node)
+    return Contents(measure_parts(model, plan.linears, plan.embedding), operators)
 
 
 def _possible(recipe: Recipe) -> set[str]:

@@ -99,4 +99,5 @@ def _over_stored_limbs(positional: ExPE, beta: Tensor) -> Tensor:
 
 
 def _array(tensor: Tensor) -> Float:
-    return np.ascontiguousarray(tensor.detach().cpu().float().numpy())
+    """Copy a tensor: a view would keep the whole file of the checkpoint mapped."""
+    return np.array(tensor.detach().cpu().float().numpy(), order="C")

@@ -8,7 +8,7 @@ from typing import Any
 from expe_edge.calibration.auto import Choice
 from expe_edge.calibration.evidence import EMBEDDING, Evidence
 from expe_edge.calibration.observations import cache_scales
-from expe_edge.graph.build import HEAD, graph_contract
+from expe_edge.graph.build import HEAD, BuiltGraph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.manifest import release
@@ -35,7 +35,7 @@ class Plan:
     @property
     def linears(self) -> dict[str, str]:
         """The format of every linear."""
-        return {name: self.formats[name] for name in self.evidence.plain.linears}
+        return {name: self.formats[name] for name in self.evidence.linears}
 
     @property
     def embedding(self) -> str:
@@ -52,6 +52,10 @@ class Plan:
         """The graph's inputs and outputs."""
         recipe = self.recipe
         return graph_contract(self.evidence.weights.config, int8_cache=recipe.cache == "int8", portable=recipe.portable)
+
+    def build(self) -> BuiltGraph:
+        """Build the graph."""
+        return self.evidence.build(self.recipe, self.formats)
 
     @property
     def requires_onnxruntime(self) -> str:

@@ -17,7 +17,7 @@ from expe_edge.divergence import divergence
 from expe_edge.errors import ExportError
 from expe_edge.export.parity import float_tolerance
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32
-from expe_edge.graph.run import run_graph
+from expe_edge.graph.run import open_graph, run_graph
 from expe_edge.package.contract import GraphContract
 
 #: Tokens prefilled, and decoded after them: the evaluator is slow.
@@ -42,8 +42,8 @@ def require_portable(
     """
     require_standard_operators(model)
     text = tokens[: PREFILLED + DECODED]
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    expected, found = (run_graph(runner, contract, text, DECODED) for runner in (ReferenceEvaluator(model), session))
+    runners = ReferenceEvaluator(model), open_graph(model)
+    expected, found = (run_graph(runner, contract, text, DECODED) for runner in runners)
     if {LINEAR_FORMATS[name].kernel for name in linears.values()} == {Float32.kernel}:
         measure, distance = "logits differ by up to", float(np.abs(expected - found).max())
         allowed = float_tolerance(float(np.abs(expected).max()), folded=folded)

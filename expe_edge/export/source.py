@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,17 @@ from tokenizers import Tokenizer
 
 from expe_edge.errors import ExportError, PackageError
 from expe_edge.export.fold import extract_weights, foldable
-from expe_edge.graph.run import check_contract, run_graph
+from expe_edge.graph.run import check_contract, logits_of, parts_of
 from expe_edge.graph.weights import ModelWeights, read_weights
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.directory import Package, is_package, read_package
 from expe_edge.quant.recipe import WeightRounding
 from expe_edge.text.tokenization import load_tokenizer
-from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
+from expe_edge.training.checkpoint import load_checkpoint
 
-#: Computes the float32 logits (T, V) of tokens (T,) that a graph is validated against.
-Reference = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
+#: Yields the float32 logits (t, V) that a graph is validated against, of `parts_of` tokens (T,). It opens the model and
+#: lets go of it after, so that large weights are not held twice.
+Reference = Callable[[npt.NDArray[np.int64]], Iterator[npt.NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,23 @@ def _from_checkpoint(path: Path, *, folded: bool) -> Source:
         weights,
         checkpoint.tokenizer,
         checkpoint.sources,
-        _TorchReference(checkpoint),
+        _TorchReference(path),
         "PyTorch",
         checkpoint.rounding if folded or not foldable(checkpoint.model) else None,
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _TorchReference:
-    checkpoint: Checkpoint
+    path: Path
 
-    def __call__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def __call__(self, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float32]]:
+        model = load_checkpoint(self.path).model
         with torch.inference_mode():
-            output = self.checkpoint.model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
-        logits: npt.NDArray[np.float32] = output.logits[0].float().numpy()
-        return logits
+            hidden = model.hidden_states(torch.from_numpy(tokens)[None])[0]
+        for part in parts_of(len(tokens)):
+            with torch.inference_mode():
+                yield model.head(hidden[part]).float().numpy()
 
 
 def _from_package(package: Package, *, folded: bool) -> Source:
@@ -120,15 +122,12 @@ def _load_graph(package: Package) -> onnx.ModelProto:
         raise PackageError(f"{package.model_path}: not a graph that onnx can read ({reason})") from error
 
 
-@dataclass
+@dataclass(frozen=True)
 class _GraphReference:
     package: Package
 
-    @cached_property
-    def session(self) -> ort.InferenceSession:
+    def __call__(self, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float32]]:
+        contract = self.package.manifest.contract
         session = ort.InferenceSession(str(self.package.model_path), providers=["CPUExecutionProvider"])
-        check_contract(session, self.package.manifest.contract)
-        return session
-
-    def __call__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        return run_graph(self.session, self.package.manifest.contract, tokens)
+        check_contract(session, contract)
+        return logits_of(session, contract, tokens)

@@ -11,7 +11,7 @@ from expe_edge import __version__
 from expe_edge.errors import ExportError
 from expe_edge.graph.attention import GroupedAttention, PortableAttention
 from expe_edge.graph.embeddings import EMBEDDING_FORMATS, Table
-from expe_edge.graph.linears import LinearFormat
+from expe_edge.graph.linears import Float32, LinearFormat
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.padding import AsGiven, TokensFirst
 from expe_edge.graph.positions import POSITION_NODES, PositionNodes
@@ -80,12 +80,18 @@ def build_graph(
     """
     if not portable and weights.config.needs_portable is not None:
         raise ExportError(weights.config.needs_portable)
-    return _Decoder(weights, formats, embedding, cache, portable=portable).build()
+    return _Decoder(GraphBuilder(), weights, formats, embedding, cache, portable=portable).build()
+
+
+def linears_of(weights: ModelWeights, *, portable: bool) -> dict[str, Linear]:
+    """Return the linears of the float32 graph by name, in its order, without the memory that its weights take."""
+    return _Decoder(GraphBuilder(weights=False), weights, Float32(), None, None, portable=portable).build().linears
 
 
 class _Decoder:
     def __init__(
         self,
+        graph: GraphBuilder,
         weights: ModelWeights,
         formats: LinearFormat | Mapping[str, LinearFormat],
         embedding: Table | None,
@@ -94,17 +100,15 @@ class _Decoder:
         portable: bool,
     ) -> None:
         self.weights, self.config, self.formats = weights, weights.config, formats
-        self.graph = GraphBuilder()
+        self.graph = graph
         self.linears: dict[str, Linear] = {}
-        self.run = AsGiven(self.graph) if portable else TokensFirst(self.graph)
+        self.run = AsGiven(graph) if portable else TokensFirst(graph)
         kind = POSITION_NODES[self.config.positional]
-        self.positions: PositionNodes = kind(
-            self.graph, weights, self.linear, self.run.positions, growing_cache=portable
-        )
+        self.positions: PositionNodes = kind(graph, weights, self.linear, self.run.positions, growing_cache=portable)
         self.attention: GroupedAttention | PortableAttention = (
-            GroupedAttention(self.graph, self.config, self.run, cache)
+            GroupedAttention(graph, self.config, self.run, cache)
             if isinstance(self.run, TokensFirst)
-            else PortableAttention(self.graph, self.config, self.positions.key_positions)
+            else PortableAttention(graph, self.config, self.positions.key_positions)
         )
         self.contract = graph_contract(self.config, int8_cache=cache is not None, portable=portable)
         self.tied = self._format(HEAD).table(HEAD, weights.head) if self.config.tie_word_embeddings else None

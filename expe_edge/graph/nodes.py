@@ -27,12 +27,15 @@ Array = npt.NDArray[Any]
 
 
 class GraphBuilder:
-    """Collects the nodes and constants of one graph. Every method returns the name of the tensor it makes."""
+    """Collects the nodes and constants of one graph. Every method returns the name of the tensor it makes.
 
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[TensorProto] = []
-        self.value_infos: list[onnx.ValueInfoProto] = []
+    weights: whether to keep them; False where the nodes are all that is wanted.
+    """
+
+    def __init__(self, *, weights: bool = True) -> None:
+        self._weights = weights
+        self._model = onnx.ModelProto()  # grows in place: weights copied from list to graph to model are held thrice
+        self._graph = self._model.graph
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._counts: dict[str, int] = {}
         self._tensors = 0
@@ -76,17 +79,16 @@ class GraphBuilder:
         **attributes: Any,
     ) -> None:
         """Append a node whose outputs have given names."""
-        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes))
+        node = helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes)
+        self._graph.node.append(node)
 
     def weight(self, name: str, value: Array) -> str:
         """Store a weight under its own name."""
-        self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
-        return name
+        return self._store(numpy_helper.from_array(np.asarray(value, order="C"), name))
 
     def floats(self, name: str, value: npt.NDArray[np.float32], element: int) -> str:
         """Store a float32 array rounded to the onnx type `element`."""
-        self.initializers.append(_float_tensor(name, value, element))
-        return name
+        return self._store(_float_tensor(name, value, element))
 
     @staticmethod
     def rounded(value: npt.NDArray[np.float32], element: int) -> npt.NDArray[np.float32]:
@@ -105,8 +107,12 @@ class GraphBuilder:
         """Store integers from −8 to 7 as INT4, two to a byte, the earlier in the low half."""
         low = np.pad(value.reshape(-1), (0, value.size % 2)).view(np.uint8) & 15
         packed = low[0::2] | (low[1::2] << 4)
-        self.initializers.append(helper.make_tensor(name, TensorProto.INT4, value.shape, packed.tobytes(), raw=True))
-        return name
+        return self._store(helper.make_tensor(name, TensorProto.INT4, value.shape, packed.tobytes(), raw=True))
+
+    def _store(self, tensor: TensorProto) -> str:
+        if self._weights:
+            self._graph.initializer.append(tensor)
+        return str(tensor.name)
 
     def constant(self, value: Array) -> str:
         """Store a small constant, once for all uses of the same value."""
@@ -125,24 +131,22 @@ class GraphBuilder:
 
     def describe(self, name: str, width: int) -> None:
         """Record that tensor `name` is float32 (batch, sequence, width): shape inference stops at custom operators."""
-        self.value_infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, "sequence", width]))
+        described = helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, "sequence", width])
+        self._graph.value_info.append(described)
 
     def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:
-        """Return the finished model."""
-        graph = helper.make_graph(
-            self.nodes,
-            "expe",
-            [_value_info(spec) for spec in inputs],
-            [_value_info(spec) for spec in outputs],
-            self.initializers,
-            value_info=self.value_infos,
-        )
-        blocks = any(map(_restores_blocks, self.nodes))
-        opset, version = (OPSET_BLOCKS, IR_VERSION_BLOCKS) if blocks else (OPSET, IR_VERSION)
-        opsets = [helper.make_opsetid("", opset)]
-        if any(node.domain == MICROSOFT for node in self.nodes):
-            opsets.append(helper.make_opsetid(MICROSOFT, 1))
-        return helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name=producer)
+        """Finish the model and return it; nothing can be added after."""
+        model, graph = self._model, self._graph
+        graph.name = "expe"
+        graph.input.extend(map(_value_info, inputs))
+        graph.output.extend(map(_value_info, outputs))
+        blocks = any(map(_restores_blocks, graph.node))
+        opset, model.ir_version = (OPSET_BLOCKS, IR_VERSION_BLOCKS) if blocks else (OPSET, IR_VERSION)
+        model.opset_import.append(helper.make_opsetid("", opset))
+        if any(node.domain == MICROSOFT for node in graph.node):
+            model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+        model.producer_name = producer
+        return model
 
 
 def _restores_blocks(node: onnx.NodeProto) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
@@ -44,19 +47,41 @@ def check_contract(session: ort.InferenceSession, contract: GraphContract) -> No
         raise ExportError(f"the graph is not what its contract says: {difference}")
 
 
+def open_graph(model: onnx.ModelProto) -> ort.InferenceSession:
+    """Open a graph by way of a file, so that its bytes are not held beside it and the session."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "model.onnx")
+        onnx.save(model, path)
+        return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def parts_of(length: int, decoded: int = DECODED) -> Iterator[slice]:
+    """Yield the runs of a sequence of `length` tokens: all but the last `decoded` in chunks, the rest one by one."""
+    prefilled = max(length - decoded, 0)
+    for begin in range(0, prefilled, PREFILL_CHUNK):
+        yield slice(begin, min(begin + PREFILL_CHUNK, prefilled))
+    for index in range(prefilled, length):
+        yield slice(index, index + 1)
+
+
+def logits_of(
+    session: ort.InferenceSession | ReferenceEvaluator,
+    contract: GraphContract,
+    tokens: npt.NDArray[np.int64],
+    decoded: int = DECODED,
+) -> Iterator[Float]:
+    """Yield the logits (t, V) of each of `parts_of` the tokens (T,), every run going on from the cache of the last."""
+    cache = None
+    for part in parts_of(len(tokens), decoded):
+        logits, *cache = session.run(None, graph_feeds(contract, tokens[None, part], cache))
+        yield logits[0]
+
+
 def run_graph(
     session: ort.InferenceSession | ReferenceEvaluator,
     contract: GraphContract,
     tokens: npt.NDArray[np.int64],
     decoded: int = DECODED,
 ) -> Float:
-    """Prefill all but the last `decoded` tokens in chunks, decode the rest one by one; return logits (T, V)."""
-    prefilled = max(len(tokens) - decoded, 0)
-    parts = [tokens[begin : min(begin + PREFILL_CHUNK, prefilled)] for begin in range(0, prefilled, PREFILL_CHUNK)]
-    parts += [tokens[index : index + 1] for index in range(prefilled, len(tokens))]
-    cache, logits = None, []
-    for part in parts:
-        outputs = session.run(None, graph_feeds(contract, part[None], cache))
-        logits.append(outputs[0][0])
-        cache = outputs[1:]
-    return np.concatenate(logits)
+    """Return the logits (T, V) of all of `logits_of` at once."""
+    return np.concatenate([*logits_of(session, contract, tokens, decoded)])

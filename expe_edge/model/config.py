@@ -19,6 +19,8 @@ from expe_edge.positions.parameters import (
 ACTIVATIONS = ("swiglu", "gelu")
 #: Head sizes that onnxruntime's attention operator takes are multiples of this; those of portable graphs may be any.
 HEAD_SIZE_UNIT = 8
+#: Bytes of weights that a graph holds at most: a message of protobuf ends at 2 GiB, and nodes take their share.
+LARGEST_GRAPH = 2**31 - 2**24
 
 #: Keys that transformers itself writes into or passes through a config, beside the attributes of PretrainedConfig.
 _TRANSFORMERS_KEYS = frozenset(PretrainedConfig().to_dict()) | {
@@ -149,6 +151,27 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
     def encoding_parameters(self) -> NoParameters:
         """The positional parameters as their frozen dataclass."""
         return encoding_parameters(self.positional, self.positional_parameters)
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights of the model, but for a table of its positions."""
+        heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        inner = self.intermediate_size * (3 if self.hidden_act == "swiglu" else 2)
+        block = self.hidden_size * (heads + inner + 2)
+        matrices = 1 if self.tie_word_embeddings else 2
+        return int(self.hidden_size * (matrices * self.vocab_size + 1) + self.num_hidden_layers * block)
+
+    @property
+    def too_large(self) -> str | None:
+        """Why no package can be made of this model; None where its float32 graph fits into one file."""
+        size = 4 * self.parameter_count
+        if size <= LARGEST_GRAPH:
+            return None
+        return (
+            f"{self.parameter_count:,} parameters take {size / 1e9:.1f} GB in float32, and a graph with its weights is "
+            f"one file of at most {LARGEST_GRAPH / 1e9:.1f} GB: no package can be made of this model; train one with a "
+            "smaller --hidden-size, --num-hidden-layers or --vocab-size"
+        )
 
     @property
     def needs_portable(self) -> str | None:

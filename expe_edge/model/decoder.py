@@ -81,8 +81,8 @@ class AttentionContext:
         self.padding = attention_mask if padded else None
         self.key_positions = self._key_positions()  # (B, S)
         length = query_positions.shape[1]
-        begins = range(0, length, QUERY_BLOCK)
-        self.blocks = [self._block(begin, min(begin + QUERY_BLOCK, length)) for begin in begins]
+        self.spans = [(begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK)]
+        self.blocks: dict[int, QueryBlock] = {}
 
     def _key_positions(self) -> Tensor:
         if self.past == 0:
@@ -91,6 +91,18 @@ class AttentionContext:
             return mask_positions(self.padding)
         total = self.past + self.query_positions.shape[1]
         return torch.arange(total, device=self.query_positions.device).expand(len(self.query_positions), -1)
+
+    def block(self, begin: int, end: int) -> QueryBlock:
+        """Return one block of the queries.
+
+        All blocks together grow with the square of the length. Where gradients are taken they are kept, as the backward
+        pass needs them anyway; else only the last, and the others are made again for every layer.
+        """
+        if begin not in self.blocks:
+            if not torch.is_grad_enabled():
+                self.blocks.clear()
+            self.blocks[begin] = self._block(begin, end)
+        return self.blocks[begin]
 
     def _block(self, begin: int, end: int) -> QueryBlock:
         keys, codes = self.past + end, None
@@ -125,7 +137,7 @@ class AttentionContext:
             query = torch.cat([query, slopes], dim=-1)
             value = F.pad(value, (0, slopes.shape[-1]))  # the fused kernels want one head size
         query = query / math.sqrt(size)
-        mixed = [self._attend_block(block, query, key, value) for block in self.blocks]
+        mixed = [self._attend_block(self.block(*span), query, key, value) for span in self.spans]
         return torch.cat(mixed, dim=2)[..., :size]
 
     def _attend_block(self, block: QueryBlock, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -245,10 +257,26 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
                 offset is given this way. With a cache, keys are counted from the mask.
             logits_to_keep: compute logits for the last so many tokens only; 0 for all.
         """
-        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache()
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        logits = self.head(hidden[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Return what enters the head, (B, T, C); arguments as of `forward`."""
+        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = self._positions(hidden, attention_mask, cache)
         position_ids = position_ids.expand(hidden.shape[0], -1)
@@ -256,11 +284,8 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         hidden = self.positional.embed(hidden, position_ids)
         for block in self.blocks:
             hidden = block(hidden, context)
-        logits = self.head(self.norm(hidden[:, -logits_to_keep:]))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        normed: Tensor = self.norm(hidden)
+        return normed
 
     def _positions(self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         past, length = cache.get_seq_length() if cache is not None else 0, hidden.shape[1]

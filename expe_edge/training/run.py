@@ -76,7 +76,7 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     corpus = load_corpus(settings.data, settings.text_field)
     if state.is_main_process:
         note(*describe_skipped(corpus.skipped))
-        note(*filter(None, (config.needs_portable, config.needs_inline)))
+        note(*filter(None, (config.too_large, config.needs_portable, config.needs_inline)))
     with kept_until_complete(out) if state.is_main_process else nullcontext():
         return _run(settings, arguments, config, corpus, start, last, state)
 

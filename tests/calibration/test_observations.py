@@ -169,7 +169,7 @@ def test_ranges_fitted_to_the_output_are_never_worse_than_the_extremes(spiked: b
     observations = observe(plain_graph(), graph_contract(CONFIG), sample_windows(token_stream(900), 40, Calibration()))
     if spiked:
         observations = observations._replace(inputs={k: with_spikes(v) for k, v in observations.inputs.items()})
-    found = fit_ranges(plain_graph(), observations, lambda ranges: StaticInt8(FormatOptions(ranges=ranges)))
+    found = fit_ranges(plain_graph().linears, observations, lambda ranges: StaticInt8(FormatOptions(ranges=ranges)))
     assert found.keys() == LINEARS
     for name, bounds in found.items():
         seen, weight = observations.inputs[name], plain_graph().linears[name].weight

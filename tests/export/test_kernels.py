@@ -15,14 +15,14 @@ from onnx import TensorProto
 from expe_edge.calibration.evidence import CACHE, EMBEDDING, Evidence
 from expe_edge.calibration.observations import Calibration, sample_windows
 from expe_edge.errors import ExportError
-from expe_edge.export.kernels import optimized_operators, require_kernels
+from expe_edge.export.kernels import require_kernels
 from expe_edge.graph.build import BuiltGraph, build_graph
 from expe_edge.graph.embeddings import FLOAT, Table
 from expe_edge.graph.linears import LINEAR_FORMATS, DynamicInt8, LinearFormat, StaticInt8
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.quant.channels import Range
 from expe_edge.quant.recipe import CACHES, EMBEDDINGS, Recipe
-from tests.graphs import CONFIG, LINEARS, random_weights, rows_of, token_stream
+from tests.graphs import CONFIG, LINEARS, operators_of, random_weights, rows_of, token_stream
 from tests.strategies import small_config
 
 #: The one kernel that computes a linear of each format, and the element that its weight is stored in.
@@ -111,17 +111,17 @@ def test_the_optimised_graph_fuses_norms_and_attention_and_leaves_no_loose_quant
 
 @every_recipe
 def test_every_recipe_runs_the_kernels_it_promises(recipe: Recipe) -> None:
-    require_kernels(optimized_operators(built(recipe).model), dict.fromkeys(LINEARS, recipe.precision))
+    require_kernels(operators_of(built(recipe).model), dict.fromkeys(LINEARS, recipe.precision))
 
 
 @pytest.mark.parametrize("recipe", [*map(Recipe, LINEAR_FORMATS), *SEVEN_BIT], ids=lambda recipe: recipe.name)
 def test_a_head_tied_to_the_embedding_runs_in_its_kernel_too(recipe: Recipe) -> None:
-    require_kernels(optimized_operators(built(recipe, tied=True).model), dict.fromkeys(LINEARS, recipe.precision))
+    require_kernels(operators_of(built(recipe, tied=True).model), dict.fromkeys(LINEARS, recipe.precision))
 
 
 def test_linears_of_different_formats_run_each_in_its_own_kernel() -> None:
     formats = dict(zip(sorted(LINEARS), [*LINEAR_FORMATS, "int8-static", "int4-weight"], strict=True))
-    operators = optimized_operators(evidence().build(Recipe(), formats).model)
+    operators = operators_of(evidence().build(Recipe(), formats).model)
     require_kernels(operators, formats)
     assert (operators["MatMulNBits"], operators["MatMulIntegerToFloat"], operators["DynamicQuantizeMatMul"]) == (
         3,
@@ -170,7 +170,7 @@ class Unfused(DynamicInt8):
 
 def test_a_linear_that_does_not_fuse_is_noticed() -> None:
     formats: dict[str, LinearFormat] = {**dict.fromkeys(LINEARS, DynamicInt8()), "layers.1.attention.out": Unfused()}
-    operators = optimized_operators(build_graph(random_weights(), formats).model)
+    operators = operators_of(build_graph(random_weights(), formats).model)
     assert operators["MatMulInteger"] == 1
     with pytest.raises(ExportError) as raised:
         require_kernels(operators, dict.fromkeys(LINEARS, "int8-dynamic"))

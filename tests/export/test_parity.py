@@ -31,7 +31,7 @@ from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.graph.build import build_graph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32
 from expe_edge.graph.positions import POSITION_NODES
-from expe_edge.graph.run import check_contract, graph_feeds
+from expe_edge.graph.run import check_contract, graph_feeds, open_graph, parts_of
 from expe_edge.model.encodings import POSITIONAL_ENCODINGS
 from expe_edge.positions.parameters import HOW, POSITIONAL_PARAMETERS, WHERE
 from expe_edge.quant.recipe import Recipe
@@ -143,7 +143,7 @@ class Subject:
     @functools.cache  # noqa: B019  # subjects live as long as the tests
     def session(self, precision: str = "float32", *, folded: bool = True) -> ort.InferenceSession:
         evidence = self.evidence(folded=folded)
-        formats = evidence.formats(Recipe(precision), dict.fromkeys(evidence.plain.linears, precision))
+        formats = evidence.formats(Recipe(precision), dict.fromkeys(evidence.linears, precision))
         return open_session(build_graph(evidence.weights, formats).model)
 
     @functools.cache  # noqa: B019
@@ -452,11 +452,12 @@ def test_a_graph_with_one_wrong_weight_is_refused() -> None:
     config = small_config(training_length=N)
     model, tokens = random_model(config), random_tokens(config, 3 * N)[0]
     with torch.inference_mode():
-        expected = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+        logits = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    expected = [logits[part] for part in parts_of(len(tokens))]
     weights, contract = extract_weights(model, folded=True), graph_contract(config)
-    right = measure_parity(expected, build_graph(weights, Float32()).model, contract, tokens)
+    right = measure_parity(expected, open_graph(build_graph(weights, Float32()).model), contract, tokens)
     require_parity(right, "float32", folded=True, exact=True)
     weights.layers[0].out[0, 0] += 0.5
-    wrong = measure_parity(expected, build_graph(weights, Float32()).model, contract, tokens)
+    wrong = measure_parity(expected, open_graph(build_graph(weights, Float32()).model), contract, tokens)
     with pytest.raises(ExportError, match="logits differ from the reference"):
         require_parity(wrong, "float32", folded=True, exact=True)

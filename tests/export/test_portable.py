@@ -22,7 +22,7 @@ from expe_edge.errors import ExportError, GenerationError
 from expe_edge.export import portable
 from expe_edge.export.exporter import export
 from expe_edge.export.fold import extract_weights
-from expe_edge.export.kernels import optimized_operators, require_kernels
+from expe_edge.export.kernels import require_kernels
 from expe_edge.export.portable import require_portable, require_standard_operators
 from expe_edge.graph.build import build_graph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32, FormatOptions, make_format
@@ -37,7 +37,7 @@ from expe_edge.runtime.session import Step
 from tests.conftest import PRECISIONS
 from tests.export.test_clients import genai_tokens, optimum_tokens, our_tokens
 from tests.export.test_parity import TOLERANCES, every_variant, parts, subject
-from tests.graphs import normal, open_session
+from tests.graphs import normal, open_session, operators_of
 from tests.manifests import edit_manifest, read_manifest
 from tests.strategies import random_model, random_tokens, small_config
 
@@ -68,7 +68,7 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 def portable_graph(name: str, precision: str = "float32", *, reduce_range: bool = False) -> onnx.ModelProto:
     """The portable graph of a model of the matrix, as the exporter asks for it."""
     evidence = subject(name).evidence(folded=True)
-    formats = {**dict.fromkeys(evidence.plain.linears, precision), EMBEDDING: LINEAR_FORMATS[precision].embedding}
+    formats = {**dict.fromkeys(evidence.linears, precision), EMBEDDING: LINEAR_FORMATS[precision].embedding}
     return evidence.build(Recipe(precision, reduce_range=reduce_range, portable=True), formats).model
 
 
@@ -126,8 +126,8 @@ def test_a_portable_graph_has_the_standard_domain_alone_and_runs_the_promised_ke
     model = portable_graph(name, precision)
     require_standard_operators(model)
     assert [opset.domain for opset in model.opset_import] == [""]
-    linears = dict.fromkeys(subject(name).evidence(folded=True).plain.linears, precision)
-    require_kernels(optimized_operators(model), linears)
+    linears = dict.fromkeys(subject(name).evidence(folded=True).linears, precision)
+    require_kernels(operators_of(model), linears)
 
 
 @every_kind
@@ -247,7 +247,7 @@ def test_the_reference_evaluator_gives_the_logits_of_onnxruntime(name: str) -> N
 @every_precision
 def test_the_export_check_agrees_with_every_precision(name: str, precision: str) -> None:
     case, model = subject(name), portable_graph(name, precision)
-    linears = dict.fromkeys(case.evidence(folded=True).plain.linears, precision)
+    linears = dict.fromkeys(case.evidence(folded=True).linears, precision)
     require_portable(model, case.contract, case.tokens[0], linears, folded=True)
 
 
@@ -259,7 +259,7 @@ def test_a_row_of_padding_alone_sees_no_key_and_is_finite() -> None:
 
 
 def test_an_operator_of_another_domain_is_refused() -> None:
-    model = subject("expe-default").evidence(folded=True).plain.model
+    model = subject("expe-default").evidence(folded=True).float_graph().model
     with pytest.raises(ExportError) as raised:
         require_standard_operators(model)
     assert str(raised.value) == (
@@ -283,7 +283,7 @@ def test_a_graph_that_onnxruntime_computes_otherwise_is_refused(
         return ReferenceEvaluator(copy)
 
     monkeypatch.setattr(portable, "ReferenceEvaluator", misled)
-    linears = dict.fromkeys(case.evidence(folded=True).plain.linears, precision)
+    linears = dict.fromkeys(case.evidence(folded=True).linears, precision)
     with pytest.raises(ExportError) as raised:
         require_portable(model, case.contract, case.tokens[0], linears, folded=True)
     beginning = f"onnxruntime {ort.__version__} does not compute this portable graph as the ONNX reference does: "

@@ -222,9 +222,9 @@ def test_weights_trained_for_one_int8_product_serve_the_other(precision: str) ->
 
 def test_a_mixture_rounds_what_was_trained_for_it_to_the_nearest_and_solves_the_rest(fine_tuned: Path) -> None:
     exporter = open_exporter(fine_tuned, calibration=Calibration(windows=8))
-    names = dict.fromkeys(exporter.evidence.plain.linears, "int8-weight") | {"head": "int4-weight"}
+    names = dict.fromkeys(exporter.evidence.linears, "int8-weight") | {"head": "int4-weight"}
     formats = exporter.evidence.formats(Recipe("auto", max_size=1), names)
-    for linear, plain in exporter.evidence.plain.linears.items():
+    for linear, plain in exporter.evidence.linears.items():
         weight = plain.weight
         if linear == "head":
             expected = blocks.round_to_nearest(weight.T, 4, 256)
