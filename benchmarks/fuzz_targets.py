@@ -66,6 +66,8 @@ from tests.small import small_settings, write_documents
 PACKAGES = ("float32", "int8-static", "float32-portable")
 #: Models of more weights are not made: that they take memory and time is no fault.
 MOST_WEIGHTS = 10**7
+#: Longer prompts are not drawn, for the same reason.
+LONGEST_PROMPT = 4000
 
 
 @dataclass(frozen=True)
@@ -559,8 +561,8 @@ def generate_options(trial: Trial) -> None:
 
 def prompts(trial: Trial) -> None:
     """Prompts as an option, a file, standard input, a text and ids."""
-    text = trial.given["prompt"] = odd_text(trial.random, trial.materials.sample)
-    content = bytes_changed(text.encode(errors="surrogatepass"), trial.random)
+    text = trial.given["prompt"] = odd_text(trial.random, trial.materials.sample)[:LONGEST_PROMPT]
+    content = bytes_changed(text.encode(errors="surrogatepass"), trial.random)[:LONGEST_PROMPT]
     package = trial.materials.package(trial.random.choice(PACKAGES))
     way = trial.given["used by"] = trial.random.choice(("option", "file", "stdin", "library", "ids"))
     command = ("generate", package, "--max-new-tokens", 2, "--threads", 1)
