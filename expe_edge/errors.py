@@ -64,4 +64,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown {kind} {name!r}; {hint}available: {', '.join(names)}"
+    return f"unknown {kind} {name[:WIDEST_VALUE]!r}; {hint}available: {', '.join(names)}"

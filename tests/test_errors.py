@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expe_edge.errors import WIDEST_VALUE, ExPEEdgeError, one_line, shown
+from expe_edge.errors import WIDEST_VALUE, ExPEEdgeError, one_line, shown, unknown_name
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,10 @@ from expe_edge.errors import WIDEST_VALUE, ExPEEdgeError, one_line, shown
 def test_what_breaks_a_line_or_drives_a_terminal_is_escaped(text: str, line: str) -> None:
     assert one_line(text) == line
     assert str(ExPEEdgeError(text)) == line
+
+
+def test_an_unknown_name_is_shortened() -> None:
+    assert unknown_name("how", "x" * 10_000, ["add"]) == f"unknown how {'x' * WIDEST_VALUE!r}; available: add"
 
 
 def test_a_value_is_shortened() -> None:

@@ -69,14 +69,7 @@ class PackageSession:
         """
         if capacity > self.reach:
             raise GenerationError(f"{capacity} tokens exceed the {self.reach} positions of this model's encoding")
-        try:
-            return make_cache(self.contract, batch, capacity)
-        except MemoryError as error:
-            size = batch * capacity * self.contract.cache_bytes
-            raise GenerationError(
-                f"no memory for a cache of {batch} × {capacity} tokens, {size:,} bytes; lower --max-new-tokens or "
-                "--cache-length"
-            ) from error
+        return make_cache(self.contract, batch, capacity)
 
     def prefill(self, cache: Cache, tokens: Ids, chunk: int = PREFILL_CHUNK) -> Iterator[Logits]:
         """Append `tokens` (T,) to a cache of one row; yield logits (t, V) for each chunk of t <= `chunk` tokens."""
