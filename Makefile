@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= demo
 
-.PHONY: demo test lint types bench docs clean
+.PHONY: demo test lint types fuzz chaos bench docs clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,14 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# Changed inputs of every kind, a hundred thousand; and runs killed at random moments, a thousand. Each takes most of an hour;
+# SECONDS=60 ends it after a minute.
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz $(if $(SECONDS),--seconds $(SECONDS))
+
+chaos: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(if $(SECONDS),--seconds $(SECONDS))
 
 # Long experiments; see the head of each file in benchmarks/.
 bench: $(INSTALLED)

@@ -7,11 +7,18 @@ line prints it as one line and exits with code 2; library callers catch `ExPEEdg
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+#: Characters of a value that a message quotes.
+WIDEST_VALUE = 200
 
 
 class ExPEEdgeError(Exception):
-    """Something the caller can mend. The message is one clear line."""
+    """Something the caller can mend. The message is one clear line, whatever names and values it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(ExPEEdgeError):
@@ -38,9 +45,23 @@ class GenerationError(ExPEEdgeError):
     """A prompt or a sampling setting that the generator cannot serve."""
 
 
+def one_line(text: str) -> str:
+    """Return text with every character that breaks a line or drives a terminal written as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, shortened in the middle and at the end where it is long."""
+    return reprlib.repr(value)[:WIDEST_VALUE]
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Say that `name` is unknown, suggest the nearest of `known`, and list them all."""
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown {kind} {name!r}; {hint}available: {', '.join(names)}"
+    return f"unknown {kind} {name[:WIDEST_VALUE]!r}; {hint}available: {', '.join(names)}"

@@ -19,7 +19,7 @@ from expe_edge.cli.inspect import inspect
 from expe_edge.cli.quantize import quantize
 from expe_edge.cli.sensitivity import sensitivity
 from expe_edge.cli.train import train
-from expe_edge.errors import ExPEEdgeError
+from expe_edge.errors import ExPEEdgeError, one_line
 
 #: Exit codes: a fault of ours, bad input, and Ctrl-C (128 + SIGINT).
 INTERNAL = 1
@@ -55,7 +55,7 @@ class CleanGroup(click.Group):
         except Exception as error:
             if os.environ.get(DEBUG):
                 raise
-            reason = " ".join(str(error).split())[:LONGEST_REASON]
+            reason = one_line(" ".join(str(error).split()))[:LONGEST_REASON]
             click.echo(
                 f"Error: {type(error).__name__}: {reason}; a fault of expe-edge, {DEBUG}=1 shows where",
                 err=True,
@@ -63,7 +63,7 @@ class CleanGroup(click.Group):
             sys.exit(INTERNAL)
 
     def _fail(self, message: str) -> NoReturn:
-        click.echo(f"Error: {message}", err=True)
+        click.echo(f"Error: {one_line(message)}", err=True)
         sys.exit(BAD_INPUT)
 
 

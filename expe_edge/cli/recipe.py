@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,7 @@ def parse_size(text: str | None) -> int | None:
     if text is None:
         return None
     found = SIZE.fullmatch(text.strip())
-    if found is None:
+    size = float(found[1]) * UNITS[found[2].lower()] if found else math.inf
+    if not math.isfinite(size):
         raise ExportError(f"--max-size {text}: expected bytes, as 600kB or 1.5MB")
-    return int(float(found[1]) * UNITS[found[2].lower()])
+    return int(size)

@@ -93,5 +93,7 @@ def parse_parameter(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--positional-parameter {text!r}: expected KEY=VALUE, such as step=0.0078125")
     try:
         return key, json.loads(value)
+    except RecursionError as error:
+        raise ConfigError(f"--positional-parameter {key}: nested too deeply") from error
     except ValueError:
         return key, value

@@ -36,6 +36,7 @@ from expe_edge.package.directory import (
     MODEL_FILE,
     TOKENIZER_FILE,
     Package,
+    clear_leftovers,
     read_package,
     require_absent,
     seal_package,
@@ -105,6 +106,7 @@ def export(
     """
     wanted = [Recipe(recipe) if isinstance(recipe, str) else recipe for recipe in recipes]
     for recipe in wanted:
+        clear_leftovers(out / recipe.name)
         require_absent(out / recipe.name, force=force)
     exporter = open_exporter(
         source,

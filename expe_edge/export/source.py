@@ -99,7 +99,7 @@ def _from_package(package: Package, *, folded: bool) -> Source:
         raise ExportError(
             f"{package.path} has its positions {manifest.positions}; use --positions {manifest.positions}"
         )
-    config = ExPEConfig.from_dict(dict(manifest.model))
+    config = ExPEConfig.from_plain(manifest.model)
     weights = read_weights(_load_graph(package), config, folded=folded)
     tokenizer = load_tokenizer(package.path, config.vocab_size)
     return Source(

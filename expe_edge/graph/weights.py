@@ -75,8 +75,8 @@ def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) ->
     Raises:
         PackageError: a weight is missing, or of another shape or dtype than the config's.
     """
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     try:
+        tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         embedding = tensors["embedding.weight"]
         weights = ModelWeights(
             config=config,
@@ -89,6 +89,8 @@ def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) ->
         )
     except KeyError as error:
         raise PackageError(f"the graph has no weight {error}; quantize the checkpoint, or export it again") from error
+    except (ValueError, TypeError) as error:  # of onnx and of NumPy, by what is wrong with a tensor
+        raise PackageError(f"the graph has a damaged weight ({error}); export the package again") from error
     _require_shapes(weights)
     return weights
 

@@ -8,11 +8,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from expe_edge.errors import ConfigError, unknown_name
+from expe_edge.package.checks import Check, whole
+from expe_edge.package.contract import BOUNDS, LONGEST, WIDEST
 from expe_edge.positions.parameters import (
     ExPEParameters,
     NoParameters,
     encoding_parameters,
     require_choice,
+    require_kind,
     require_positive,
 )
 
@@ -21,6 +24,18 @@ ACTIVATIONS = ("swiglu", "gelu")
 HEAD_SIZE_UNIT = 8
 #: Bytes of weights that a graph holds at most: a message of protobuf ends at 2 GiB, and nodes take their share.
 LARGEST_GRAPH = 2**31 - 2**24
+
+#: Bounds of a model's sizes, those of the graphs that are made of it.
+SIZES: dict[str, Check] = {
+    "vocab_size": BOUNDS["vocab_size"],
+    "hidden_size": whole(1, WIDEST),
+    "num_hidden_layers": BOUNDS["layers"],
+    "num_attention_heads": BOUNDS["key_value_heads"],
+    "num_key_value_heads": BOUNDS["key_value_heads"],
+    "head_dim": BOUNDS["head_size"],
+    "intermediate_size": whole(1, WIDEST),
+    "training_length": whole(1, LONGEST),
+}
 
 #: Keys that transformers itself writes into or passes through a config, beside the attributes of PretrainedConfig.
 _TRANSFORMERS_KEYS = frozenset(PretrainedConfig().to_dict()) | {
@@ -48,7 +63,8 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         max_position_embeddings: positions that the encoding must represent exactly; None for all it can.
 
     Raises:
-        ConfigError: an unknown key, an unknown encoding, sizes that do not divide, or inexact positions.
+        ConfigError: an unknown key, a value of another kind, an unknown encoding, sizes out of `SIZES` or that do not
+            divide, or inexact positions.
     """
 
     model_type = "expe"
@@ -75,6 +91,9 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
+        given = dict(locals())
+        for name in self._known_keys():
+            require_kind(name, given[name], ExPEConfig.__init__.__annotations__[name])
         for key in kwargs:
             if key not in _TRANSFORMERS_KEYS:
                 raise ConfigError(unknown_name("config key", key, self._known_keys()))
@@ -91,6 +110,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         self.use_cache = use_cache
         self._check_sizes(intermediate_size=intermediate_size, max_position_embeddings=max_position_embeddings)
         self.intermediate_size = intermediate_size or self._default_intermediate_size()
+        self._check_bounds()
         parameters = encoding_parameters(positional, positional_parameters or {}, training_length)
         self.max_position_embeddings = max_position_embeddings or parameters.reach
         parameters.validate(hidden_size, num_attention_heads, self.head_dim, self.max_position_embeddings)
@@ -107,6 +127,12 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
             pad_token_id=pad_token_id,
             **kwargs,
         )
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> ExPEConfig:
+        """Make the config of a `config.json` or a manifest; what transformers wrote beside ours is not looked at."""
+        known = cls._known_keys()
+        return cls(**{key: value for key, value in values.items() if key in known or key not in _TRANSFORMERS_KEYS})
 
     @classmethod
     def _known_keys(cls) -> list[str]:
@@ -133,6 +159,15 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+
+    def _check_bounds(self) -> None:
+        try:
+            for name, check in SIZES.items():
+                check(name, getattr(self, name))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.rms_norm_eps < 0 or self.initializer_range < 0:
+            raise ConfigError("rms_norm_eps and initializer_range must not be negative")
 
     def _default_intermediate_size(self) -> int:
         widest = self.hidden_size * 8 // 3 if self.hidden_act == "swiglu" else self.hidden_size * 4

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Callable, Mapping
+
+from expe_edge.errors import shown
 
 #: Raises `ValueError` unless the value of that name is what it must be.
 Check = Callable[[str, object], None]
@@ -13,17 +14,36 @@ Check = Callable[[str, object], None]
 def _kind(words: str, holds: Callable[[object], bool]) -> Check:
     def check(name: str, value: object) -> None:
         if not holds(value):
-            raise ValueError(f"{name} is {reprlib.repr(value)}, not {words}")
+            raise ValueError(f"{name} is {shown(value)}, not {words}")
 
     return check
 
 
 TEXT = _kind("text", lambda value: isinstance(value, str))
-NUMBER = _kind("a number", lambda value: type(value) in (int, float))
+NUMBER = _kind("a number", lambda value: type(value) is float or (type(value) is int and abs(value) < 2**63))
 BOOLEAN = _kind("true or false", lambda value: type(value) is bool)
 VERSION = _kind("a version", lambda value: isinstance(value, str) and re.match(r"\d+\.\d+", value) is not None)
 MAPPING = _kind("a mapping", lambda value: isinstance(value, dict))
+NOTHING = _kind("null", lambda value: value is None)
 LIST = _kind("a list", lambda value: isinstance(value, list | tuple))
+
+
+#: Lists and mappings within each other; those of this project have five at most.
+DEEPEST = 32
+
+
+def shallow(name: str, value: object) -> None:
+    """Nothing nested beyond `DEEPEST`, which no reader or writer of it need fear."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            item
+            for inside in level
+            for item in (inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list) else ())
+        ]
+        if not level:
+            return
+    raise ValueError(f"{name} is nested more than {DEEPEST} deep")
 
 
 def whole(low: int, high: int) -> Check:
@@ -67,7 +87,7 @@ def mapping_of(check: Check) -> Check:
         MAPPING(name, value)
         assert isinstance(value, dict)
         for key, item in value.items():
-            check(f"{name}[{reprlib.repr(key)}]", item)
+            check(f"{name}[{shown(key)}]", item)
 
     return checked
 
@@ -88,6 +108,6 @@ def record(
                 raise ValueError(f"{name} has no {key}")
         unknown = sorted(set(value) - set(known))
         if closed and unknown:
-            raise ValueError(f"{name} has the unknown entry {reprlib.repr(unknown[0])}")
+            raise ValueError(f"{name} has the unknown entry {shown(unknown[0])}")
 
     return checked

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import os
+import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +21,8 @@ from expe_edge.package.manifest import LARGEST_MANIFEST, MANIFEST_FILE, Manifest
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
+#: Ends the name of a package that is moved aside for the one that replaces it.
+OLD = "-old"
 
 
 @dataclass(frozen=True)
@@ -74,19 +79,62 @@ def read_package(path: Path) -> Package:
     return Package(path, manifest)
 
 
+def clear_leftovers(path: Path) -> None:
+    """Remove what a killed `write_package` left beside `path`, and bring back the package that it had moved aside.
+
+    What another process is filling just now is locked, and stays.
+    """
+    if not path.parent.is_dir():
+        return
+    named = re.compile(re.escape(f".{path.name}-") + r"[0-9a-f]{8}")
+    for partial in sorted({place.with_name(place.name.removesuffix(OLD)) for place in path.parent.iterdir()}):
+        if named.fullmatch(partial.name) is None or (partial.exists() and _lock(partial, keep=False) is None):
+            continue
+        replaced = partial.with_name(partial.name + OLD)
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lock(directory: Path, *, keep: bool) -> int | None:
+    """Lock a directory against `clear_leftovers`, until its descriptor is closed or the process is no more.
+
+    Returns: the descriptor; None where another process has the lock, or the system has no such locks.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    if not keep:
+        os.close(descriptor)
+    return descriptor
+
+
 @contextmanager
 def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty sibling directory to fill; on success it becomes `path`, on any failure it vanishes.
 
+    Where the process is killed it stays, and the next to write to `path` removes it.
+
     Raises:
         ExportError: `path` exists and `force` is not set or it cannot be moved, or the disk is full.
     """
+    clear_leftovers(path)
     require_absent(path, force=force)
     made = [parent for parent in path.parents if not parent.exists()]
     partial = path.parent / f".{path.name}-{secrets.token_hex(4)}"
-    replaced = partial.with_name(f"{partial.name}-old")
+    replaced = partial.with_name(partial.name + OLD)
+    lock = None
     try:  # from before the first directory is made: Ctrl-C may come at any moment
         partial.mkdir(parents=True)
+        lock = _lock(partial, keep=True)
         if path.exists():
             _require_movable(path, replaced)
         yield partial
@@ -102,6 +150,8 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
             replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         if not path.exists():
             for parent in made:
                 with suppress(OSError):  # something else has been put there

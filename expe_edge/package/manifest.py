@@ -22,6 +22,7 @@ from expe_edge.package.checks import (
     mapping_of,
     optional,
     record,
+    shallow,
     whole,
 )
 from expe_edge.package.contract import BOUNDS, LONGEST, WIDEST, GraphContract
@@ -148,6 +149,7 @@ class Manifest:
         """Parse a manifest; strict about its keys, what they hold and that they agree, clear about its version."""
         try:
             values = json.loads(text)
+            shallow("manifest", values)
             version = values["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PackageError(f"{where}: not a manifest of expe-edge; export the package again") from error

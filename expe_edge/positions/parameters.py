@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from expe_edge.errors import ConfigError, unknown_name
+from expe_edge.errors import ConfigError, shown, unknown_name
 from expe_edge.positions.codes import FLOAT32_EXACT, INT8_LIMIT, WHOLE, PositionCode, require_exact
 
 #: Where ExPE puts the position vector. `query_key` is the paper's choice; `key`, the keys' input alone, is ours.
@@ -24,8 +25,8 @@ SLOPES = ("alibi", "zero", "random")
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    """Tell whether a value is a finite number, and no integer beyond them."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def all_are(kind: Callable[[object], bool], values: object) -> bool:
@@ -54,13 +55,20 @@ def require_kinds(settings: Any, flag: Callable[[str], str] | None = None) -> No
     flag: names the option that sets a field.
     """
     for field in dataclasses.fields(settings):
-        value, annotation = getattr(settings, field.name), str(field.type)
-        if value is None and annotation.endswith(" | None"):
-            continue
-        words, holds = KINDS.get(annotation.removesuffix(" | None"), ("", None))
-        if holds is not None and not holds(value):
-            change = f"; change {flag(field.name)}" if flag else ""
-            raise ConfigError(f"{field.name} is {value!r}; it must be {words}{change}")
+        change = f"; change {flag(field.name)}" if flag else ""
+        require_kind(field.name, getattr(settings, field.name), str(field.type), change)
+
+
+def require_kind(name: str, value: object, annotation: str, change: str = "") -> None:
+    """Raise `ConfigError` unless a value is what an annotation says, where `KINDS` or `None` tells what that is.
+
+    change: what the message says at its end.
+    """
+    if value is None and annotation.endswith(" | None"):
+        return
+    words, holds = KINDS.get(annotation.removesuffix(" | None"), ("", None))
+    if holds is not None and not holds(value):
+        raise ConfigError(f"{name} is {shown(value)}; it must be {words}{change}")
 
 
 def require_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -165,8 +173,10 @@ class ExPEParameters(NoParameters):
         require_choice("how", self.how, HOW)
         if isinstance(self.slopes, str):
             require_choice("slopes", self.slopes, SLOPES)
-        elif not all_are(lambda slope: type(slope) in (int, float), self.slopes):
-            raise ConfigError(f"slopes is {self.slopes!r}; give {', '.join(SLOPES)}, or a list of one number a head")
+        elif not all_are(is_number, self.slopes):
+            raise ConfigError(
+                f"slopes is {shown(self.slopes)}; give {', '.join(SLOPES)}, or a list of one number a head"
+            )
         if self.slopes != "random" and self.where not in ("key", "query_key"):
             raise ConfigError(f"slopes is {self.slopes!r}, which needs where: key or query_key, not {self.where}")
 
@@ -252,7 +262,7 @@ class ExPEParameters(NoParameters):
         self._require_exact(max_positions)
 
     def _validate_slopes(self, slopes: tuple[float, ...], heads: int) -> None:
-        if len(slopes) != heads or not all(map(math.isfinite, slopes)):
+        if len(slopes) != heads:
             raise ConfigError(
                 f"slopes is {self.slopes}; give {', '.join(SLOPES)}, or a number for each of {heads} heads"
             )

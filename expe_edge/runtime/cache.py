@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -156,10 +158,11 @@ class GrowingCache(Cache):
 
     def _part(self) -> None:
         """Give every row a cache of its own, without the padding."""
-        self.rows = [
-            GrowingCache(self.contract, 1, self.capacity, self.lengths[index : index + 1])
-            for index in range(self.batch)
-        ]
+        with memory_for(self.contract, self.batch, self.capacity):
+            self.rows = [
+                GrowingCache(self.contract, 1, self.capacity, self.lengths[index : index + 1])
+                for index in range(self.batch)
+            ]
         for index, row in enumerate(self.rows):
             kept = self.tokens[index, : self.held]
             row._hold(int(self.lengths[index]))
@@ -181,5 +184,22 @@ class GrowingCache(Cache):
 
 
 def make_cache(contract: GraphContract, batch: int, capacity: int) -> Cache:
-    """Return an empty cache of the kind that the graph wants."""
-    return (GrowingCache if contract.growing_cache else SharedCache)(contract, batch, capacity)
+    """Return an empty cache of the kind that the graph wants.
+
+    Raises:
+        GenerationError: memory has no room for it.
+    """
+    with memory_for(contract, batch, capacity):
+        return (GrowingCache if contract.growing_cache else SharedCache)(contract, batch, capacity)
+
+
+@contextmanager
+def memory_for(contract: GraphContract, batch: int, capacity: int) -> Iterator[None]:
+    """Turn what NumPy says where memory has no room for a cache into `GenerationError`."""
+    try:
+        yield
+    except MemoryError as error:
+        raise GenerationError(
+            f"no memory for a cache of {batch} × {capacity} tokens, {batch * capacity * contract.cache_bytes:,} bytes; "
+            "lower --max-new-tokens or --cache-length"
+        ) from error

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from expe_edge.errors import GenerationError, PackageError
+from expe_edge.package.tokenizer import require_tokenizer
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.sampling import Sampler, Sampling
 from expe_edge.runtime.session import PREFILL_CHUNK, PackageSession, Step
@@ -58,16 +59,18 @@ class Generator:
         A prompt of ids may hold control tokens; one of text that spells them is text.
 
         Raises:
-            GenerationError: an empty prompt, or ids outside the vocabulary.
+            GenerationError: an empty prompt, text that is none, or ids outside the vocabulary.
         """
-        if len(prompt) == 0:
+        if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise GenerationError("the prompt holds half a surrogate pair, which is no text")
+        ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
+        if len(prompt) == 0 or len(ids) == 0:
             raise GenerationError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
-        ids = np.array(self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt, dtype=np.int64)
         vocab_size = self.session.contract.vocab_size
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(outside):
+        outside = [token for token in ids if not 0 <= token < vocab_size]
+        if outside:
             raise GenerationError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
-        return ids
+        return np.array(ids, dtype=np.int64)
 
     def stream(
         self,
@@ -205,6 +208,7 @@ def _capacity(ids: Ids, max_new_tokens: int, cache_length: int | None) -> int:
 def _load_tokenizer(session: PackageSession) -> Tokenizer:
     path = session.package.tokenizer_path
     try:
+        require_tokenizer(path)
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise PackageError(f"{path}: not a tokenizer ({error})") from error
@@ -214,4 +218,6 @@ def _load_tokenizer(session: PackageSession) -> Tokenizer:
             "they do not belong together, export again"
         )
     tokenizer.encode_special_tokens = True  # text is text, whatever it spells
+    tokenizer.no_padding()  # which a client may have left in the file, as truncation
+    tokenizer.no_truncation()
     return tokenizer

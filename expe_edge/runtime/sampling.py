@@ -12,6 +12,8 @@ from expe_edge.errors import GenerationError
 Scores = npt.NDArray[np.float32]
 #: Penalties beyond act as these, so that no penalized score leaves float32.
 LEAST_PENALTY, MOST_PENALTY = 1e-30, 1e30
+#: A temperature beyond acts as this, at which all tokens are as likely.
+MOST_TEMPERATURE = 1e38
 #: Best tokens that top-p looks among before it sorts them all.
 NUCLEUS_GUESS = 64
 
@@ -79,7 +81,7 @@ class Sampler:
 def cooled(logits: Scores, temperature: float) -> Scores:
     """Return `logits` (V,) over a temperature above 0; less the best of them where float32 could not hold it."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        scores: Scores = logits / np.float32(temperature)
+        scores: Scores = logits / np.float32(min(temperature, MOST_TEMPERATURE))
         if not np.isfinite(scores).all():
             scores = ((logits.astype(np.float64) - logits.max()) / temperature).astype(np.float32)
     return scores

@@ -21,6 +21,9 @@ Logits = npt.NDArray[np.float32]
 #: Tokens per prefill step: enough to fill the matrix kernels, few enough that the (T, S) scores stay small.
 PREFILL_CHUNK = 256
 
+#: Threads beyond any machine's, each of which would take memory.
+MOST_THREADS = 1024
+
 #: `--device` to the execution provider it stands for.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -66,14 +69,7 @@ class PackageSession:
         """
         if capacity > self.reach:
             raise GenerationError(f"{capacity} tokens exceed the {self.reach} positions of this model's encoding")
-        try:
-            return make_cache(self.contract, batch, capacity)
-        except MemoryError as error:
-            size = batch * capacity * self.contract.cache_bytes
-            raise GenerationError(
-                f"no memory for a cache of {batch} × {capacity} tokens, {size:,} bytes; lower --max-new-tokens or "
-                "--cache-length"
-            ) from error
+        return make_cache(self.contract, batch, capacity)
 
     def prefill(self, cache: Cache, tokens: Ids, chunk: int = PREFILL_CHUNK) -> Iterator[Logits]:
         """Append `tokens` (T,) to a cache of one row; yield logits (t, V) for each chunk of t <= `chunk` tokens."""
@@ -138,8 +134,9 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
     if threads is not None:
-        if threads < 1:
-            raise GenerationError(f"--threads is {threads}; at least 1")
+        if not 1 <= threads <= MOST_THREADS:
+            limit = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
+            raise GenerationError(f"--threads is {threads}; {limit}")
         options.intra_op_num_threads = threads
     providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
     try:

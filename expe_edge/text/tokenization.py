@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.package.directory import TOKENIZER_FILE
+from expe_edge.package.tokenizer import require_tokenizer
 from expe_edge.progress import interruptible
 from expe_edge.text.documents import Document
 
@@ -73,6 +74,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{directory}: no {TOKENIZER_FILE} in it")
     try:
+        require_tokenizer(path)
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
@@ -85,6 +87,8 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
             "not belong together"
         )
     tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()  # which a client may have left in the file, as truncation
+    tokenizer.no_truncation()
     return tokenizer
 
 

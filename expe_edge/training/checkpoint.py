@@ -5,22 +5,34 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
+from expe_edge.package.checks import MAPPING, TEXT, list_of, optional, record, whole
+from expe_edge.package.contract import LONGEST
 from expe_edge.package.directory import is_package
 from expe_edge.quant.recipe import WeightRounding
 from expe_edge.text.corpus import Corpus, load_corpus
 from expe_edge.text.tokenization import load_tokenizer
-from expe_edge.training.settings import EIGHT_BIT_LEARNING_RATE, FINE_TUNING, TRAINING_FILE, upgraded
+from expe_edge.training.settings import EIGHT_BIT_LEARNING_RATE, FINE_TUNING, TRAINING_FILE, WEIGHTS_FILE, upgraded
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+#: What is read of a training record, as far as anything depends on it; settings are checked where a run takes them.
+_RECORD = record(
+    {
+        "settings": record(
+            {"data": list_of(TEXT), "text_field": TEXT},
+            sometimes={"quantization_aware": optional(TEXT), "block_size": optional(whole(1, LONGEST))},
+        )
+    },
+    sometimes={"corpus": record({}, sometimes={"held_out": list_of(TEXT)})},
+)
 
 
 @dataclass(frozen=True)
@@ -49,25 +61,25 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Load config, weights (safetensors alone, never a pickle), tokenizer and training record.
+    """Load config, weights (safetensors alone, never a pickle), tokenizer and training record; no file beside them.
 
     Raises:
         CheckpointError: missing or truncated files, weights of other shapes, or a tokenizer of another vocabulary.
         ConfigError: a config with unknown keys or values.
     """
-    values, record = _read_records(path)
-    settings = record["settings"]
+    values, written = _read_records(path)
+    settings = written["settings"]
     try:
-        sources = {"sources": list(settings["data"]), "text_field": settings["text_field"]}
-        if "held_out" in record.get("corpus", {}):  # earlier releases did not record it
-            sources["held_out"] = [str(digest) for digest in record["corpus"]["held_out"]]
+        sources = {"sources": settings["data"], "text_field": settings["text_field"]}
+        if "held_out" in written.get("corpus", {}):  # earlier releases did not record it
+            sources["held_out"] = written["corpus"]["held_out"]
         trained_for, block_size = settings.get("quantization_aware"), settings.get("block_size")
         rounding = None if trained_for is None else WeightRounding(trained_for, block_size)
-    except (TypeError, KeyError, ConfigError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path}: damaged {TRAINING_FILE} ({error})") from error
     if values.get("model_type") != ExPEConfig.model_type:
         raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}, not 'expe'; not made by expe-edge")
-    config = ExPEConfig.from_dict(values)
+    config = ExPEConfig.from_plain(values)
     model = _load_model(path, config)
     tokenizer = load_tokenizer(path, config.vocab_size)
     return Checkpoint(path, model.eval(), tokenizer, sources, rounding)
@@ -82,8 +94,8 @@ def starting_settings(path: Path, rounding: WeightRounding | None = None) -> dic
     Raises:
         CheckpointError: missing or damaged files.
     """
-    _, record = _read_records(path)
-    settings = record["settings"]
+    _, written = _read_records(path)
+    settings = written["settings"]
     changed = {**FINE_TUNING, "from_checkpoint": str(path)}
     if rounding is not None and rounding.bits == 8:
         changed["learning_rate"] = EIGHT_BIT_LEARNING_RATE
@@ -101,24 +113,31 @@ def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or --resume it")
     try:
         values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        record = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or not isinstance(record["settings"], dict):
-            raise TypeError("no mapping")
-        record["settings"] = upgraded(record["settings"])
-    except (ValueError, TypeError, KeyError) as error:
+        written = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))
+        MAPPING(CONFIG_FILE, values)
+        _RECORD(TRAINING_FILE, written)
+        written["settings"] = upgraded(written["settings"])
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged {CONFIG_FILE} or {TRAINING_FILE} ({error})") from error
-    return values, record
+    return values, written
 
 
 def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:
+    """Return the model with its weights, whose names and shapes are compared before anything is made of the config."""
+    tied = ExPEForCausalLM._tied_weights_keys if config.tie_word_embeddings else ()
+    with torch.device("meta"):  # shapes without memory
+        shapes = {name: list(weight.shape) for name, weight in ExPEForCausalLM(config).state_dict().items()}
     try:
-        model, report = ExPEForCausalLM.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
+        with safe_open(path / WEIGHTS_FILE, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+            wrong = [name for name in {**shapes, **found} if name not in tied and shapes.get(name) != found.get(name)]
+            if wrong:
+                raise CheckpointError(
+                    f"{path}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} (first difference: {wrong[0]})"
+                )
+            model = ExPEForCausalLM(config)
+            model.load_state_dict({name: file.get_tensor(name) for name in found}, strict=False)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: {WEIGHTS_FILE} is damaged or truncated ({reason})") from error
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise CheckpointError(f"{path}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} (first difference: {wrong[0]})")
-    return cast(ExPEForCausalLM, model)
+    return model

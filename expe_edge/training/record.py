@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 
 from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.package.checks import MAPPING, list_of, record, whole
 from expe_edge.positions.parameters import encoding_parameters
 from expe_edge.text.corpus import absolute_source
 from expe_edge.training.rounding import explicit_rounding
-from expe_edge.training.settings import TRAINER_DIRECTORY, TRAINING_FILE, TrainSettings, stored_settings
+from expe_edge.training.settings import LARGEST_COUNT, TRAINER_DIRECTORY, TRAINING_FILE, TrainSettings, stored_settings
 
 #: Settings that the weights of a run depend on.
 MODEL_SETTINGS = (
@@ -26,6 +28,8 @@ MODEL_SETTINGS = (
 START_SETTINGS = ("from_checkpoint", "quantization_aware", "block_size", "distillation")
 #: What its sequences are. The rest may change when it goes on: rates, decay, steps, intervals.
 STREAM_SETTINGS = ("data", "text_field", "position_offset", "batch_size", "seed")
+#: What is read of Trainer's state.
+_STATE = record({"global_step": whole(0, LARGEST_COUNT), "log_history": list_of(MAPPING)})
 #: Files of a checkpoint that torch writes, as zip archives.
 TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 
@@ -63,8 +67,8 @@ def require_same_stream(digest: str, run: Path) -> None:
 
     digest: `WindowDataset.digest` of the text as it is now.
     """
-    record = json.loads((run / TRAINING_FILE).read_text(encoding="utf-8"))
-    if record.get("stream", digest) != digest:
+    written = json.loads((run / TRAINING_FILE).read_text(encoding="utf-8"))
+    if written.get("stream", digest) != digest:
         raise ConfigError(
             f"the text of {run} has changed since its run began; bring it back, or start anew with --force"
         )
@@ -94,8 +98,10 @@ def _step(checkpoint: Path) -> int:
 def _faults(checkpoint: Path) -> Iterator[str]:
     """Yield what keeps a checkpoint from being resumed: files that are missing, empty or cut short."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        values = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        _STATE("state", values)
+        TrainerState(**values)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         yield "trainer_state.json is missing or damaged"
     try:
         with safe_open(checkpoint / "model.safetensors", "np"):

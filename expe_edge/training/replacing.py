@@ -10,7 +10,7 @@ from pathlib import Path
 from expe_edge.errors import ConfigError
 from expe_edge.package.directory import why_unwritable
 from expe_edge.progress import note
-from expe_edge.training.settings import TRAINER_DIRECTORY, TRAINING_FILE
+from expe_edge.training.settings import TRAINER_DIRECTORY, TRAINING_FILE, WEIGHTS_FILE
 
 
 def require_room(out: Path, *, force: bool) -> None:
@@ -43,6 +43,13 @@ def require_outside(out: Path, paths: Iterable[str | Path], option: str) -> None
             raise ConfigError(f"{option} {path} lies in {out}, which --force replaces; choose another --out")
 
 
+def bring_back(out: Path) -> None:
+    """Undo a `set_aside` whose process was killed before it made anything in `out`."""
+    kept = _kept(out)
+    if kept.exists() and (not out.exists() or not any(out.iterdir())):
+        kept.replace(out.resolve())
+
+
 def set_aside(out: Path) -> None:
     """Move what stands at `out` beside it, and make `out` an empty directory.
 
@@ -54,8 +61,8 @@ def set_aside(out: Path) -> None:
     kept = _kept(out)
     if out.exists() and any(out.iterdir()):
         if kept.exists():
-            unfinished = not (out / "model.safetensors").exists()
-            shutil.rmtree(out.resolve() if unfinished else kept)
+            unfinished = not (out / WEIGHTS_FILE).exists()
+            _discard(out.resolve() if unfinished else kept, out)
         try:
             if out.exists() and not kept.exists():
                 out.resolve().rename(kept)
@@ -66,21 +73,48 @@ def set_aside(out: Path) -> None:
 
 @contextmanager
 def kept_until_complete(out: Path) -> Iterator[None]:
-    """Delete what `set_aside` moved once the block is through; bring it back where the new run leaves nothing."""
-    kept = _kept(out)
+    """Delete what `set_aside` moved once the block is through.
+
+    Where the block fails, the new run is deleted and the one before brought back, unless --resume can complete the new.
+    """
+    kept, existed = _kept(out), out.exists()
     try:
         yield
     except BaseException:
         resumable = any((out / TRAINER_DIRECTORY).glob("checkpoint-*"))
         if kept.exists() and resumable:
             note(f"{kept} is the run before, until --resume completes this one")
-        elif kept.exists() and not (out / "model.safetensors").exists():
-            shutil.rmtree(out.resolve(), ignore_errors=True)
-            kept.rename(out.resolve())
+        elif not resumable and (out / TRAINING_FILE).exists() and not (out / WEIGHTS_FILE).exists():
+            _empty(out)
+            if not existed:
+                out.resolve().rmdir()
+            bring_back(out)
         raise
-    shutil.rmtree(kept, ignore_errors=True)
+    if kept.exists():
+        _discard(kept, out)
+
+
+def _empty(out: Path) -> None:
+    """Delete what an unfinished run has made; its record, which tells that it is one, last."""
+    for path in sorted(out.iterdir(), key=lambda path: path.name == TRAINING_FILE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _discard(directory: Path, out: Path) -> None:
+    """Delete a run at `out` or kept beside it, under a name that no half of it can be taken for a run by."""
+    doomed = _beside(out, "discarded")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a process that was killed meanwhile
+    directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _kept(out: Path) -> Path:
+    return _beside(out, "before")
+
+
+def _beside(out: Path, what: str) -> Path:
     place = out.resolve()
-    return place.with_name(f".{place.name}-before")
+    return place.with_name(f".{place.name}-{what}")

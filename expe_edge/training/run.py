@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,13 +37,22 @@ from expe_edge.training.record import (
     require_same,
     require_same_stream,
 )
-from expe_edge.training.replacing import kept_until_complete, require_outside, require_room, require_writable, set_aside
+from expe_edge.training.replacing import (
+    bring_back,
+    kept_until_complete,
+    require_outside,
+    require_room,
+    require_writable,
+    set_aside,
+)
 from expe_edge.training.rounding import round_weights
-from expe_edge.training.settings import TRAINING_FILE, TrainSettings
+from expe_edge.training.settings import TRAINING_FILE, WEIGHTS_FILE, TrainSettings
 from expe_edge.training.trainer import WindowDataset, WindowTrainer, training_arguments
 
 #: With less than this free, a failed write is taken for a full disk: not every library says so.
 LEAST_FREE_BYTES = 1 << 20
+#: Where what finishes a run is written before it is put in its places.
+PARTIAL = ".finished"
 
 
 def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bool = False) -> dict[str, Any]:
@@ -70,6 +78,8 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
         last = _open_last(settings, out)
         require_writable(out)
     else:
+        if state.is_main_process:
+            bring_back(out)
         require_room(out, force=force)
         if force:
             require_outside(out, settings.data, "--data")
@@ -77,7 +87,7 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     if state.is_main_process:
         note(*describe_skipped(corpus.skipped))
         note(*filter(None, (config.too_large, config.needs_portable, config.needs_inline)))
-    with kept_until_complete(out) if state.is_main_process else nullcontext():
+    with no_memory_is_an_error(), kept_until_complete(out) if state.is_main_process else nullcontext():
         return _run(settings, arguments, config, corpus, start, last, state)
 
 
@@ -126,8 +136,7 @@ def _run(
     }
     if state.is_main_process:
         with disk_full_is_an_error(out):
-            _save_model(model, out)
-            _write_json(out / TRAINING_FILE, report)
+            _finish(model, report, out)
     state.wait_for_everyone()
     return report
 
@@ -202,6 +211,7 @@ def _prepare(
 def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, stream: str) -> None:
     """Make `out` anew with its tokenizer, and the settings and the digest of the text that resuming reads."""
     set_aside(out)
+    _write_json(out / TRAINING_FILE, {"settings": dataclasses.asdict(settings), "stream": stream})
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -210,7 +220,6 @@ def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, st
         model_input_names=["input_ids", "attention_mask"],
     )
     wrapped.save_pretrained(out)
-    _write_json(out / TRAINING_FILE, {"settings": dataclasses.asdict(settings), "stream": stream})
 
 
 def _require_reach(settings: TrainSettings, config: ExPEConfig) -> None:
@@ -223,14 +232,37 @@ def _require_reach(settings: TrainSettings, config: ExPEConfig) -> None:
         )
 
 
-def _save_model(model: ExPEForCausalLM, out: Path) -> None:
-    """Write config and weights beside their places first, so that a failure leaves no half-written file."""
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as directory:
+def _finish(model: ExPEForCausalLM, report: dict[str, Any], out: Path) -> None:
+    """Write config, record and weights beside their places first, then put them there, the weights last.
+
+    So no file is ever half-written, and where this is stopped midway the run is unfinished, with no weights of another
+    record: --resume finishes it.
+    """
+    directory = out / PARTIAL
+    shutil.rmtree(directory, ignore_errors=True)  # of a process that was killed here
+    try:
         model.save_pretrained(directory)
-        mode = Path(directory, "config.json").stat().st_mode  # as the umask has it, which safetensors does not ask
-        for file in Path(directory).iterdir():
+        _write_json(directory / TRAINING_FILE, report)
+        mode = (directory / TRAINING_FILE).stat().st_mode  # as the umask has it, which safetensors does not ask
+        (out / WEIGHTS_FILE).unlink(missing_ok=True)
+        for file in sorted(directory.iterdir(), key=lambda file: file.name == WEIGHTS_FILE):
             file.chmod(mode)
             file.replace(out / file.name)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def no_memory_is_an_error() -> Iterator[None]:
+    """Turn the failures of NumPy and torch into `ConfigError` where memory has no room for a model or its batch."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+            raise ConfigError(
+                "no memory for this model and batch; lower --batch-size, --training-length or --hidden-size"
+            ) from error
+        raise
 
 
 @contextmanager

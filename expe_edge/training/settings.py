@@ -20,6 +20,8 @@ from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 DTYPES = ("auto", "float32", "bfloat16")
 #: Settings, corpus and loss history of a run, beside the model.
 TRAINING_FILE = "training.json"
+#: The weights of a finished run; one without them is not finished.
+WEIGHTS_FILE = "model.safetensors"
 #: Where Trainer keeps what resuming needs.
 TRAINER_DIRECTORY = "trainer"
 
@@ -30,6 +32,9 @@ POSITIVE = (
     *("intermediate_size", "max_position_embeddings"),
 )
 NOT_NEGATIVE = ("position_offset", "warmup_steps", "seed", "weight_decay", "max_grad_norm")
+#: What a run counts. The product of two is still a number that everything counts with; sizes have bounds of a model's.
+COUNTS = ("max_steps", "batch_size", "save_every", "log_every", "position_offset", "warmup_steps")
+LARGEST_COUNT = 2**31 - 1
 #: The largest that NumPy's generator takes, as transformers seeds it.
 LARGEST_SEED = 2**32 - 1
 #: A number that YAML 1.1 takes for text: an exponent without a sign or a point.
@@ -116,6 +121,9 @@ class TrainSettings:
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative; change {flag_of(name)}")
+        for name in COUNTS:
+            if getattr(self, name) > LARGEST_COUNT:
+                raise ConfigError(f"{name} is {getattr(self, name)}; at most {LARGEST_COUNT}; change {flag_of(name)}")
         if self.seed > LARGEST_SEED:
             raise ConfigError(f"seed is {self.seed}; at most {LARGEST_SEED}; change --seed")
         if self.dtype not in DTYPES:
@@ -215,10 +223,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}  # noqa: S506  # a safe loader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: not readable as YAML ({str(error).splitlines()[0]})") from error
+    except ConfigError:
+        raise
     except RecursionError as error:
         raise ConfigError(f"--config {path}: nested too deeply") from error
+    except Exception as error:  # of a value that its tag does not allow PyYAML raises whatever Python does
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"--config {path}: not readable as YAML ({reason})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected a mapping of settings, got {type(values).__name__}")
     return values
@@ -240,6 +251,6 @@ def stored_settings(out: Path) -> dict[str, Any]:
     path = out / TRAINING_FILE
     try:
         settings = upgraded(json.loads(path.read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{out}: no run to resume (no readable {TRAINING_FILE}); drop --resume") from error
     return settings

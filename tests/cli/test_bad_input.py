@@ -126,6 +126,7 @@ GENERATE_REFUSALS: list[tuple[list[str], str]] = [
     (["--top-p", "0"], "--top-p is 0.0; it must be above 0 and at most 1"),
     (["--seed", "-1"], "--seed is -1; it must be at least 0"),
     (["--threads", "0"], "--threads is 0; at least 1"),
+    (["--threads", "2147483648"], "--threads is 2147483648; at most 1024"),
     (["--prompt-file", "x"], "both --prompt and --prompt-file are given; use one"),
     (["--cache-length", "20000000"], "20000000 tokens exceed the 16777216 positions of this model's encoding"),
 ]
@@ -175,6 +176,12 @@ def test_standard_input_that_is_closed_is_an_empty_prompt(packages: Path) -> Non
 
     assert done.returncode == 2
     assert done.stderr.startswith(b"Error: the prompt is empty; ")
+
+
+def test_what_a_message_quotes_breaks_no_line_and_drives_no_terminal(packages: Path) -> None:
+    message = refused("compare", packages / "float32", "--lengths", "1\n\x1b[2J\u202e")
+
+    assert message == r"--lengths 1\n\x1b[2J\u202e: expected comma-separated integers, such as 1,2,4,8,16"
 
 
 def test_a_fault_of_ours_is_one_line_and_a_traceback_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
+from expe_edge.training.checkpoint import load_checkpoint
 from tests.command_line import refused, write_text
 from tests.damage import ENCODINGS, remove, rewrite, set_json
 
@@ -82,6 +84,68 @@ DAMAGED_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
         f"unknown positional encoding 'rotery'; did you mean 'rotary'? available: {ENCODINGS}",
     ),
 }
+
+
+#: Values that a config cannot have, and what is said of each.
+CONFIGS: list[tuple[dict[str, object], str]] = [
+    ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
+    ({"num_hidden_layers": []}, "num_hidden_layers is []; it must be a whole number"),
+    ({"hidden_act": [[]]}, "hidden_act is [[]]; it must be text"),
+    ({"pad_token_id": {"a": 0}}, "pad_token_id is {'a': 0}; it must be a whole number"),
+    ({"positional_parameters": 5}, "positional_parameters is 5; it must be a mapping"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, not a whole number from 1 to 1024"),
+    ({"hidden_size": 2**40}, "hidden_size is 1099511627776, not a whole number from 1 to 1048576"),
+    ({"vocab_size": 2**40}, "vocab_size is 1099511627776, not a whole number from 1 to 1048576"),
+    ({"initializer_range": -1}, "rms_norm_eps and initializer_range must not be negative"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONFIGS)
+def test_config_of_other_kinds_or_out_of_bounds(own_checkpoint: Path, changes: dict[str, object], message: str) -> None:
+    set_json("config.json", **changes)(own_checkpoint)
+
+    assert refused("export", own_checkpoint, "--out", "out") == message
+
+
+def test_config_of_a_larger_model_than_the_weights_allocates_nothing(own_checkpoint: Path) -> None:
+    """A hundred terabytes, by the config."""
+    set_json("config.json", hidden_size=2**20, num_attention_heads=1024, num_key_value_heads=1024)(own_checkpoint)
+
+    assert refused("export", own_checkpoint, "--out", "out") == (
+        f"{own_checkpoint}: model.safetensors does not fit config.json (first difference: embedding.weight)"
+    )
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"pad_token_id": {}}', b"[" * 5000])
+def test_files_that_nothing_of_ours_reads_do_no_harm(own_checkpoint: Path, content: bytes) -> None:
+    for name in ("generation_config.json", "tokenizer_config.json", "adapter_config.json"):
+        (own_checkpoint / name).write_bytes(content)
+
+    load_checkpoint(own_checkpoint)
+
+
+def test_what_transformers_writes_into_a_config_is_not_looked_at(own_checkpoint: Path) -> None:
+    set_json("config.json", id2label=[], pruned_heads=5, torch_dtype="x", problem_type=[])(own_checkpoint)
+
+    load_checkpoint(own_checkpoint)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"data": [["a"]]}, {"data": 5}, {"text_field": None}, {"quantization_aware": []}, {"block_size": "16"}]
+)
+def test_record_of_other_kinds(own_checkpoint: Path, settings: dict[str, object]) -> None:
+    record = json.loads((own_checkpoint / "training.json").read_text(encoding="utf-8"))
+    set_json("training.json", settings={**record["settings"], **settings})(own_checkpoint)
+
+    message = refused("export", own_checkpoint, "--out", "out")
+    assert message.startswith(f"{own_checkpoint}: damaged config.json or training.json (training.json.settings.")
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "1.5MB\x1b[2J\n"])
+def test_sizes_that_are_none(checkpoint: Path, size: str) -> None:
+    message = refused("export", checkpoint, "--out", "out", "--precision", "auto", "--max-size", size)
+
+    assert message.endswith(": expected bytes, as 600kB or 1.5MB")
 
 
 @pytest.mark.parametrize("damage", DAMAGED_CHECKPOINTS)

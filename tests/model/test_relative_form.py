@@ -171,7 +171,7 @@ def test_the_papers_form_with_alibis_slopes_has_none_that_drift_at_first() -> No
         ({"slopes": "steep"}, "unknown slopes 'steep'; available: alibi, random, zero"),
         ({"slopes": 0.5}, "slopes is 0.5; give alibi, zero, random, or a list of one number a head"),
         ({"slopes": (1.0, "a", True, None)}, "slopes is .*; give alibi, zero, random, or a list of one number a head"),
-        ({"slopes": (1.0, 2.0, 3.0, math.inf)}, "or a number for each of 4 heads"),
+        ({"slopes": (1.0, 2.0, 3.0, math.inf)}, "or a list of one number a head"),
         ({"slopes": (1.0, 2.0)}, r"slopes is \(1.0, 2.0\); give alibi, zero, random, or a number for each of 4 heads"),
         (
             {"slopes": "alibi", "where": "embedding"},

@@ -52,6 +52,23 @@ def refusal(package: Path) -> str:
     return message[len(before) : -len(after)]
 
 
+def test_entries_nested_so_deep_that_a_reader_runs_out_of_stack(own_package: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(350):
+        deep = [deep]
+    edit_manifest(own_package, model={**read_manifest(own_package)["model"], "more": deep})
+
+    with pytest.raises(PackageError, match=r"not a manifest of expe-edge; export the package again$"):
+        read_package(own_package)
+
+
+def test_figures_beyond_floats(own_package: Path) -> None:
+    parity = read_manifest(own_package)["parity"]
+    edit_manifest(own_package, parity={**parity, "mean_kl": 10**400})
+
+    assert refusal(own_package).startswith("manifest.parity.mean_kl is 1000")
+
+
 @pytest.mark.parametrize(("changes", "message"), CONTRACTS)
 def test_contract_out_of_bounds(own_package: Path, changes: dict[str, Any], message: str) -> None:
     edit_manifest(own_package, contract={**read_manifest(own_package)["contract"], **changes})

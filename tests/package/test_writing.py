@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from expe_edge.errors import ExportError
-from expe_edge.package.directory import read_package, seal_package, write_package
+from expe_edge.package.directory import clear_leftovers, read_package, seal_package, write_package
 from expe_edge.package.manifest import MANIFEST_FILE
 
 
@@ -248,3 +248,58 @@ def test_sealing_hashes_every_file(packages: Path, tmp_path: Path) -> None:
     found = read_package(tmp_path).manifest
     assert set(found.files) == {"model.onnx", "tokenizer.json", "extra"}
     assert dataclasses.replace(found, files={}) == manifest
+
+
+# What a killed process leaves.
+
+
+def killed_at(path: Path, step: str, *, force: bool) -> None:
+    """Write a package in a process that is killed while it fills the directory, or before its last rename."""
+    process = os.fork()
+    if process:
+        os.waitpid(process, 0)
+        return
+    try:
+        with write_package(path, force=force) as directory:
+            (directory / "a").write_text("half", encoding="utf-8")
+            if step == "filling":
+                os._exit(9)
+            rename = Path.rename
+            Path.rename = lambda self, to: rename(self, to) if self == path else os._exit(9)  # type: ignore[method-assign]
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("step", ["filling", "renaming"])
+@pytest.mark.parametrize("force", [False, True])
+def test_the_next_to_write_removes_what_a_killed_process_left(tmp_path: Path, step: str, force: bool) -> None:
+    path = tmp_path / "package"
+    if force:
+        write_whole(path, "old")
+    killed_at(path, step, force=force)
+    left = sorted(entry.name for entry in tmp_path.iterdir())
+    assert len(left) == 1 + force
+
+    clear_leftovers(path)
+    assert content(tmp_path) == ({"package/a": "old", f"package/{MANIFEST_FILE}": "old"} if force else {})
+
+    write_whole(path, "new", force=force)
+    assert content(tmp_path) == {"package/a": "new", f"package/{MANIFEST_FILE}": "new"}
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    with write_package(tmp_path / "package") as directory:
+        (directory / "a").write_text("1", encoding="utf-8")
+        clear_leftovers(tmp_path / "package")
+        assert (directory / "a").exists()
+
+    assert content(tmp_path) == {"package/a": "1"}
+
+
+def test_names_that_only_look_alike_stay(tmp_path: Path) -> None:
+    for name in (".package-before", ".package-0123456", ".packages-01234567", "package-01234567", ".package-01234567x"):
+        (tmp_path / name).mkdir()
+    before = sorted(tmp_path.iterdir())
+    write_whole(tmp_path / "package", "1")
+
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "package"])

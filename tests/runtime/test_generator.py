@@ -375,7 +375,14 @@ def test_empty_prompt(generator: Generator) -> None:
     assert refusal(generator.generate, ["the", ""]) == message
 
 
-@pytest.mark.parametrize("token", [300, 10_000, -1])
+def test_prompt_that_is_no_text(generator: Generator) -> None:
+    message = "the prompt holds half a surrogate pair, which is no text"
+
+    assert refusal(generator.stream, "a\ud800") == message
+    assert refusal(generator.generate, ["the", "\udfff"]) == message
+
+
+@pytest.mark.parametrize("token", [300, 10_000, -1, 2**64])
 def test_token_outside_the_vocabulary(generator: Generator, token: int) -> None:
     message = f"token id {token} is outside the vocabulary of 300"
 

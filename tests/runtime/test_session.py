@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from expe_edge.errors import ExPEEdgeError, GenerationError, PackageError
+from expe_edge.errors import GenerationError, PackageError
 from expe_edge.export.exporter import export
 from expe_edge.package.directory import file_hash
 from expe_edge.quality.scoring import open_scorer
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession
-from expe_edge.runtime import session as session_module
+from expe_edge.runtime.cache import Cache, GrowingCache, SharedCache, make_cache
 from tests.manifests import edit_manifest, read_manifest
 
 
@@ -139,17 +140,21 @@ def test_graph_that_fails_at_work_is_one_line(packages: Path, tmp_path: Path) ->
         Generator.load(portable.path).generate(["the"], max_new_tokens=4)
 
 
-def test_cache_that_memory_has_no_room_for(own_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise MemoryError
+@pytest.mark.parametrize("kind", [SharedCache, GrowingCache])
+def test_cache_that_memory_has_no_room_for(
+    own_package: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Cache]
+) -> None:
+    contract = dataclasses.replace(PackageSession.load(own_package).contract, growing_cache=kind is GrowingCache)
+    made = make_cache(contract, 2, 1000)
+    monkeypatch.setattr(kind, "__init__", no_room)
 
-    session = PackageSession.load(own_package)
-    monkeypatch.setattr(session_module, "make_cache", full)
+    for take in (lambda: make_cache(contract, 2, 1000), *([lambda: made.row(0)] if kind is GrowingCache else [])):
+        with pytest.raises(GenerationError) as caught:
+            take()
+        assert str(caught.value) == (
+            "no memory for a cache of 2 × 1000 tokens, 1,024,000 bytes; lower --max-new-tokens or --cache-length"
+        )
 
-    with pytest.raises(GenerationError) as caught:
-        session.new_cache(2, 1000)
 
-    assert isinstance(caught.value, ExPEEdgeError)
-    assert str(caught.value) == (
-        "no memory for a cache of 2 × 1000 tokens, 1,024,000 bytes; lower --max-new-tokens or --cache-length"
-    )
+def no_room(*_: object) -> None:
+    raise MemoryError

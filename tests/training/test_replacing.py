@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.training import run as running
+from expe_edge.training.replacing import set_aside
 from expe_edge.training.run import train
 from tests.command_line import QUICK, names, refused, succeed, tree, write_text
 from tests.small import small_settings
@@ -58,7 +60,7 @@ def test_a_run_that_can_be_resumed_stays_and_the_old_one_beside_it(
     old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(running, "_save_model", fail)
+        patch.setattr(running, "_finish", fail)
         with pytest.raises(CheckpointError, match="as if the disk were full"):
             train(other(text_folder), old, force=True)
     kept = old.parent / ".run-before"
@@ -74,7 +76,7 @@ def test_a_run_that_can_be_resumed_stays_and_the_old_one_beside_it(
 def test_of_two_interrupted_runs_the_complete_one_before_is_kept(
     old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "_save_model", fail)
+    monkeypatch.setattr(running, "_finish", fail)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="as if the disk were full"):
             train(other(text_folder), old, force=True)
@@ -134,3 +136,64 @@ def test_texts_and_settings_inside_are_refused_and_kept(old: Path, text_folder: 
     )
     write_text("config.yaml", "max_steps: 1\n")
     succeed("train", "--data", text_folder, "--config", "config.yaml", *QUICK, "--out", old, "--force")
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "_make_models", fail)
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "run", tmp_path / "empty"):
+        with pytest.raises(CheckpointError, match="as if the disk were full"):
+            train(small_settings(text_folder, max_steps=1), out)
+
+    assert names(tmp_path) == ["empty"]
+    assert names(tmp_path / "empty") == []
+
+
+def test_a_run_killed_before_its_tokenizer_is_written_can_be_replaced(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(running.PreTrainedTokenizerFast, "save_pretrained", fail)
+        patch.setattr(running, "kept_until_complete", lambda _: nullcontext())  # as SIGKILL
+        with pytest.raises(CheckpointError, match="as if the disk were full"):
+            train(small_settings(text_folder, max_steps=1), out)
+    assert names(out) == ["training.json"]
+
+    train(small_settings(text_folder, max_steps=1), out, force=True)
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_run_moved_aside_by_one_that_was_killed_at_once_is_brought_back(old: Path, text_folder: Path) -> None:
+    set_aside(old)
+
+    with pytest.raises(ConfigError, match="exists; use --force to replace it"):
+        train(other(text_folder), old)
+    assert seed_of(old) == 0
+    assert names(old.parent) == ["run"]
+
+
+def test_half_a_run_that_was_being_deleted_is_never_at_its_place(
+    old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed each time before anything is deleted
+        train(other(text_folder), old, force=True)
+    assert names(old.parent) == [".run-discarded", "run"]
+
+    train(other(text_folder), old, force=True)
+    assert names(old.parent) == ["run"]
+
+
+def test_what_memory_has_no_room_for_is_said(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4398046511104 bytes.")
+
+    monkeypatch.setattr(running, "_make_models", too_large)
+    with pytest.raises(ConfigError, match=r"^no memory for this model and batch; lower --batch-size"):
+        train(small_settings(text_folder, max_steps=1), tmp_path / "run")
+    assert names(tmp_path) == []

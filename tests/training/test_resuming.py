@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.training.checkpoint import load_checkpoint
+from expe_edge.training.record import last_checkpoint
 from expe_edge.training.run import train
-from tests.command_line import on_two_processes
+from tests.command_line import names, on_two_processes
 from tests.small import small_settings
 
 STEPS, EVERY = 8, 4
@@ -47,6 +49,45 @@ def rates(report: dict[str, Any]) -> dict[int, float]:
 
 def losses(report: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in report["history"]]
+
+
+@pytest.mark.parametrize(
+    "state", ["[]", "{}", '{"global_step": {}}', '{"global_step": -1}', '{"x": 1}', "[" * 5000, '{"log_history": 5}']
+)
+def test_a_state_that_is_none_is_damage(run: Path, state: str) -> None:
+    (run / "trainer" / "checkpoint-8" / "trainer_state.json").write_text(state, encoding="utf-8")
+
+    last, damaged = last_checkpoint(run)
+
+    assert last.name == "checkpoint-4"
+    assert "trainer_state.json is missing or damaged" in damaged[0]
+
+
+# What a kill leaves.
+
+
+def test_a_run_killed_while_its_weights_are_put_in_place_is_unfinished_and_resumed(
+    run: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "model.safetensors").read_bytes()
+    replace = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == "training.json":
+            raise SystemExit
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as SIGKILL, which lets nothing be cleared up
+        with pytest.raises(SystemExit):
+            train(settings(text_folder), run, resume=True)
+    with pytest.raises(CheckpointError, match=r"no model.safetensors in it, so not a finished checkpoint"):
+        load_checkpoint(run)
+
+    train(settings(text_folder), run, resume=True)
+    assert (run / "model.safetensors").read_bytes() == before
+    assert ".finished" not in names(run)
 
 
 # By the settings that are given.

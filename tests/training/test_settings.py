@@ -10,7 +10,7 @@ import pytest
 
 from expe_edge.errors import ConfigError
 from expe_edge.positions.parameters import encoding_parameters
-from expe_edge.training.settings import PRESETS, TrainSettings, make_settings, stored_settings
+from expe_edge.training.settings import COUNTS, LARGEST_COUNT, PRESETS, TrainSettings, make_settings, stored_settings
 from tests.small import small_settings
 
 KEYS = ", ".join(sorted(field.name for field in dataclasses.fields(TrainSettings)))
@@ -247,6 +247,41 @@ def test_value_of_the_wrong_kind(tmp_path: Path, text: str, message: str) -> Non
 )
 def test_parameter_of_the_wrong_kind(positional: str, parameters: dict[str, Any], message: str) -> None:
     assert refusal(flags={"positional": positional, "positional_parameters": parameters}) == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 2024-99-99",
+        "seed: !!float x",
+        "seed: !!int ''",
+        "seed: !!bool x",
+        "seed: !!timestamp x",
+        "seed: " + "9" * 5000,
+    ],
+)
+def test_values_that_their_yaml_tag_does_not_allow(tmp_path: Path, text: str) -> None:
+    assert "not readable as YAML (" in refusal(config_file=yaml_file(tmp_path, text))
+
+
+def test_a_value_of_a_million_parts_is_not_written_out(tmp_path: Path) -> None:
+    """Lists of lists by reference: small in the file, endless where they are shown."""
+    lists = ", ".join(
+        f"&{name} [{', '.join([f'*{before}'] * 10)}]" for before, name in zip("abcdefg", "bcdefgh", strict=True)
+    )
+    message = refusal(config_file=yaml_file(tmp_path, f"text_field: [&a [x], {lists}]"))
+
+    assert message.startswith("text_field is [['x'], ")
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_count_beyond_what_is_counted(name: str) -> None:
+    assert refusal(flags={name: 10**30}).startswith(f"{name} is {10**30}; at most {LARGEST_COUNT}; change --")
+
+
+def test_number_beyond_floats() -> None:
+    assert refusal(flags={"learning_rate": 10**400}).endswith("; it must be a number; change --learning-rate")
 
 
 def test_seed_beyond_what_generators_take() -> None:

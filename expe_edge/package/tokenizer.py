@@ -1,0 +1,43 @@
+"""What a `tokenizer.json` must hold: a byte-level BPE as `train` writes it.
+
+The library that reads it takes much more, of which some ends the process only when a text is encoded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from expe_edge.package.checks import LIST, NOTHING, TEXT, list_of, mapping_of, one_of, optional, record, shallow, whole
+from expe_edge.package.contract import WIDEST
+
+_TOKEN = whole(0, WIDEST - 1)
+_TEMPLATE = record(
+    {
+        "type": one_of("TemplateProcessing"),
+        "single": list_of(
+            record({}, sometimes={"SpecialToken": record({"id": TEXT}), "Sequence": record({})}, closed=True)
+        ),
+        "special_tokens": mapping_of(record({"ids": list_of(_TOKEN)})),
+    }
+)
+_BYTES = record({"type": one_of("ByteLevel")})
+_BPE = record(
+    {"type": one_of("BPE"), "vocab": mapping_of(_TOKEN), "merges": LIST},
+    sometimes=dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"), NOTHING),
+)
+_TOKENIZER = record(
+    {"pre_tokenizer": _BYTES, "decoder": _BYTES, "model": _BPE},
+    sometimes={"normalizer": NOTHING, "post_processor": optional(_TEMPLATE)},
+)
+
+
+def require_tokenizer(path: Path) -> None:
+    """Raise `ValueError` unless `path` is the JSON of such a tokenizer."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    shallow("tokenizer", values)
+    _TOKENIZER("tokenizer", values)
+    template = values.get("post_processor") or {"single": [], "special_tokens": {}}
+    for piece in template["single"]:
+        if "SpecialToken" in piece and piece["SpecialToken"]["id"] not in template["special_tokens"]:
+            raise ValueError(f"the template names {piece['SpecialToken']['id']!r}, which is no special token of it")
