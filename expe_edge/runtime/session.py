@@ -94,9 +94,10 @@ class PackageSession:
         """
         longest, contract = max(map(len, rows)), self.contract
         self._require_within_reach(longest)
-        ids, mask = np.zeros((2, len(rows), longest), dtype=np.int64)
+        ids = np.zeros((len(rows), longest), dtype=np.int64)
         for index, row in enumerate(rows):
-            ids[index, : len(row)], mask[index, : len(row)] = row, 1
+            ids[index, : len(row)] = row
+        mask = np.ones_like(ids)  # no token sees what stands to its right
         positions = np.arange(longest, dtype=np.int64)[None].repeat(len(rows), axis=0)
         past = np.zeros((len(rows), contract.key_value_heads, 0, contract.head_size), dtype=contract.cache_dtype)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
