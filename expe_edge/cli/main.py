@@ -13,6 +13,7 @@ import click
 
 from expe_edge import __version__
 from expe_edge.cli.compare import compare
+from expe_edge.cli.evaluate import evaluate
 from expe_edge.cli.export import export
 from expe_edge.cli.generate import generate
 from expe_edge.cli.inspect import inspect
@@ -40,7 +41,7 @@ class CleanGroup(click.Group):
         except ExPEEdgeError as error:
             self._fail(str(error))
         except ModuleNotFoundError as error:
-            self._fail(f"{error.name} is not installed; pip install 'expe-edge[{_extra_for(ctx)}]'")
+            self._fail(f"{error.name} is not installed; pip install 'expe-edge[{_extra_for(ctx, error)}]'")
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader has seen enough; click ends quietly
                 raise
@@ -67,7 +68,9 @@ class CleanGroup(click.Group):
         sys.exit(BAD_INPUT)
 
 
-def _extra_for(ctx: click.Context) -> str:
+def _extra_for(ctx: click.Context, error: ModuleNotFoundError) -> str:
+    if error.name == "lm_eval":
+        return "evaluate"
     return "export" if ctx.invoked_subcommand in ("export", "quantize", "sensitivity") else "train"
 
 
@@ -89,5 +92,5 @@ def main() -> None:
     prepare_streams()
 
 
-for command in (train, export, quantize, sensitivity, inspect, generate, compare):
+for command in (train, export, quantize, sensitivity, inspect, generate, compare, evaluate):
     main.add_command(command)

@@ -80,13 +80,24 @@ def open_scorer(path: Path, threads: int | None = None) -> Scorer:
     Raises:
         ConfigError: `path` is neither. PackageError, CheckpointError: it is one, but damaged.
     """
-    if is_package(path):
+    if not is_checkpoint(path):
         return PackageScorer(PackageSession.load(path, threads=threads))
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path}: neither a package (no {MANIFEST_FILE}) nor a checkpoint (no config.json)")
     from expe_edge.training.checkpoint import load_checkpoint
 
     return CheckpointScorer(load_checkpoint(path))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether `path` is a checkpoint, not a package.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if is_package(path):
+        return False
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path}: neither a package (no {MANIFEST_FILE}) nor a checkpoint (no config.json)")
+    return True
 
 
 def open_side_by_side(paths: Sequence[Path], threads: int | None = None) -> tuple[list[Scorer], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +67,7 @@ class PackageSession:
         Raises:
             GenerationError: more tokens than the encoding has positions, or than memory has room for.
         """
-        if capacity > self.reach:
-            raise GenerationError(f"{capacity} tokens exceed the {self.reach} positions of this model's encoding")
+        self._require_within_reach(capacity)
         return make_cache(self.contract, batch, capacity)
 
     def prefill(self, cache: Cache, tokens: Ids, chunk: int = PREFILL_CHUNK) -> Iterator[Logits]:
@@ -78,6 +77,36 @@ class PackageSession:
         for begin in range(0, len(tokens), chunk):
             part = tokens[begin : begin + chunk]
             yield Step(self, cache, len(part)).run(part[None])[0]
+
+    def forward(self, rows: Sequence[Ids]) -> list[Logits]:
+        """Return the logits (T, V) of each of `rows` (T,), all computed in one run that keeps no cache.
+
+        Rows are padded on the right to the longest, and memory holds the logits of all: it is for short ones. With
+        int8-dynamic they share the activations' range, so that logits depend on the other rows.
+
+        Raises:
+            GenerationError: a row longer than the encoding has positions.
+            PackageError: onnxruntime cannot run the graph.
+        """
+        longest, contract = max(map(len, rows)), self.contract
+        self._require_within_reach(longest)
+        ids = np.zeros((len(rows), longest), dtype=np.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+        mask = np.ones_like(ids)  # no token sees what stands to its right
+        positions = np.arange(longest, dtype=np.int64)[None].repeat(len(rows), axis=0)
+        past = np.zeros((len(rows), contract.key_value_heads, 0, contract.head_size), dtype=contract.cache_dtype)
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds |= dict.fromkeys(contract.past_names, past)
+        try:
+            (logits,) = self.session.run(["logits"], feeds)
+        except Exception as error:  # onnxruntime's exceptions share no narrower base
+            raise _run_failed(self.package.model_path, error) from error
+        return [logits[index, : len(row)] for index, row in enumerate(rows)]
+
+    def _require_within_reach(self, tokens: int) -> None:
+        if tokens > self.reach:
+            raise GenerationError(f"{tokens} tokens exceed the {self.reach} positions of this model's encoding")
 
 
 class Step:
@@ -114,7 +143,7 @@ class Step:
         try:
             self.session.run_with_iobinding(self.binding)
         except Exception as error:  # onnxruntime's exceptions share no narrower base
-            raise PackageError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
+            raise _run_failed(self.path, error) from error
         cache.advance(self.tokens)
         return self.logits
 
@@ -147,6 +176,10 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     if session.get_providers()[0] != provider:
         raise GenerationError(f"--device {device}: {provider} found no device; use --device cpu")
     return session
+
+
+def _run_failed(path: Path, error: Exception) -> PackageError:
+    return PackageError(f"{path}: onnxruntime cannot run it ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from expe_edge.cli import evaluate
 from expe_edge.errors import CheckpointError
 from expe_edge.package.directory import read_package, seal_package
 from expe_edge.package.manifest import MANIFEST_FILE
@@ -279,6 +280,21 @@ def test_sensitivity_options_out_of_range(packages: Path, options: list[str], me
     outputs = ["--json", "figures.json", "--plot", "plot.png"]
 
     assert refused("sensitivity", packages / "float32", *options, *outputs) == message
+
+
+def test_evaluate_takes_a_package_or_a_checkpoint() -> None:
+    Path("empty").mkdir()
+    assert refused("evaluate", "empty", "--tasks", "any") == (
+        "empty: neither a package (no expe_edge.json) nor a checkpoint (no config.json)"
+    )
+
+
+def test_evaluate_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: Path) -> list[str]:
+        raise ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval")
+
+    monkeypatch.setattr(evaluate, "_model_options", absent)
+    assert refused("evaluate", "package") == "lm_eval is not installed; pip install 'expe-edge[evaluate]'"
 
 
 def test_no_document_is_long_enough(packages: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -129,6 +130,26 @@ def test_weights_outside_the_package_are_not_read(own_package: Path, location: s
         PackageSession.load(own_package)
     with pytest.raises(PackageError, match=r"model\.onnx: not a graph that onnx can read \("):
         export(own_package, own_package.parent / "out", ["float16"])
+
+
+@pytest.mark.parametrize("recipe", ["float32", "int8-static", Recipe("float32", cache="int8"), Recipe(portable=True)])
+def test_rows_of_several_lengths_are_those_rows_alone(checkpoint: Path, tmp_path: Path, recipe: Recipe | str) -> None:
+    (exported,) = export(checkpoint, tmp_path / "out", [recipe])
+    session = PackageSession.load(exported.path)
+    rows = [np.random.default_rng(length).integers(0, 300, length) for length in (40, 7, 1, 23)]
+
+    together = session.forward(rows)
+
+    for row, logits in zip(rows, together, strict=True):
+        (alone,) = session.prefill(session.new_cache(1, len(row)), row)
+        np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-4)
+
+
+def test_rows_longer_than_the_encoding_are_refused(packages: Path) -> None:
+    session = PackageSession.load(packages / "float32")
+
+    with pytest.raises(GenerationError, match=r"exceed the \d+ positions of this model's encoding"):
+        session.forward([np.broadcast_to(np.int64(0), session.reach + 1)])
 
 
 def test_graph_that_fails_at_work_is_one_line(packages: Path, tmp_path: Path) -> None:
