@@ -75,17 +75,23 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "expe_edge", *(str(argument) for argument in arguments)]
 
 
-def on_two_processes(port: int, *arguments: object) -> None:
-    """Run a command under torch's launcher on two processes and check that all is well."""
+def start_two_processes(port: int, *arguments: object) -> subprocess.Popen[str]:
+    """Start a command under torch's launcher on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    done = subprocess.run(
+    return subprocess.Popen(
         [*launcher, f"--master-port={port}", *command(*arguments)[1:]],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
+
+
+def on_two_processes(port: int, *arguments: object) -> None:
+    """Run such a command and check that all is well."""
+    process = start_two_processes(port, *arguments)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

@@ -14,7 +14,11 @@ from expe_edge.progress import console, progress_bar
 
 
 class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types
-    """Turns Ctrl-C into a checkpoint and a clean stop after the step under way; a second one stops at once."""
+    """Turns Ctrl-C into a checkpoint and a clean stop after the step under way; a second one stops at once.
+
+    Several processes stop after the same step, whichever of them was interrupted. A second one is ignored there: the
+    launcher passes on the one that the terminal has sent to all already.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -30,11 +34,22 @@ class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers pu
 
     def _interrupt(self, *_: Any) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, self.previous)
+        if not torch.distributed.is_initialized():
+            signal.signal(signal.SIGINT, self.previous)
 
-    def on_step_end(self, _: TrainingArguments, __: TrainerState, control: TrainerControl, **___: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, _: TrainerState, control: TrainerControl, **__: Any) -> None:
+        self.interrupted = in_any_process(self.interrupted, args.device)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+
+
+def in_any_process(flag: bool, device: torch.device) -> bool:
+    """Tell whether `flag` is set in any process of the run. All of them must ask at the same step."""
+    if not torch.distributed.is_initialized():
+        return flag
+    shared = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return bool(shared.item())
 
 
 class SettingsWin(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types

@@ -73,16 +73,9 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     start = _open_start(settings, out)
     config = start.config if start else ExPEConfig(**{name: getattr(settings, name) for name in MODEL_SETTINGS})
     _require_reach(settings, config)
-    last = None
-    if resume:
-        last = _open_last(settings, out)
-        require_writable(out)
-    else:
-        if state.is_main_process:
-            bring_back(out)
-        require_room(out, force=force)
-        if force:
-            require_outside(out, settings.data, "--data")
+    last = _open_last(settings, out) if resume else None
+    if state.is_main_process:  # alone: the others may come to see what it has made
+        _require_place(settings, out, resume=resume, force=force)
     corpus = load_corpus(settings.data, settings.text_field)
     if state.is_main_process:
         note(*describe_skipped(corpus.skipped))
@@ -124,6 +117,7 @@ def _run(
         warnings.filterwarnings("ignore", message="mtime may not be reliable")  # it then orders by number, rightly
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if interrupt.interrupted:
+        state.wait_for_everyone()  # a launcher ends all processes when the first one ends, so not before all is saved
         raise KeyboardInterrupt
     trainer.require_finite()
     report = {
@@ -151,6 +145,17 @@ def _open_start(settings: TrainSettings, out: Path) -> Checkpoint | None:
     if out.resolve() in (path.resolve(), *path.resolve().parents):
         raise ConfigError(f"{out} holds the checkpoint of --from; choose another --out")
     return start
+
+
+def _require_place(settings: TrainSettings, out: Path, *, resume: bool, force: bool) -> None:
+    """Raise `ConfigError` where the run cannot be written to `out`, or would delete its own text there."""
+    if resume:
+        require_writable(out)
+        return
+    bring_back(out)
+    require_room(out, force=force)
+    if force:
+        require_outside(out, settings.data, "--data")
 
 
 def _open_last(settings: TrainSettings, out: Path) -> Path:

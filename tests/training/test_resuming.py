@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.training.checkpoint import load_checkpoint
 from expe_edge.training.record import last_checkpoint
 from expe_edge.training.run import train
-from tests.command_line import names, on_two_processes
+from tests.command_line import lines_until, names, on_two_processes, start_two_processes
 from tests.small import small_settings
 
 STEPS, EVERY = 8, 4
@@ -205,6 +207,28 @@ def test_a_run_goes_on_with_the_same_batches_on_another_number_of_processes(
         expected = train(settings(text_folder, max_steps=steps), alone, resume=True)
         found = train(settings(text_folder, max_steps=steps), run, resume=True)
         np.testing.assert_allclose(losses(found), losses(expected), rtol=5e-4)
+
+
+def test_ctrl_c_that_reaches_one_of_two_processes_stops_both_behind_a_checkpoint(
+    tmp_path: Path, text_folder: Path
+) -> None:
+    run, config = tmp_path / "run", tmp_path / "settings.yaml"
+    asked = settings(text_folder, max_steps=4000, save_every=100000, log_every=20)
+    given = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
+    config.write_text(json.dumps(given), encoding="utf-8")
+    process = start_two_processes(29519, "train", "--config", config, "--out", run)
+    said = list(lines_until(process.stderr, "step 400/4000"))
+    assert "step 400/4000" in said[-1], said
+
+    last = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+    os.kill(int(last), signal.SIGINT)
+    process.communicate(timeout=120)
+
+    assert process.returncode != 0
+    (saved,) = (run / "trainer").glob("checkpoint-*")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    report = train(settings(text_folder, max_steps=step + 1, save_every=100000, log_every=1), run, resume=True)
+    assert report["history"][-1]["step"] == step + 1
 
 
 # Divergence.
