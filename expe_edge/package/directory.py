@@ -18,6 +18,7 @@ from expe_edge.package.manifest import LARGEST_MANIFEST, MANIFEST_FILE, Manifest
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)

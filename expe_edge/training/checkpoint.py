@@ -14,6 +14,7 @@ from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.package.directory import is_package
+from expe_edge.progress import quiet_transformers
 from expe_edge.quant.recipe import WeightRounding
 from expe_edge.text.corpus import Corpus, load_corpus
 from expe_edge.text.tokenization import load_tokenizer
@@ -112,13 +113,21 @@ def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:
     try:
-        model, report = ExPEForCausalLM.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
+        with quiet_transformers():
+            model, report = ExPEForCausalLM.from_pretrained(
+                path,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: {WEIGHTS_FILE} is damaged or truncated ({reason})") from error
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    # transformers 5 says of what has another shape both shapes too.
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"], *mismatched})
     if wrong:
         raise CheckpointError(f"{path}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} (first difference: {wrong[0]})")
     return cast(ExPEForCausalLM, model)
