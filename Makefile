@@ -38,9 +38,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The same under transformers 5, without Optimum.
+# The same beside transformers 5; lists the tests skipped for want of Optimum.
 test-transformers5: $(VENV5)/.installed
-	$(VENV5)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(VENV5)/bin/python -m pytest --numprocesses 2 --dist loadfile -rs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

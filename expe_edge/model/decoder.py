@@ -283,11 +283,12 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
             kwargs: `LOSS_KEYWORDS` and `OUTPUT_KEYWORDS`.
 
         Raises:
-            TypeError: a keyword that is unknown, or asks for what the model does not return.
+            TypeError: a keyword that is unknown, or asks for what the model does not return, or a second cache.
         """
         check_keywords(kwargs)
-        if cache is None:
-            cache = past_key_values
+        if cache is not None and past_key_values is not None:
+            raise TypeError("cache and past_key_values are one argument; give it once")
+        cache = past_key_values if cache is None else cache
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache()

@@ -66,6 +66,7 @@ def test_a_cache_is_made_and_returned_unless_it_is_declined() -> None:
         ({"attention_masks": None}, "unknown keyword 'attention_masks'; did you mean 'attention_mask'?"),
         ({"output_attentions": True}, "output_attentions is True; it must be False"),
         ({"return_dict": False}, "return_dict is False; it must be True"),
+        ({"cache": DynamicCache(), "past_key_values": DynamicCache()}, "cache and past_key_values are one argument"),
     ],
 )
 def test_a_keyword_without_effect_is_refused(keyword: dict[str, Any], message: str) -> None:
