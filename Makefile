@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VENV5 ?= .venv-transformers5
 OUT ?= demo
 
-.PHONY: demo test lint types fuzz chaos bench docs clean
+.PHONY: demo test test-transformers5 lint types fuzz chaos bench docs clean
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt constraints-transformers4.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-transformers4.txt \
+		--editable '.[all]'
+	touch $@
+
+$(VENV5)/.installed: pyproject.toml constraints.txt constraints-transformers5.txt
+	$(PYTHON) -m venv $(VENV5)
+	$(VENV5)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-transformers5.txt \
+		--editable '.[dev]'
 	touch $@
 
 # Train, export several ways and the naive way, generate, compare: the table and plot of the README.
@@ -29,6 +37,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The same beside transformers 5; lists the tests skipped for want of Optimum.
+test-transformers5: $(VENV5)/.installed
+	$(VENV5)/bin/python -m pytest --numprocesses 2 --dist loadfile -rs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -60,4 +72,4 @@ docs: $(INSTALLED)
 	$(BIN)/python -m docs.generate
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(OUT)
+	rm -rf $(VENV) $(VENV5) build dist *.egg-info $(OUT)

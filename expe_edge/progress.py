@@ -52,6 +52,22 @@ def note(*lines: str) -> None:
 
 
 @contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and warnings off the terminal: what they say of a failure, our own error says."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def counted(description: str, total: int) -> Iterator[Any]:
     """Show a bar over `total` items; yields the function to call after each, or with how many have been done."""
     with progress_bar() as progress:

@@ -34,6 +34,7 @@ from expe_edge.graph.run import DECODED
 from expe_edge.graph.sizes import measure_parts
 from expe_edge.package.directory import (
     MODEL_FILE,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Package,
     clear_leftovers,
@@ -58,8 +59,8 @@ CONTEXT_LENGTHS = 64
 #: training lengths long as there are.
 TOKENS, LONGER_TOKENS, LONGER = 4096, 32768, (4, 2, 1)
 LEAST_TEXTS = 8
-#: Files of the source's tokenizer that a package carries.
-TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
+#: Files of the source's tokenizer that a package carries; the last is of checkpoints that earlier releases made.
+TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "special_tokens_map.json")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ _TRANSFORMERS_KEYS = frozenset(PretrainedConfig().to_dict()) | {
     "_commit_hash",
     "_name_or_path",
     "dtype",
+    "experts_implementation",
     "name_or_path",
     "torch_dtype",
     "transformers_version",

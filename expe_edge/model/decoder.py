@@ -7,6 +7,8 @@ D head size · V vocabulary · G limbs of a position's code.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from expe_edge.errors import unknown_name
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.encodings import PositionalEncoding, make_encoding
 
@@ -193,6 +196,22 @@ class Block(nn.Module):
         return mixed
 
 
+#: Keywords of the loss, as `Trainer` gives them.
+LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
+#: Keywords of transformers' callers, with the one value each that asks for what `forward` does anyway.
+OUTPUT_KEYWORDS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+
+
+def check_keywords(keywords: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for a keyword that `forward` does not know, or that asks for what it does not return."""
+    for name, value in keywords.items():
+        if name not in (*LOSS_KEYWORDS, *OUTPUT_KEYWORDS):
+            known = {*signature(ExPEForCausalLM.forward).parameters, *LOSS_KEYWORDS, *OUTPUT_KEYWORDS}
+            raise TypeError(unknown_name("keyword", name, known - {"self", "kwargs"}))
+        if name in OUTPUT_KEYWORDS and value not in (None, OUTPUT_KEYWORDS[name]):
+            raise TypeError(f"{name} is {value}; it must be {OUTPUT_KEYWORDS[name]}: logits and cache are all there is")
+
+
 class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers publishes no types
     """Decoder-only language model; `generate`, `save_pretrained` and `from_pretrained` are transformers' own."""
 
@@ -201,7 +220,7 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
     main_input_name = "input_ids"
     _supports_sdpa = True
     _no_split_modules = ("Block",)
-    _tied_weights_keys = ("head.weight",)
+    _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012  # transformers' own attribute
 
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__(config)
@@ -212,17 +231,29 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        """Initialize `module`, which may be a `Block`.
+
+        transformers 5 asks whether the class is its own, and for others skips modules that hold no parameter directly.
+        """
+        super()._initialize_weights(module)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; those that write to the residual stream scaled down by its depth (GPT-2)."""
+        """Normal weights; those that write to the residual stream scaled down by its depth (GPT-2).
+
+        A `Block` comes after its linears, and draws its own weights again. transformers 5 marks what a checkpoint has
+        given, and has `nn.init` leave that alone.
+        """
         deviation = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.data.normal_(std=deviation)
+            nn.init.normal_(module.weight, std=deviation)
         elif isinstance(module, nn.RMSNorm):
-            module.weight.data.fill_(1.0)
+            nn.init.ones_(module.weight)
         elif isinstance(module, Block):
             for writer in (module.attention.out, module.feed_forward.down):
-                writer.weight.data.normal_(std=deviation / math.sqrt(2 * self.config.num_hidden_layers))
-            self.positional.begin(module.attention.qkv.weight)
+                nn.init.normal_(writer.weight, std=deviation / math.sqrt(2 * self.config.num_hidden_layers))
+            if not getattr(module.attention.qkv.weight, "_is_hf_initialized", False):
+                self.positional.begin(module.attention.qkv.weight)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
@@ -246,6 +277,8 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits (B, T, V), and the loss where `labels` (B, T) are given.
@@ -255,17 +288,28 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
             attention_mask: (B, S) with 1 for tokens and 0 for padding, cached tokens included.
             position_ids: (B, T) int64; by default counted from 0, past the cache, padding left out. A training
                 offset is given this way. With a cache, keys are counted from the mask.
+            past_key_values: keys and values of the tokens before.
             logits_to_keep: compute logits for the last so many tokens only; 0 for all.
+            cache: what releases of transformers 5 call `past_key_values`.
+            cache_position: of transformers 4; not read, as it follows from the length of the cache.
+            kwargs: `LOSS_KEYWORDS` and `OUTPUT_KEYWORDS`.
+
+        Raises:
+            TypeError: a keyword that is unknown, or asks for what the model does not return, or a second cache.
         """
-        cache = past_key_values
+        check_keywords(kwargs)
+        if cache is not None and past_key_values is not None:
+            raise TypeError("cache and past_key_values are one argument; give it once")
+        cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache()
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache, inputs_embeds)
         logits = self.head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            terms = {name: value for name, value in kwargs.items() if name in LOSS_KEYWORDS}
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **terms)
+        return CausalLMOutputWithPast(loss, logits, cache)  # the cache's field has another name in transformers 5
 
     def hidden_states(
         self,

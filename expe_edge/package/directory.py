@@ -21,6 +21,7 @@ from expe_edge.package.manifest import LARGEST_MANIFEST, MANIFEST_FILE, Manifest
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 #: Ends the name of a package that is moved aside for the one that replaces it.
 OLD = "-old"
 

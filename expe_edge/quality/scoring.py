@@ -49,13 +49,13 @@ class CheckpointScorer:
 
     def logits(self, tokens: Ids) -> Iterator[Float]:
         import torch
+        from transformers.cache_utils import DynamicCache
 
-        cache = None
+        cache = DynamicCache()
         for begin in range(0, len(tokens), PREFILL_CHUNK):
             part = torch.from_numpy(tokens[begin : begin + PREFILL_CHUNK])[None]
             with torch.inference_mode():
                 output = self.checkpoint.model(input_ids=part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
             yield output.logits[0].float().numpy()
 
 

@@ -5,6 +5,7 @@ Text is text: where a document spells the separator, it is encoded by its charac
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from expe_edge.errors import CheckpointError, ConfigError
-from expe_edge.package.directory import TOKENIZER_FILE
+from expe_edge.package.directory import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from expe_edge.package.tokenizer import require_tokenizer
 from expe_edge.progress import interruptible
 from expe_edge.text.documents import Document
@@ -60,6 +61,23 @@ def bounded_words(text: str) -> str:
     text without spaces. What a tokenizer encodes later may be as long as it likes.
     """
     return _LONG_WORD.sub(r"\g<0>\n", text)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `tokenizer.json`, and a `tokenizer_config.json` that every client reads.
+
+    transformers 5 itself would name a class in it that transformers 4 does not know.
+    """
+    tokenizer.save(str(directory / TOKENIZER_FILE))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.progress import note
+from expe_edge.progress import note, quiet_transformers
 from expe_edge.text.corpus import Corpus, describe_skipped, load_corpus
-from expe_edge.text.tokenization import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
+from expe_edge.text.tokenization import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
 from expe_edge.training.callbacks import SaveOnInterrupt, SettingsWin, TrainingProgress
 from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
 from expe_edge.training.record import (
@@ -80,7 +80,8 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     if state.is_main_process:
         note(*describe_skipped(corpus.skipped))
         note(*filter(None, (config.too_large, config.needs_portable, config.needs_inline)))
-    with no_memory_is_an_error(), kept_until_complete(out) if state.is_main_process else nullcontext():
+    kept = kept_until_complete(out) if state.is_main_process else nullcontext()
+    with quiet_transformers(), no_memory_is_an_error(), kept:
         return _run(settings, arguments, config, corpus, start, last, state)
 
 
@@ -217,14 +218,7 @@ def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, st
     """Make `out` anew with its tokenizer, and the settings and the digest of the text that resuming reads."""
     set_aside(out)
     _write_json(out / TRAINING_FILE, {"settings": dataclasses.asdict(settings), "stream": stream})
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    wrapped.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
 
 
 def _require_reach(settings: TrainSettings, config: ExPEConfig) -> None:

@@ -65,12 +65,16 @@ class WindowTrainer(Trainer):  # type: ignore[misc]  # transformers publishes no
     teacher: a model whose predictions are the target in place of the text.
     """
 
-    def __init__(self, *, teacher: ExPEForCausalLM | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, *, model: ExPEForCausalLM, teacher: ExPEForCausalLM | None = None, **arguments: Any) -> None:
+        use_cache = model.config.use_cache
+        super().__init__(model=model, **arguments)
+        model.config.use_cache = use_cache  # transformers 5 turns it off, in what is saved too
         self.teacher = None if teacher is None else teacher.to(self.args.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **options: Any) -> Any:
         if self.teacher is None:
+            # All tokens of the step, as transformers 4 counts them; 5 leaves out the first of each sequence.
+            options["num_items_in_batch"] = inputs["labels"].numel() * self.accelerator.num_processes
             return super().compute_loss(model, inputs, *arguments, **options)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad(), self.accelerator.autocast():

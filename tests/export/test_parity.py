@@ -19,6 +19,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -236,11 +237,10 @@ def test_torch_equals_the_plain_reference(name: str) -> None:
 @every_variant
 def test_a_cache_filled_in_chunks_and_single_steps_equals_one_pass(name: str) -> None:
     case = subject(name)
-    cache, logits = None, []
+    cache, logits = DynamicCache(), []
     for part in np.split(case.tokens, np.cumsum(parts(case.length))[:-1], axis=1):
         with torch.inference_mode():
             output = case.model(input_ids=torch.from_numpy(part), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
         logits.append(output.logits[0].numpy())
     assert cache.get_seq_length() == case.length
     assert_close(np.concatenate(logits), case.logits, "cached")
@@ -264,10 +264,11 @@ def test_left_padded_rows_equal_rows_alone_with_and_without_a_cache(name: str) -
     ids, mask = left_padded(rows)
     with torch.inference_mode():
         whole = case.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.numpy()
-        output = case.model(input_ids=ids[:, :-new], attention_mask=mask[:, :-new], use_cache=True)
+        cache = DynamicCache()
+        output = case.model(input_ids=ids[:, :-new], attention_mask=mask[:, :-new], past_key_values=cache)
         steps = [output.logits[:, -1:]]
         for end in range(ids.shape[1] - new + 1, ids.shape[1] + 1):
-            output = case.model(ids[:, end - 1 : end], mask[:, :end], past_key_values=output.past_key_values)
+            output = case.model(ids[:, end - 1 : end], mask[:, :end], past_key_values=cache)
             steps.append(output.logits)
     decoded = torch.cat(steps, dim=1).numpy()
     for index, row in enumerate(expected):

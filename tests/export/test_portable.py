@@ -14,7 +14,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from optimum.onnxruntime import ORTModelForCausalLM
 
 from expe_edge.calibration.evidence import EMBEDDING
 from expe_edge.divergence import divergence
@@ -35,7 +34,7 @@ from expe_edge.quant.solvers import WeightQuantizer
 from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.session import Step
 from tests.conftest import PRECISIONS
-from tests.export.test_clients import genai_tokens, optimum_tokens, our_tokens
+from tests.export.test_clients import genai_tokens, optimum_model, optimum_tokens, our_tokens
 from tests.export.test_parity import TOLERANCES, every_variant, parts, subject
 from tests.graphs import normal, open_session, operators_of
 from tests.manifests import edit_manifest, read_manifest
@@ -409,7 +408,7 @@ def test_optimum_generates_from_rows_padded_on_the_left(portables: Path, generat
     """As transformers pads them; an ordinary package takes no such batch."""
     rows = [generators[1].encode(prompt) for prompt in PROMPTS]
     ids, mask = map(torch.from_numpy, padded(rows, "left"))
-    model = ORTModelForCausalLM.from_pretrained(portables / "float32")
+    model = optimum_model(portables / "float32")
     model.generation_config.eos_token_id = None
     output = model.generate(ids, attention_mask=mask, max_new_tokens=60, max_length=None, do_sample=False)
     ours = generators[1].generate(PROMPTS, max_new_tokens=60)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimum.onnxruntime import ORTModelForCausalLM
 
 from expe_edge.calibration.observations import Calibration, cache_scales, observe, sample_windows
 from expe_edge.divergence import divergence
@@ -27,7 +26,7 @@ from expe_edge.quant.channels import CacheScales
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Completion, Generator, PackageSession, Sampling
 from expe_edge.runtime.session import Step
-from tests.export.test_clients import genai_tokens, our_tokens
+from tests.export.test_clients import genai_tokens, optimum_model, our_tokens
 from tests.graphs import CONFIG, normal, open_session, plain_graph, random_weights, run_text, token_stream
 from tests.reference import softmax
 from tests.strategies import seeds, small_config
@@ -228,4 +227,4 @@ def test_greedy_tokens_are_those_of_the_float_cache_for_a_while(cached: Path, pa
 
 def test_optimum_which_starts_with_a_float_cache_says_at_once_that_it_cannot(cached: Path) -> None:
     with pytest.raises(Exception, match="expe-with-int8-cache-for-expe-edge-or-onnxruntime-genai"):
-        ORTModelForCausalLM.from_pretrained(cached / NAMES[0])
+        optimum_model(cached / NAMES[0])

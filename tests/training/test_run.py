@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.data import default_collate
+from transformers import AutoTokenizer
 
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError, ExportError
 from expe_edge.export.exporter import export
+from expe_edge.model.decoder import ExPEForCausalLM
+from expe_edge.text.corpus import load_corpus
+from expe_edge.text.tokenization import encode_documents, load_tokenizer
+from expe_edge.training.checkpoint import load_checkpoint
 from expe_edge.training.run import train
 from expe_edge.training.settings import stored_settings
 from expe_edge.training.trainer import WindowDataset
@@ -30,6 +37,43 @@ def losses(report: dict) -> list[float]:
 def test_training_lowers_the_loss(checkpoint: Path):
     history = json.loads((checkpoint / "training.json").read_text())["history"]
     assert history[-1]["loss"] < history[0]["loss"] - 1.0
+
+
+def test_the_first_loss_is_the_first_models_over_all_tokens(tmp_path: Path, text_folder: Path):
+    """The first token of a sequence counts too, though nothing predicts it; transformers 5 by itself leaves it out."""
+    settings = small_settings(text_folder, max_steps=1, dtype="float32")
+    report = train(settings, tmp_path / "run")
+    checkpoint = load_checkpoint(tmp_path / "run")
+    torch.manual_seed(settings.seed)
+    model = ExPEForCausalLM(checkpoint.config).eval()
+    stream = np.concatenate(encode_documents(checkpoint.tokenizer, load_corpus([str(text_folder)]).training))
+    dataset = WindowDataset(stream, settings)
+    batch = default_collate([dataset[index] for index in range(settings.batch_size)])
+    with torch.inference_mode():
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    assert losses(report)[0] == pytest.approx(nats.item() / batch["labels"].numel(), rel=1e-4)
+
+
+def test_releases_4_and_5_of_transformers_read_what_a_run_writes(checkpoint: Path):
+    config, wrapper = (json.loads((checkpoint / f"{name}config.json").read_text()) for name in ("", "tokenizer_"))
+    assert config["use_cache"] is True
+    assert wrapper["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    rows = tokenizer(["the old tree", "a"], padding=True)
+    assert list(rows) == ["input_ids", "attention_mask"]
+    expected = load_tokenizer(checkpoint).encode("the old tree").ids
+    assert rows["input_ids"][0] == expected
+    assert rows["attention_mask"][1].count(0) == len(expected) - 2
+    assert tokenizer.decode(expected, skip_special_tokens=True) == "the old tree"
+
+
+def test_nothing_but_progress_is_said(tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]):
+    train(small_settings(text_folder, max_steps=2, log_every=1), tmp_path / "run")
+    load_checkpoint(tmp_path / "run")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [line.partition("  ")[0] for line in err.splitlines()] == ["step 1/2", "step 2/2"]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, text_folder: Path):
