@@ -35,7 +35,7 @@ class GraphBuilder:
     def __init__(self, *, weights: bool = True) -> None:
         self._weights = weights
         self._model = onnx.ModelProto()  # grows in place: weights copied from list to graph to model are held thrice
-        self._graph = self._model.graph
+        self.graph = self._model.graph
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._counts: dict[str, int] = {}
         self._tensors = 0
@@ -80,7 +80,7 @@ class GraphBuilder:
     ) -> None:
         """Append a node whose outputs have given names."""
         node = helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes)
-        self._graph.node.append(node)
+        self.graph.node.append(node)
 
     def weight(self, name: str, value: Array) -> str:
         """Store a weight under its own name."""
@@ -111,7 +111,7 @@ class GraphBuilder:
 
     def _store(self, tensor: TensorProto) -> str:
         if self._weights:
-            self._graph.initializer.append(tensor)
+            self.graph.initializer.append(tensor)
         return str(tensor.name)
 
     def constant(self, value: Array) -> str:
@@ -132,11 +132,11 @@ class GraphBuilder:
     def describe(self, name: str, width: int) -> None:
         """Record that tensor `name` is float32 (batch, sequence, width): shape inference stops at custom operators."""
         described = helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, "sequence", width])
-        self._graph.value_info.append(described)
+        self.graph.value_info.append(described)
 
     def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:
         """Finish the model and return it; nothing can be added after."""
-        model, graph = self._model, self._graph
+        model, graph = self._model, self.graph
         graph.name = "expe"
         graph.input.extend(map(_value_info, inputs))
         graph.output.extend(map(_value_info, outputs))

@@ -76,7 +76,7 @@ DAMAGED_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other widths": (
         set_json("config.json", intermediate_size=8),
-        "{path}: model.safetensors does not fit config.json (first difference: blocks.0.feed_forward.down.weight)",
+        "{path}: model.safetensors does not fit config.json (first difference: blocks.0.feed_forward.up.weight)",
     ),
     "unknown config key": (
         set_json("config.json", hidden_sise=3),

@@ -79,6 +79,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "compare": (("{package}",), ("--json", "--plot")),
     "inspect": (("{package}",), ("--json",)),
     "generate": (("{package}",), ()),
+    "evaluate": (("{package}",), ()),  # lm_eval has them
 }
 
 

@@ -29,10 +29,10 @@ from expe_edge.divergence import divergence
 from expe_edge.errors import ExportError
 from expe_edge.export.fold import extract_weights
 from expe_edge.export.parity import Parity, measure_parity, require_parity
-from expe_edge.graph.build import build_graph, graph_contract
+from expe_edge.graph.build import BuiltGraph, build_graph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32
 from expe_edge.graph.positions import POSITION_NODES
-from expe_edge.graph.run import check_contract, graph_feeds, open_graph, parts_of
+from expe_edge.graph.run import check_contract, graph_feeds, parts_of
 from expe_edge.model.encodings import POSITIONAL_ENCODINGS
 from expe_edge.positions.parameters import HOW, POSITIONAL_PARAMETERS, WHERE
 from expe_edge.quant.recipe import Recipe
@@ -449,16 +449,20 @@ def test_a_rounded_graph_may_differ_as_much_as_its_format_does_but_not_be_nan() 
         require_parity(parity(mean_kl=np.inf), "int4-weight", folded=True, exact=False)
 
 
-def test_a_graph_with_one_wrong_weight_is_refused() -> None:
+def test_a_graph_with_one_wrong_weight_is_refused(tmp_path: Path) -> None:
+    def parity_of(graph: BuiltGraph) -> Parity:
+        onnx.save(graph.model, tmp_path / "model.onnx")
+        return measure_parity(expected, tmp_path / "model.onnx", contract, tokens)
+
     config = small_config(training_length=N)
     model, tokens = random_model(config), random_tokens(config, 3 * N)[0]
     with torch.inference_mode():
         logits = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
     expected = [logits[part] for part in parts_of(len(tokens))]
     weights, contract = extract_weights(model, folded=True), graph_contract(config)
-    right = measure_parity(expected, open_graph(build_graph(weights, Float32()).model), contract, tokens)
+    right = parity_of(build_graph(weights, Float32()))
     require_parity(right, "float32", folded=True, exact=True)
     weights.layers[0].out[0, 0] += 0.5
-    wrong = measure_parity(expected, open_graph(build_graph(weights, Float32()).model), contract, tokens)
+    wrong = parity_of(build_graph(weights, Float32()))
     with pytest.raises(ExportError, match="logits differ from the reference"):
         require_parity(wrong, "float32", folded=True, exact=True)

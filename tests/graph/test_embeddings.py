@@ -26,7 +26,7 @@ def stored(table: Table) -> dict[str, TensorProto]:
     """What a lookup stores under names of its own."""
     builder = GraphBuilder()
     table.lookup(builder, "ids")
-    return {tensor.name: tensor for tensor in builder.initializers if tensor.name.startswith("embedding.")}
+    return {tensor.name: tensor for tensor in builder.graph.initializer if tensor.name.startswith("embedding.")}
 
 
 def arrays(table: Table) -> dict[str, list]:

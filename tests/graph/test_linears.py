@@ -71,7 +71,7 @@ def test_half_precision_is_stored_as_the_nearest_of_its_numbers() -> None:
     for precision in ("float16", "bfloat16"):
         builder = GraphBuilder()
         make_format(precision).emit(builder, "linear", "hidden", weight)
-        (tensor,) = builder.initializers
+        (tensor,) = builder.graph.initializer
         assert tensor.name == "linear.weight"
         stored[precision] = numpy_helper.to_array(tensor).view(np.uint16).tolist()
     assert stored["float16"] == [[0x3C00, 0x3C02, 0xC200], [0x3C04, 0x3C0C, 0x0010]]
@@ -224,7 +224,7 @@ def test_row_scaling_is_exact_for_float(seed: int) -> None:
 def test_float32_has_no_use_for_row_scaling() -> None:
     builder = GraphBuilder()
     Float32().emit(builder, "linear", "hidden", normal(0, 4, 4), peaked=True)
-    assert [node.op_type for node in builder.nodes] == ["MatMul"]
+    assert [node.op_type for node in builder.graph.node] == ["MatMul"]
 
 
 INT8 = [DynamicInt8(), static((-4e4, 4e4))]

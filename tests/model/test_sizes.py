@@ -23,8 +23,8 @@ def test_a_config_knows_how_many_weights_its_model_has(shape: dict[str, object])
 
 def test_a_model_is_too_large_when_its_graph_is() -> None:
     """One more token than fits."""
-    config = small_config(hidden_size=64, tie_word_embeddings=True)
-    room = (LARGEST_GRAPH - 4 * (config.parameter_count - 64 * config.vocab_size)) // (4 * 64)
+    config = small_config(hidden_size=1024, tie_word_embeddings=True)
+    room = (LARGEST_GRAPH - 4 * (config.parameter_count - 1024 * config.vocab_size)) // (4 * 1024)
     assert ExPEConfig(**{**config.settings(), "vocab_size": room}).too_large is None
     reason = ExPEConfig(**{**config.settings(), "vocab_size": room + 1}).too_large
     assert reason is not None

@@ -119,7 +119,7 @@ def test_what_is_stored_without_padding_is_padded_again_at_load(columns: int, bl
     codes = round_to_nearest(normal(0, 5, columns), bits, block)
     builder = GraphBuilder()
     BlockWeight.store(builder, "linear", codes)
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in builder.initializers}["linear.weight"]
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in builder.graph.initializer}["linear.weight"]
     whole_bytes = columns * bits % 8 == 0
     assert stored.nbytes == 5 * columns * bits // 8 if whole_bytes else stored.nbytes == codes.packed().nbytes
 
@@ -134,7 +134,7 @@ def test_scales_are_stored_in_two_bytes_where_that_is_exact(scale: list[float], 
     exact = np.array(scale, dtype=np.float32)
     builder = GraphBuilder()
     builder.scales("linear.scale", exact)
-    (stored,) = map(numpy_helper.to_array, builder.initializers)
+    (stored,) = map(numpy_helper.to_array, builder.graph.initializer)
     assert stored.dtype == element
     np.testing.assert_array_equal(run_nodes(lambda graph: graph.scales("linear.scale", exact), (2,)), exact)
 

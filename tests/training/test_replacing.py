@@ -156,7 +156,7 @@ def test_a_run_killed_before_its_tokenizer_is_written_can_be_replaced(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(running.PreTrainedTokenizerFast, "save_pretrained", fail)
+        patch.setattr(running, "save_tokenizer", fail)
         patch.setattr(running, "kept_until_complete", lambda _: nullcontext())  # as SIGKILL
         with pytest.raises(CheckpointError, match="as if the disk were full"):
             train(small_settings(text_folder, max_steps=1), out)
