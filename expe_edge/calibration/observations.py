@@ -108,8 +108,10 @@ def observe(
     windows: Sequence[Ids],
 ) -> Observations:
     """Run the float32 `graph` over `windows` (N,), all of one length, and return what its linears and cache saw."""
-    tensors = sorted({linear.input for linear in graph.linears.values()})
+    linears = graph.linears
+    tensors = sorted({linear.input for linear in linears.values()})
     session = _open_watched(graph.model, tensors)
+    del graph  # the session has its weights; nothing else may hold them where the caller does not
     names = [*contract.present_names, *tensors]
     length = len(windows[0])
     watchers = {name: _Watcher(min(SAMPLE_ROWS / (len(windows) * length), 1)) for name in tensors}
@@ -122,7 +124,8 @@ def observe(
             watchers[name].see(rows.reshape(-1, rows.shape[-1]))
         largest = [np.abs(array).max(axis=(0, 2)) for array in cache]  # (Hkv, D)
         peaks = [np.maximum(a, b) for a, b in zip(peaks, largest, strict=True)] if peaks else largest
-    inputs = {name: watchers[linear.input].observed() for name, linear in graph.linears.items()}
+    seen = {tensor: watchers.pop(tensor).observed() for tensor in tensors}
+    inputs = {name: seen[linear.input] for name, linear in linears.items()}
     layers = [CacheScales(*pair) for pair in zip(peaks[0::2], peaks[1::2], strict=True)]
     return Observations(inputs, layers)
 
@@ -160,8 +163,9 @@ class _Watcher:
         self.samples.append(rows[self.random.permutation(len(rows))[:kept]])
 
     def observed(self) -> Observed:
-        """Return what was seen."""
-        return Observed(self.moments / self.count, self.low, self.high, np.concatenate(self.samples))
+        """Return what was seen; nothing more can be taken in after."""
+        self.moments /= self.count
+        return Observed(self.moments, self.low, self.high, np.concatenate(self.samples))
 
 
 def cache_scales(peaks: Sequence[CacheScales]) -> list[CacheScales]:
