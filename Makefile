@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO_INSTALLED := $(VENV)/.installed-demo
 VENV5 ?= .venv-transformers5
 OUT ?= demo
 
 .PHONY: demo test test-transformers5 lint types fuzz chaos bench docs clean
 
-$(INSTALLED): pyproject.toml constraints.txt constraints-transformers4.txt
+# The demo needs no more than this; what the tests need besides takes minutes to install.
+$(DEMO_INSTALLED): EXTRA = export
+$(INSTALLED): EXTRA = all
+$(DEMO_INSTALLED) $(INSTALLED): pyproject.toml constraints.txt constraints-transformers4.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-transformers4.txt \
-		--editable '.[all]'
+		--editable '.[$(EXTRA)]'
 	touch $@
 
 $(VENV5)/.installed: pyproject.toml constraints.txt constraints-transformers5.txt
@@ -21,7 +25,7 @@ $(VENV5)/.installed: pyproject.toml constraints.txt constraints-transformers5.tx
 	touch $@
 
 # Train, export several ways and the naive way, generate, compare: the table and plot of the README.
-demo: $(INSTALLED)
+demo: $(DEMO_INSTALLED)
 	$(BIN)/expe-edge train --preset tiny --out $(OUT)/checkpoint --force
 	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force \
 		--precision float32 --precision int8-dynamic --precision int8-static --precision int4-weight
