@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import fuzz
-from benchmarks.fuzz_targets import Materials, Trial
+from benchmarks.fuzz import __main__ as fuzz
+from benchmarks.fuzz.trial import Materials, Trial
 from expe_edge.errors import PackageError
 
 PLANTED: dict[str, tuple[Callable[[Trial], object], str]] = {

@@ -33,7 +33,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "EXPE_E
 import click
 import torch
 
-from benchmarks.fuzz_targets import TARGETS, Materials, Trial, innermost
+from benchmarks.fuzz.targets import TARGETS
+from benchmarks.fuzz.trial import Materials, Trial, innermost
 from expe_edge.errors import ExPEEdgeError
 
 #: Seconds that one case may take, and bytes it may add.
