@@ -81,7 +81,7 @@ def tokenizer(trial: Trial) -> None:
 
 def tokenizer_settings(trial: Trial) -> None:
     """Changed files beside tokenizer.json, which only other clients read."""
-    name = trial.random.choice(("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"))
+    name = trial.random.choice(("tokenizer_config.json", "generation_config.json"))
     if trial.random.random() < 0.5:
         changed_file(name)(trial)
         return
