@@ -159,7 +159,7 @@ def text_content(suffix: str, random: Random, sample: str) -> bytes:
         return as_json(rows if random.random() < 0.5 else rows[:1])
     if suffix.startswith(".jsonl"):
         lines = b"\n".join(map(as_json, rows))
-        return gzip.compress(lines) if suffix.endswith(".gz") else lines
+        return gzip.compress(lines, mtime=0) if suffix.endswith(".gz") else lines
     encoding = random.choice(("utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1", "utf-16-le"))
     return "\n".join(texts).encode(encoding, errors="replace")
 
