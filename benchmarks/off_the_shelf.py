@@ -40,7 +40,7 @@ from expe_edge.cli.tables import print_whole, short
 from expe_edge.errors import ConfigError, ExportError
 from expe_edge.export.exporter import open_exporter
 from expe_edge.graph.build import graph_contract
-from expe_edge.graph.run import graph_feeds
+from expe_edge.graph.run import logits_of
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import MODEL_FILE
@@ -49,7 +49,7 @@ from expe_edge.progress import counted
 from expe_edge.quality.comparison import BucketResult, compare, long_documents, require_rising
 from expe_edge.quality.scoring import CheckpointScorer, Scorer, open_scorer
 from expe_edge.quant.recipe import Recipe
-from expe_edge.runtime.session import PREFILL_CHUNK
+from expe_edge.spool import Spool
 from expe_edge.text.tokenization import encode_documents
 from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
 
@@ -99,35 +99,23 @@ class GraphScorer:
 
     def logits(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """Yield logits (t, V) of consecutive chunks."""
-        cache = None
-        for begin in range(0, len(tokens), PREFILL_CHUNK):
-            feeds = graph_feeds(self.contract, tokens[None, begin : begin + PREFILL_CHUNK], cache)
-            outputs = self.session.run(None, feeds)
-            cache = outputs[1:]
-            yield outputs[0][0]
+        return logits_of(self.session, self.contract, tokens, decoded=0)
 
 
 class StoredScorer:
-    """The logits of another scorer, computed once for each text and kept in files."""
+    """The logits of another scorer, computed once for each text and put aside."""
 
-    def __init__(self, scorer: Scorer, directory: Path) -> None:
-        self.scorer, self.directory = scorer, directory
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
         self.path, self.training_length, self.corpus = scorer.path, scorer.training_length, scorer.corpus
-        self.files: dict[bytes, Path] = {}
+        self.stored: dict[bytes, Spool] = {}
 
     def logits(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """Yield logits (t, V) of consecutive chunks."""
-        stored = np.load(self._file(tokens), mmap_mode="r")
-        for begin in range(0, len(tokens), PREFILL_CHUNK):
-            yield stored[begin : begin + PREFILL_CHUNK]
-
-    def _file(self, tokens: np.ndarray) -> Path:
         key = tokens.tobytes()
-        if key not in self.files:
-            path = self.directory / f"reference{len(self.files)}.npy"
-            np.save(path, np.concatenate(list(self.scorer.logits(tokens))))
-            self.files[key] = path
-        return self.files[key]
+        if key not in self.stored:
+            self.stored[key] = Spool(self.scorer.logits(tokens))
+        return iter(self.stored[key])
 
 
 @dataclass
@@ -171,7 +159,7 @@ class Bench:
         opened = load_checkpoint(checkpoint)
         self.contract, self.training_length = graph_contract(opened.config), opened.config.training_length
         require_override(opened)
-        self.reference = StoredScorer(CheckpointScorer(opened), directory)
+        self.reference = StoredScorer(CheckpointScorer(opened))
         tokens = lengths[-1] * self.training_length + 1
         self.documents, self.byte_lengths = long_documents(self.reference, (), "text", tokens, most)
         self.exporter = open_exporter(checkpoint)

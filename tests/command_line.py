@@ -78,13 +78,7 @@ def command(*arguments: object) -> list[str]:
 def start_two_processes(port: int, *arguments: object) -> subprocess.Popen[str]:
     """Start a command under torch's launcher on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    return subprocess.Popen(
-        [*launcher, f"--master-port={port}", *command(*arguments)[1:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return _start([*launcher, f"--master-port={port}", *command(*arguments)[1:]])
 
 
 def on_two_processes(port: int, *arguments: object) -> None:
@@ -95,9 +89,14 @@ def on_two_processes(port: int, *arguments: object) -> None:
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start such a process as a shell's foreground does, Ctrl-C not ignored."""
+    """Start a command in a process of its own."""
+    return _start(command(*arguments))
+
+
+def _start(line: list[str]) -> subprocess.Popen[str]:
+    """Start a process as a shell's foreground does, Ctrl-C not ignored."""
     return subprocess.Popen(
-        command(*arguments),
+        line,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

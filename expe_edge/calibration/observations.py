@@ -108,10 +108,8 @@ def observe(
     windows: Sequence[Ids],
 ) -> Observations:
     """Run the float32 `graph` over `windows` (N,), all of one length, and return what its linears and cache saw."""
-    linears = graph.linears
-    tensors = sorted({linear.input for linear in linears.values()})
+    tensors = sorted({linear.input for linear in graph.linears.values()})
     session = _open_watched(graph.model, tensors)
-    del graph  # the session has its weights; nothing else may hold them where the caller does not
     names = [*contract.present_names, *tensors]
     length = len(windows[0])
     watchers = {name: _Watcher(min(SAMPLE_ROWS / (len(windows) * length), 1)) for name in tensors}
@@ -125,7 +123,7 @@ def observe(
         largest = [np.abs(array).max(axis=(0, 2)) for array in cache]  # (Hkv, D)
         peaks = [np.maximum(a, b) for a, b in zip(peaks, largest, strict=True)] if peaks else largest
     seen = {tensor: watchers.pop(tensor).observed() for tensor in tensors}
-    inputs = {name: seen[linear.input] for name, linear in linears.items()}
+    inputs = {name: seen[linear.input] for name, linear in graph.linears.items()}
     layers = [CacheScales(*pair) for pair in zip(peaks[0::2], peaks[1::2], strict=True)]
     return Observations(inputs, layers)
 

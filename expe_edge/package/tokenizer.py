@@ -6,7 +6,9 @@ The library that reads it takes much more, of which some ends the process only w
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from expe_edge.package.checks import LIST, NOTHING, TEXT, list_of, mapping_of, one_of, optional, record, shallow, whole
 from expe_edge.package.contract import WIDEST
@@ -30,6 +32,22 @@ _TOKENIZER = record(
     {"pre_tokenizer": _BYTES, "decoder": _BYTES, "model": _BPE},
     sometimes={"normalizer": NOTHING, "post_processor": optional(_TEMPLATE)},
 )
+
+
+def open_tokenizer(path: Path, read: Callable[[str], Any]) -> Any:
+    """Open the tokenizer of a file, to encode text as text: whole, whatever it spells.
+
+    read: `tokenizers.Tokenizer.from_file`; this folder imports no library.
+
+    Raises:
+        ValueError: not the JSON of such a tokenizer. Exception: not readable, or of whatever class the library raises.
+    """
+    require_tokenizer(path)
+    tokenizer = read(str(path))
+    tokenizer.encode_special_tokens = True  # not as the control token that it spells
+    tokenizer.no_padding()  # which a client may have left in the file, as truncation
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def require_tokenizer(path: Path) -> None:

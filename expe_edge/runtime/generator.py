@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from expe_edge.errors import GenerationError, PackageError
-from expe_edge.package.tokenizer import require_tokenizer
+from expe_edge.package.tokenizer import open_tokenizer
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.sampling import Sampler, Sampling
 from expe_edge.runtime.session import PREFILL_CHUNK, PackageSession, Step
@@ -208,8 +208,7 @@ def _capacity(ids: Ids, max_new_tokens: int, cache_length: int | None) -> int:
 def _load_tokenizer(session: PackageSession) -> Tokenizer:
     path = session.package.tokenizer_path
     try:
-        require_tokenizer(path)
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer: Tokenizer = open_tokenizer(path, Tokenizer.from_file)
     except Exception as error:  # tokenizers raises nothing narrower
         raise PackageError(f"{path}: not a tokenizer ({error})") from error
     if tokenizer.get_vocab_size() != session.contract.vocab_size:
@@ -217,7 +216,4 @@ def _load_tokenizer(session: PackageSession) -> Tokenizer:
             f"{path} has {tokenizer.get_vocab_size()} tokens, the model's vocabulary {session.contract.vocab_size}; "
             "they do not belong together, export again"
         )
-    tokenizer.encode_special_tokens = True  # text is text, whatever it spells
-    tokenizer.no_padding()  # which a client may have left in the file, as truncation
-    tokenizer.no_truncation()
     return tokenizer

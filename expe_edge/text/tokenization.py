@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.package.directory import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from expe_edge.package.tokenizer import require_tokenizer
+from expe_edge.package.tokenizer import open_tokenizer
 from expe_edge.progress import interruptible
 from expe_edge.text.documents import Document
 
@@ -92,8 +92,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{directory}: no {TOKENIZER_FILE} in it")
     try:
-        require_tokenizer(path)
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer: Tokenizer = open_tokenizer(path, Tokenizer.from_file)
     except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
     vocabulary = tokenizer.get_vocab()
@@ -104,9 +103,6 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
             f"{directory}: the tokenizer has {len(vocabulary)} tokens, the model's vocabulary {vocab_size}; they do "
             "not belong together"
         )
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_padding()  # which a client may have left in the file, as truncation
-    tokenizer.no_truncation()
     return tokenizer
 
 

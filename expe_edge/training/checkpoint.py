@@ -123,10 +123,11 @@ def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:
-    """Return the model with its weights, whose names and shapes are compared before anything is made of the config."""
+    """Return the model with its weights, whose names and shapes are compared before memory is taken for any."""
     tied = ExPEForCausalLM._tied_weights_keys if config.tie_word_embeddings else ()
-    with torch.device("meta"):  # shapes without memory
-        shapes = {name: list(weight.shape) for name, weight in ExPEForCausalLM(config).state_dict().items()}
+    with torch.device("meta"):  # shapes without memory, and no weights drawn that the file's would replace
+        model = ExPEForCausalLM(config)
+    shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     try:
         with safe_open(path / WEIGHTS_FILE, "pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
@@ -135,8 +136,9 @@ def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:
                 raise CheckpointError(
                     f"{path}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} (first difference: {wrong[0]})"
                 )
-            model = ExPEForCausalLM(config)
-            model.load_state_dict({name: file.get_tensor(name) for name in found}, strict=False)
+            weights = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in found}  # else a view of it
+            model.load_state_dict(weights, strict=False, assign=True)
+            model.tie_weights()
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: {WEIGHTS_FILE} is damaged or truncated ({reason})") from error
