@@ -7,7 +7,7 @@ DEMO_INSTALLED := $(VENV)/.installed-demo
 VENV5 ?= .venv-transformers5
 OUT ?= demo
 
-.PHONY: demo test test-transformers5 lint types fuzz chaos bench docs clean
+.PHONY: demo demo-formats demo-cache demo-naive test test-transformers5 lint types fuzz chaos bench docs clean
 
 # The demo needs no more than this; what the tests need besides takes minutes to install.
 $(DEMO_INSTALLED): EXTRA = export
@@ -27,17 +27,29 @@ $(VENV5)/.installed: pyproject.toml constraints.txt constraints-transformers5.tx
 # Train, export several ways and the naive way, generate, compare: the table and plot of the README.
 demo: $(DEMO_INSTALLED)
 	$(BIN)/expe-edge train --preset tiny --out $(OUT)/checkpoint --force
-	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force \
-		--precision float32 --precision int8-dynamic --precision int8-static --precision int4-weight
-	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force --precision int8-dynamic --cache int8
-	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/inline --positions inline --force \
-		--precision int8-dynamic --precision int8-static
+	$(MAKE) --jobs=3 demo-formats demo-cache demo-naive
 	$(BIN)/expe-edge generate $(OUT)/package/int8-dynamic --prompt 'def read_file(path):' \
 		--max-new-tokens 128 --temperature 0.7 --min-p 0.05 --seed 1
 	$(BIN)/expe-edge compare $(OUT)/package/float32 $(OUT)/package/int8-dynamic $(OUT)/package/int8-static \
 		$(OUT)/package/int8-dynamic-int8-cache $(OUT)/package/int4-weight \
 		$(OUT)/inline/int8-dynamic $(OUT)/inline/int8-static --json $(OUT)/comparison.json --plot $(OUT)/comparison.png
 	@echo "the model is in $(OUT)/checkpoint, its packages in $(OUT)/package; run $(BIN)/expe-edge --help for more"
+
+# Side by side, one thread each: half of an export is imports, tokenizing and other work that knows no threads. Progress bars of
+# three would overwrite one another.
+demo-formats demo-cache demo-naive: export OMP_NUM_THREADS = 1
+demo-formats demo-cache demo-naive: export TERM = dumb
+
+demo-formats: $(DEMO_INSTALLED)
+	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force \
+		--precision float32 --precision int8-dynamic --precision int8-static --precision int4-weight
+
+demo-cache: $(DEMO_INSTALLED)
+	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force --precision int8-dynamic --cache int8
+
+demo-naive: $(DEMO_INSTALLED)
+	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/inline --positions inline --force \
+		--precision int8-dynamic --precision int8-static
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
