@@ -21,6 +21,7 @@ from expe_edge.calibration.observations import (
     measure_ranges,
     observe,
     require_enough,
+    watch,
 )
 from expe_edge.calibration.smoothing import smooth
 from expe_edge.graph.build import BuiltGraph, Linear, build_graph, graph_contract, linears_of
@@ -96,7 +97,7 @@ class Evidence:
         """What the linears and the cache see."""
         windows = self.windows()
         self.progress(f"observing {len(windows)} windows of {len(windows[0])} tokens")
-        return observe(self.float_graph(), self.contract, windows)
+        return observe(watch(self.float_graph()), self.contract, windows)
 
     @cached_property
     def ranges(self) -> Mapping[str, Range]:

@@ -102,40 +102,44 @@ def sample_windows(stream: npt.NDArray[np.int32], length: int, calibration: Cali
     return [stream[begin : begin + length].astype(np.int64) for begin in begins]
 
 
-def observe(
-    graph: BuiltGraph,
-    contract: GraphContract,
-    windows: Sequence[Ids],
-) -> Observations:
-    """Run the float32 `graph` over `windows` (N,), all of one length, and return what its linears and cache saw."""
-    tensors = sorted({linear.input for linear in graph.linears.values()})
-    session = _open_watched(graph.model, tensors)
+class Watched(NamedTuple):
+    """A float32 graph opened with the inputs of its linears among its outputs. inputs: linear to tensor."""
+
+    session: ort.InferenceSession
+    inputs: Mapping[str, str]
+
+
+def watch(graph: BuiltGraph) -> Watched:
+    """Open a graph to `observe` it; `graph` is left as it was, and need not be kept beside the session."""
+    inputs = {name: linear.input for name, linear in graph.linears.items()}
+    outputs = graph.model.graph.output
+    own = len(outputs)
+    outputs.extend(onnx.helper.make_empty_tensor_value_info(tensor) for tensor in sorted(set(inputs.values())))
+    session = open_graph(graph.model)
+    del outputs[own:]
+    return Watched(session, inputs)
+
+
+def observe(watched: Watched, contract: GraphContract, windows: Sequence[Ids]) -> Observations:
+    """Run a graph over `windows` (N,), all of one length, and return what its linears and cache saw."""
+    tensors = sorted(set(watched.inputs.values()))
     names = [*contract.present_names, *tensors]
     length = len(windows[0])
     watchers = {name: _Watcher(min(SAMPLE_ROWS / (len(windows) * length), 1)) for name in tensors}
     peaks: list[Float] = []
     abreast = max(1, RUN_TOKENS // length)
     for begin in range(0, len(windows), abreast):
-        outputs = session.run(names, graph_feeds(contract, np.stack(windows[begin : begin + abreast])))
+        feeds = graph_feeds(contract, np.stack(windows[begin : begin + abreast]))
+        outputs = watched.session.run(names, feeds)
         cache = outputs[: len(contract.present_names)]  # (batch, Hkv, N, D) each
         for name, rows in zip(tensors, outputs[len(cache) :], strict=True):
             watchers[name].see(rows.reshape(-1, rows.shape[-1]))
         largest = [np.abs(array).max(axis=(0, 2)) for array in cache]  # (Hkv, D)
         peaks = [np.maximum(a, b) for a, b in zip(peaks, largest, strict=True)] if peaks else largest
     seen = {tensor: watchers.pop(tensor).observed() for tensor in tensors}
-    inputs = {name: seen[linear.input] for name, linear in graph.linears.items()}
+    inputs = {name: seen[tensor] for name, tensor in watched.inputs.items()}
     layers = [CacheScales(*pair) for pair in zip(peaks[0::2], peaks[1::2], strict=True)]
     return Observations(inputs, layers)
-
-
-def _open_watched(model: onnx.ModelProto, tensors: Sequence[str]) -> ort.InferenceSession:
-    """Open a graph with some inner tensors among its outputs; `model` is left as it was, and never copied."""
-    outputs = model.graph.output
-    own = len(outputs)
-    outputs.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
-    session = open_graph(model)
-    del outputs[own:]
-    return session
 
 
 class _Watcher:

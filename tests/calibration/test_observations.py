@@ -24,6 +24,7 @@ from expe_edge.calibration.observations import (
     observe,
     require_enough,
     sample_windows,
+    watch,
 )
 from expe_edge.errors import CorpusError, ExportError
 from expe_edge.graph.build import graph_contract
@@ -50,7 +51,7 @@ def evidence(calibration: Calibration, stream: np.ndarray) -> Evidence:
 def observed() -> tuple[list[np.ndarray], Observations]:
     """Windows, more than are run at once, and what they show."""
     windows = sample_windows(token_stream(900), 40, Calibration(windows=1 + RUN_TOKENS // 40))
-    return windows, observe(plain_graph(), graph_contract(CONFIG), windows)
+    return windows, observe(watch(plain_graph()), graph_contract(CONFIG), windows)
 
 
 def test_moments_and_extremes_are_those_of_every_token_of_the_text() -> None:
@@ -75,7 +76,7 @@ def test_of_a_short_text_every_row_is_kept() -> None:
 
 def test_of_a_long_text_a_sample_is_kept_from_every_window_and_every_place_in_it() -> None:
     windows = sample_windows(token_stream(3000), 80, Calibration(windows=40))
-    found = observe(plain_graph(), graph_contract(CONFIG), windows).inputs["head"].rows
+    found = observe(watch(plain_graph()), graph_contract(CONFIG), windows).inputs["head"].rows
     rows = inputs_of(plain_graph(), windows)["head"]
     assert len(found) == SAMPLE_ROWS < len(rows)
     origins = [np.abs(rows - row).max(axis=1).argmin() for row in found]
@@ -166,7 +167,9 @@ def with_spikes(seen: Observed) -> Observed:
 
 @pytest.mark.parametrize("spiked", [False, True])
 def test_ranges_fitted_to_the_output_are_never_worse_than_the_extremes(spiked: bool) -> None:
-    observations = observe(plain_graph(), graph_contract(CONFIG), sample_windows(token_stream(900), 40, Calibration()))
+    observations = observe(
+        watch(plain_graph()), graph_contract(CONFIG), sample_windows(token_stream(900), 40, Calibration())
+    )
     if spiked:
         observations = observations._replace(inputs={k: with_spikes(v) for k, v in observations.inputs.items()})
     found = fit_ranges(plain_graph().linears, observations, lambda ranges: StaticInt8(FormatOptions(ranges=ranges)))

@@ -12,7 +12,7 @@ import pytest
 
 from expe_edge.calibration import smoothing
 from expe_edge.calibration.evidence import Evidence
-from expe_edge.calibration.observations import Calibration, observe, sample_windows
+from expe_edge.calibration.observations import Calibration, observe, sample_windows, watch
 from expe_edge.calibration.smoothing import STRENGTHS, MakeFormat, Smoothed, smooth
 from expe_edge.divergence import divergence
 from expe_edge.graph.build import build_graph, graph_contract
@@ -58,7 +58,9 @@ def weights_of(name: str) -> ModelWeights:
 
 def smoothed(weights: ModelWeights, make: MakeFormat = static) -> Smoothed:
     windows = sample_windows(token_stream(300, weights.config), 32, Calibration(windows=4))
-    return smooth(weights, observe(build_graph(weights, Float32()), graph_contract(weights.config), windows), make)
+    return smooth(
+        weights, observe(watch(build_graph(weights, Float32())), graph_contract(weights.config), windows), make
+    )
 
 
 def float_logits(weights: ModelWeights) -> np.ndarray:

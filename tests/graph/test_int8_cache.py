@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expe_edge.calibration.observations import Calibration, cache_scales, observe, sample_windows
+from expe_edge.calibration.observations import Calibration, cache_scales, observe, sample_windows, watch
 from expe_edge.divergence import divergence
 from expe_edge.export.exporter import export
 from expe_edge.graph.attention import GroupedAttention
@@ -110,7 +110,7 @@ def test_attention_sees_all_keys_and_values_as_the_cache_holds_them(seed: int, l
 @functools.cache
 def measured_scales() -> tuple[CacheScales, ...]:
     windows = sample_windows(token_stream(300), 32, Calibration(windows=4))
-    return tuple(cache_scales(observe(plain_graph(), graph_contract(CONFIG), windows).cache))
+    return tuple(cache_scales(observe(watch(plain_graph()), graph_contract(CONFIG), windows).cache))
 
 
 @pytest.mark.parametrize("parts", [(100,), (60, 20, *[1] * 20)], ids=["prefill", "in parts"])
