@@ -64,11 +64,13 @@ def run_nodes(emit: Callable[[GraphBuilder], str], shape: tuple[int, ...], **inp
     return result
 
 
-def run_linear(linear: LinearFormat, hidden: np.ndarray, weight: np.ndarray, *, peaked: bool = False) -> np.ndarray:
+def run_linear(
+    linear: LinearFormat[Any], hidden: np.ndarray, weight: np.ndarray, *, peaked: bool = False
+) -> np.ndarray:
     """The product of (T, C_in) with (C_in, C_out) in one format."""
 
     def emit(builder: GraphBuilder) -> str:
-        return linear.emit(builder, "linear", "hidden", weight, peaked=peaked)
+        return linear.emit(builder, "linear", "hidden", linear.store("linear", weight), peaked=peaked)
 
     return run_nodes(emit, (len(hidden), weight.shape[1]), hidden=hidden)
 

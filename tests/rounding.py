@@ -9,8 +9,8 @@ import torch
 
 from expe_edge.export.fold import extract_weights
 from expe_edge.graph.build import HEAD
-from expe_edge.graph.embeddings import EMBEDDING_FORMATS
 from expe_edge.graph.linears import FormatOptions, make_format
+from expe_edge.graph.matrices import EMBEDDING_FORMATS
 from expe_edge.graph.weights import ModelWeights
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.model.encodings import ExPE
@@ -40,14 +40,17 @@ def stored(weights: ModelWeights, rounding: WeightRounding) -> ModelWeights:
     layers = [
         dataclasses.replace(
             layer,
-            **{name: kind.restored(f"{index}.{name}", getattr(layer, name)) for name in ("qkv", "out", "up", "down")},
+            **{
+                name: kind.store(f"{index}.{name}", getattr(layer, name)).restored()
+                for name in ("qkv", "out", "up", "down")
+            },
         )
         for index, layer in enumerate(weights.layers)
     ]
     tied = weights.config.tie_word_embeddings
-    table = kind.table(HEAD, weights.head) if tied else EMBEDDING_FORMATS[kind.embedding](weights.embedding, None)
-    head = kind.restored(HEAD, weights.head)
-    return dataclasses.replace(weights, layers=tuple(layers), head=head, embedding=table.restored())
+    head = kind.store(HEAD, weights.head).restored()
+    embedding = head if tied else EMBEDDING_FORMATS[kind.embedding](weights.embedding, None).restored()
+    return dataclasses.replace(weights, layers=tuple(layers), head=head, embedding=embedding.T)
 
 
 def seen(model: ExPEForCausalLM) -> ModelWeights:

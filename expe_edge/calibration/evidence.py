@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,6 @@ from expe_edge.calibration.observations import (
 )
 from expe_edge.calibration.smoothing import smooth
 from expe_edge.graph.build import BuiltGraph, Linear, build_graph, graph_contract, linears_of
-from expe_edge.graph.embeddings import EMBEDDING_FORMATS
 from expe_edge.graph.linears import (
     LINEAR_FORMATS,
     Float32,
@@ -35,6 +35,7 @@ from expe_edge.graph.linears import (
     make_format,
     needs_moments,
 )
+from expe_edge.graph.matrices import EMBEDDING_FORMATS
 from expe_edge.graph.weights import ModelWeights
 from expe_edge.package.contract import GraphContract
 from expe_edge.quant.blocks import Double
@@ -127,12 +128,12 @@ class Evidence:
         widest = max(len(linear.weight) for linear in self.linears.values())
         require_enough(self.calibration, self.weights.config.training_length, histograms=False, widest=widest)
 
-    def formats(self, recipe: Recipe, names: Mapping[str, str]) -> dict[str, LinearFormat]:
+    def formats(self, recipe: Recipe, names: Mapping[str, str]) -> dict[str, LinearFormat[Any]]:
         """Return the format of each linear, given their names, ready to build a graph."""
         made = {name: self._format(recipe, name) for name in set(names.values())}
         return {linear: made[name] for linear, name in names.items()}
 
-    def _format(self, recipe: Recipe, name: str) -> LinearFormat:
+    def _format(self, recipe: Recipe, name: str) -> LinearFormat[Any]:
         solver, block_size = recipe.solver_for(name, self.rounding)
         quantizer = self._quantizers.setdefault((solver, block_size), WeightQuantizer(solver, block_size))
         if needs_moments(name, solver):
@@ -166,7 +167,7 @@ class Evidence:
     def smoothed(self, recipe: Recipe, names: Mapping[str, str]) -> tuple[Evidence, dict[str, float]]:
         """Return the same model with outliers moved into its weights, and the strength chosen for each linear."""
 
-        def make(linear: str, bounds: Range) -> LinearFormat:
+        def make(linear: str, bounds: Range) -> LinearFormat[Any]:
             fresh = WeightQuantizer("rtn", recipe.block_size)
             return make_format(names[linear], FormatOptions(recipe.reduce_range, False, {linear: bounds}, fresh))
 

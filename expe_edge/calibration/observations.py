@@ -209,7 +209,7 @@ def measure_ranges(
 
 
 def fit_ranges(
-    linears: Mapping[str, Linear], observations: Observations, make: Callable[[Mapping[str, Range]], LinearFormat]
+    linears: Mapping[str, Linear], observations: Observations, make: Callable[[Mapping[str, Range]], LinearFormat[Any]]
 ) -> dict[str, Range]:
     """Return the range of every linear's input that minimises the squared error of the linear's output.
 
@@ -220,11 +220,11 @@ def fit_ranges(
 
 
 def _fit_range(
-    name: str, observed: Observed, weight: Float, make: Callable[[Mapping[str, Range]], LinearFormat]
+    name: str, observed: Observed, weight: Float, make: Callable[[Mapping[str, Range]], LinearFormat[Any]]
 ) -> Range:
     wanted = observed.rows @ weight
     widest = float(observed.low.min()), float(observed.high.max())
-    restored = make({name: widest}).restored(name, weight)
+    restored = make({name: widest}).store(name, weight).restored()
 
     def error(shrunk: float) -> float:
         rounded = make({name: (widest[0] * shrunk, widest[1] * shrunk)}).round_inputs(name, observed.rows)

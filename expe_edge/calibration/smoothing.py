@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75)
 SMALLEST_SHARE = 1e-3
 
 #: Makes the format of a linear, given the range of its input, fresh: nothing quantized before is reused.
-MakeFormat = Callable[[str, Range], LinearFormat]
+MakeFormat = Callable[[str, Range], LinearFormat[Any]]
 
 
 class Smoothed(NamedTuple):
@@ -130,7 +130,7 @@ class _Search:
             scale = scales[strength]
             rows, scaled = observed.rows / scale, weight * scale[:, None]
             format_ = self.make(name, (float(rows.min()), float(rows.max())))
-            found = format_.round_inputs(name, rows, peaked=peaked) @ format_.restored(name, scaled)
+            found = format_.round_inputs(name, rows, peaked=peaked) @ format_.store(name, scaled).restored()
             return float(((found - wanted) ** 2).sum())
 
         self.strengths[name] = min(STRENGTHS, key=error)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 
 from expe_edge import __version__
 from expe_edge.errors import ExportError
 from expe_edge.graph.attention import GroupedAttention, PortableAttention
-from expe_edge.graph.embeddings import EMBEDDING_FORMATS, Table
 from expe_edge.graph.linears import Float32, LinearFormat
+from expe_edge.graph.matrices import EMBEDDING_FORMATS, StoredMatrix
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.padding import AsGiven, TokensFirst
 from expe_edge.graph.positions import POSITION_NODES, PositionNodes
@@ -61,9 +61,9 @@ class BuiltGraph(NamedTuple):
 
 def build_graph(
     weights: ModelWeights,
-    formats: LinearFormat | Mapping[str, LinearFormat],
+    formats: LinearFormat[Any] | Mapping[str, LinearFormat[Any]],
     *,
-    embedding: Table | None = None,
+    embedding: StoredMatrix | None = None,
     cache: Sequence[CacheScales] | None = None,
     portable: bool = False,
 ) -> BuiltGraph:
@@ -93,8 +93,8 @@ class _Decoder:
         self,
         graph: GraphBuilder,
         weights: ModelWeights,
-        formats: LinearFormat | Mapping[str, LinearFormat],
-        embedding: Table | None,
+        formats: LinearFormat[Any] | Mapping[str, LinearFormat[Any]],
+        embedding: StoredMatrix | None,
         cache: Sequence[CacheScales] | None,
         *,
         portable: bool,
@@ -111,7 +111,7 @@ class _Decoder:
             else PortableAttention(graph, self.config, self.positions.key_positions)
         )
         self.contract = graph_contract(self.config, int8_cache=cache is not None, portable=portable)
-        self.tied = self._format(HEAD).table(HEAD, weights.head) if self.config.tie_word_embeddings else None
+        self.tied = self._format(HEAD).store(HEAD, weights.head) if self.config.tie_word_embeddings else None
         self.embedding = self.tied or embedding or EMBEDDING_FORMATS["float32"](weights.embedding, None)
 
     def build(self) -> BuiltGraph:
@@ -126,15 +126,18 @@ class _Decoder:
         proto = graph.model(self.contract.inputs, self.contract.outputs, f"expe-edge {__version__}")
         return BuiltGraph(proto, self.linears)
 
-    def _format(self, name: str) -> LinearFormat:
+    def _format(self, name: str) -> LinearFormat[Any]:
         return self.formats if isinstance(self.formats, LinearFormat) else self.formats[name]
 
-    def linear(self, name: str, hidden: str, weight: Float, *, peaked: bool = False, tied: Table | None = None) -> str:
+    def linear(
+        self, name: str, hidden: str, weight: Float, *, peaked: bool = False, tied: StoredMatrix | None = None
+    ) -> str:
         """Append the product `name` in its format, and note what calibration needs to find."""
         if all(hidden != linear.input for linear in self.linears.values()):
             self.graph.describe(hidden, weight.shape[0])
         self.linears[name] = Linear(hidden, weight, peaked)
-        return self._format(name).emit(self.graph, name, hidden, weight, peaked=peaked, tied=tied)
+        matrix = tied or self._format(name).store(name, weight)
+        return self._format(name).emit(self.graph, name, hidden, matrix, peaked=peaked)
 
     def _block(self, name: str, index: int, hidden: str, weights: LayerWeights) -> str:
         graph = self.graph

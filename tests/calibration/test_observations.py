@@ -106,7 +106,7 @@ def test_gptq_sees_the_moments_of_its_own_linear() -> None:
     formats = found.formats(Recipe("int4-weight", solver="gptq"), dict.fromkeys(LINEARS, "int4-weight"))
     for name, linear in plain_graph().linears.items():
         expected = refined_gptq(linear.weight.T, 4, BLOCK_SIZE[4], found.observations.inputs[name].moments)
-        np.testing.assert_array_equal(formats[name].restored(name, linear.weight), expected.restored().T)
+        np.testing.assert_array_equal(formats[name].store(name, linear.weight).restored(), expected.restored().T)
 
 
 # Ranges.

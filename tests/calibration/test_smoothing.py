@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[dict[str, Any], bool]] = {
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-def static(linear: str, bounds: Range) -> LinearFormat:
+def static(linear: str, bounds: Range) -> LinearFormat[Any]:
     return StaticInt8(FormatOptions(ranges={linear: bounds}))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,8 +18,8 @@ from expe_edge.calibration.observations import Calibration, sample_windows
 from expe_edge.errors import ExportError
 from expe_edge.export.kernels import require_kernels
 from expe_edge.graph.build import BuiltGraph, build_graph
-from expe_edge.graph.embeddings import FLOAT, Table
 from expe_edge.graph.linears import LINEAR_FORMATS, DynamicInt8, LinearFormat, StaticInt8
+from expe_edge.graph.matrices import FLOAT, ChannelMatrix
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.quant.channels import Range
 from expe_edge.quant.recipe import CACHES, EMBEDDINGS, Recipe
@@ -131,7 +132,7 @@ def test_linears_of_different_formats_run_each_in_its_own_kernel() -> None:
 
 
 @pytest.mark.parametrize("kind", [DynamicInt8, StaticInt8], ids=lambda kind: kind.name)
-def test_only_what_stands_behind_a_gate_is_scaled_by_row(kind: type[LinearFormat]) -> None:
+def test_only_what_stands_behind_a_gate_is_scaled_by_row(kind: type[LinearFormat[Any]]) -> None:
     graph = built(Recipe(kind.name))
     assert {name for name, linear in graph.linears.items() if linear.peaked} == {
         f"layers.{layer}.feed_forward.down" for layer in range(CONFIG.num_hidden_layers)
@@ -158,10 +159,9 @@ class Unfused(DynamicInt8):
     """The same arithmetic with the two rescalings one after the other, which onnxruntime does not fuse."""
 
     def product(
-        self, graph: GraphBuilder, linear: str, hidden: str, weight: np.ndarray, *, within: Range | None = None,
-        tied: Table | None = None,
-    ) -> str:  # fmt: skip
-        values, scale, zero_points = self.store(graph, linear, weight, tied)
+        self, graph: GraphBuilder, linear: str, hidden: str, matrix: ChannelMatrix, *, within: Range | None = None
+    ) -> str:
+        values, scale, zero_points = matrix.integers(graph, linear)
         codes, step, zero = graph.multi("DynamicQuantizeLinear", [hidden], 3, name=f"{linear}.quantize")
         product = graph.op("MatMulInteger", codes, values, zero, zero_points, name=f"{linear}.integer")
         product = graph.op("Cast", product, name=f"{linear}.cast", to=FLOAT)
@@ -169,7 +169,10 @@ class Unfused(DynamicInt8):
 
 
 def test_a_linear_that_does_not_fuse_is_noticed() -> None:
-    formats: dict[str, LinearFormat] = {**dict.fromkeys(LINEARS, DynamicInt8()), "layers.1.attention.out": Unfused()}
+    formats: dict[str, LinearFormat[Any]] = {
+        **dict.fromkeys(LINEARS, DynamicInt8()),
+        "layers.1.attention.out": Unfused(),
+    }
     operators = operators_of(build_graph(random_weights(), formats).model)
     assert operators["MatMulInteger"] == 1
     with pytest.raises(ExportError) as raised:

@@ -206,19 +206,19 @@ def test_the_standard_operators_restore_the_matrix_that_the_blocks_stand_for(
     weight, graph = normal(0, *shape), GraphBuilder()
     columns, rows = shape
     specs = [TensorSpec("ids", "int64", (1, rows)), TensorSpec("hidden", "float32", (columns, columns))]
-    table = linear.table("head", weight) if tied else None
-    outputs = {"table": (1, rows, columns)} if table else {}
-    if table:
-        graph.emit("Identity", [table.lookup(graph, "ids")], ["table"], name="table")
-    graph.emit("Identity", [linear.emit(graph, "head", "hidden", weight, tied=table)], ["matrix"], name="matrix")
+    stored = linear.store("head", weight)
+    outputs = {"table": (1, rows, columns)} if tied else {}
+    if tied:
+        graph.emit("Identity", [stored.lookup(graph, "ids")], ["table"], name="table")
+    graph.emit("Identity", [linear.emit(graph, "head", "hidden", stored)], ["matrix"], name="matrix")
     outputs["matrix"] = shape
     model = graph.model(specs, [TensorSpec(name, "float32", size) for name, size in outputs.items()], "test")
     require_standard_operators(model)
     feeds = {"ids": np.arange(rows)[None], "hidden": np.eye(columns, dtype=np.float32)}
     *looked_up, matrix = ReferenceEvaluator(model).run(None, feeds)
-    np.testing.assert_array_equal(matrix, linear.restored("head", weight))
+    np.testing.assert_array_equal(matrix, stored.restored())
     for found in looked_up:
-        np.testing.assert_array_equal(found[0], linear.restored("head", weight).T)
+        np.testing.assert_array_equal(found[0], stored.restored().T)
     np.testing.assert_allclose(open_session(model).run(["matrix"], feeds)[0], matrix, rtol=0.02, atol=1e-6)
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 from expe_edge.graph.build import HEAD, build_graph, graph_contract
-from expe_edge.graph.embeddings import EMBEDDING_FORMATS, Table
 from expe_edge.graph.linears import LINEAR_FORMATS, FormatOptions, make_format
+from expe_edge.graph.matrices import EMBEDDING_FORMATS, StoredMatrix
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.quant.solvers import WeightQuantizer
 from tests.graphs import LINEARS, normal, random_weights, run_nodes, run_text, token_stream
@@ -22,14 +22,14 @@ from tests.strategies import seeds, small_config
 every_format = pytest.mark.parametrize("name", EMBEDDING_FORMATS)
 
 
-def stored(table: Table) -> dict[str, TensorProto]:
+def stored(table: StoredMatrix) -> dict[str, TensorProto]:
     """What a lookup stores under names of its own."""
     builder = GraphBuilder()
     table.lookup(builder, "ids")
     return {tensor.name: tensor for tensor in builder.graph.initializer if tensor.name.startswith("embedding.")}
 
 
-def arrays(table: Table) -> dict[str, list]:
+def arrays(table: StoredMatrix) -> dict[str, list]:
     """The same as plain lists."""
     return {name: numpy_helper.to_array(tensor).tolist() for name, tensor in stored(table).items()}
 
@@ -66,7 +66,7 @@ def test_eight_bits_by_hand() -> None:
         "embedding.weight": [[255, 160, 128], [1, 129, 130]],
         "embedding.scale": [1 / 64, 2.0],
     }
-    assert table.restored().tolist() == [[127 / 64, 0.5, 0.0], [-254.0, 2.0, 4.0]]
+    assert table.restored().T.tolist() == [[127 / 64, 0.5, 0.0], [-254.0, 2.0, 4.0]]
 
 
 def test_four_bits_by_hand() -> None:
@@ -78,7 +78,7 @@ def test_four_bits_by_hand() -> None:
         "embedding.weight": [[[0xB0, 0x79, *[0x88] * 6], [0x80, *[0x88] * 7]]],
         "embedding.scale": [[1.0, -0.25]],
     }
-    np.testing.assert_array_equal(table.restored(), matrix)
+    np.testing.assert_array_equal(table.restored().T, matrix)
 
 
 @pytest.mark.parametrize(("name", "share"), [("float32", 1), ("float16", 2), ("bfloat16", 2), ("int8", 4), ("int4", 8)])
@@ -101,7 +101,7 @@ def test_onnxruntime_looks_up_the_rows_of_the_restored_matrix(
 ) -> None:
     matrix = normal(seed, 30, width)
     ids = np.random.default_rng(seed).integers(30, size=(2, 7))
-    restored = EMBEDDING_FORMATS[name](matrix, block_size).restored()
+    restored = EMBEDDING_FORMATS[name](matrix, block_size).restored().T
     found = run_nodes(
         lambda builder: EMBEDDING_FORMATS[name](matrix, block_size).lookup(builder, "ids"), (2, 7, width), ids=ids
     )
@@ -146,7 +146,7 @@ def test_a_tied_head_is_stored_once_and_computes_as_if_it_were_stored_twice(
     untied = dataclasses.replace(weights, config=UNTIED)
 
     once = build_graph(weights, linear).model
-    twice = build_graph(untied, linear, embedding=linear.table(HEAD, weights.head)).model
+    twice = build_graph(untied, linear, embedding=linear.store(HEAD, weights.head)).model
 
     assert matrices(once) == ["embedding.weight"]
     assert matrices(twice) == ["embedding.weight", "head.weight"]

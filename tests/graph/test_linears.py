@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,7 @@ from expe_edge.graph.linears import (
     LinearFormat,
     make_format,
 )
+from expe_edge.graph.matrices import FloatMatrix
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.quant.blocks import into_blocks
 from expe_edge.quant.channels import Range, activation_scale, quantize_channels
@@ -70,14 +73,15 @@ def test_half_precision_is_stored_as_the_nearest_of_its_numbers() -> None:
     stored = {}
     for precision in ("float16", "bfloat16"):
         builder = GraphBuilder()
-        make_format(precision).emit(builder, "linear", "hidden", weight)
+        format_ = make_format(precision)
+        format_.emit(builder, "linear", "hidden", format_.store("linear", weight))
         (tensor,) = builder.graph.initializer
         assert tensor.name == "linear.weight"
         stored[precision] = numpy_helper.to_array(tensor).view(np.uint16).tolist()
     assert stored["float16"] == [[0x3C00, 0x3C02, 0xC200], [0x3C04, 0x3C0C, 0x0010]]
     assert stored["bfloat16"] == [[0x3F80, 0x3F80, 0xC040], [0x3F80, 0x3F82, 0x3580]]
     np.testing.assert_array_equal(
-        make_format("bfloat16").restored("linear", weight), [[1, 1, -3], [1, 1 + 2**-6, 2**-20]]
+        make_format("bfloat16").store("linear", weight).restored(), [[1, 1, -3], [1, 1 + 2**-6, 2**-20]]
     )
 
 
@@ -169,7 +173,7 @@ def test_extreme_weights_and_activations_do_not_saturate(precision: str, signs: 
 VARIANTS = [*((precision, False) for precision in LINEAR_FORMATS), ("int8-dynamic", True), ("int8-static", True)]
 
 
-def either_side(linear: LinearFormat, hidden: np.ndarray, *, peaked: bool) -> np.ndarray:
+def either_side(linear: LinearFormat[Any], hidden: np.ndarray, *, peaked: bool) -> np.ndarray:
     """How far a value on the boundary of two levels may fall to the other side in another order of float32, (T, C)."""
     slack = 1e-6 * np.abs(hidden).max(axis=1, keepdims=True)
     ends = hidden.min(axis=1, keepdims=True), hidden.max(axis=1, keepdims=True)
@@ -179,7 +183,7 @@ def either_side(linear: LinearFormat, hidden: np.ndarray, *, peaked: bool) -> np
     return np.abs(up - down)
 
 
-def kernel_error(linear: LinearFormat, hidden: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def kernel_error(linear: LinearFormat[Any], hidden: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """What the kernel's own rounding may add to the product, (T, C_out).
 
     MatMulNBits rounds each block of the inputs to ±127 levels of the block's largest magnitude.
@@ -187,7 +191,7 @@ def kernel_error(linear: LinearFormat, hidden: np.ndarray, weight: np.ndarray) -
     float_sums = 1e-5 * (np.abs(hidden) @ np.abs(weight))
     if not isinstance(linear, BlockWeight):
         return float_sums
-    size = linear.quantized("linear", weight).block_size
+    size = linear.store("linear", weight).codes.block_size
     steps = np.abs(into_blocks(hidden, size)).max(axis=2) / 127  # (T, blocks)
     return float_sums + steps / 2 @ np.abs(into_blocks(weight.T, size)).sum(axis=2).T * 1.01
 
@@ -203,7 +207,7 @@ def test_onnxruntime_computes_the_product_of_the_factors_as_numpy_rounds_them(
     hidden, weight = normal(seed, tokens, width), normal(seed + 1, width, 16)
     ranges = {"linear": (float(hidden.min()), float(hidden.max()))}
     linear = make_format(precision, FormatOptions(reduce_range, ranges=ranges))
-    rounded, restored = linear.round_inputs("linear", hidden, peaked=peaked), linear.restored("linear", weight)
+    rounded, restored = linear.round_inputs("linear", hidden, peaked=peaked), linear.store("linear", weight).restored()
     expected = rounded.astype(np.float64) @ restored
     found = run_linear(linear, hidden, weight, peaked=peaked)
     allowed = kernel_error(linear, rounded, restored) + either_side(linear, hidden, peaked=peaked) @ np.abs(restored)
@@ -223,7 +227,7 @@ def test_row_scaling_is_exact_for_float(seed: int) -> None:
 
 def test_float32_has_no_use_for_row_scaling() -> None:
     builder = GraphBuilder()
-    Float32().emit(builder, "linear", "hidden", normal(0, 4, 4), peaked=True)
+    Float32().emit(builder, "linear", "hidden", FloatMatrix(normal(0, 4, 4)), peaked=True)
     assert [node.op_type for node in builder.graph.node] == ["MatMul"]
 
 
@@ -231,7 +235,7 @@ INT8 = [DynamicInt8(), static((-4e4, 4e4))]
 
 
 @pytest.mark.parametrize("linear", INT8, ids=lambda kind: kind.name)
-def test_row_scaling_keeps_a_small_token_as_it_is_whatever_another_tokens_peak(linear: LinearFormat) -> None:
+def test_row_scaling_keeps_a_small_token_as_it_is_whatever_another_tokens_peak(linear: LinearFormat[Any]) -> None:
     hidden, weight = normal(0, 2, 32), normal(1, 32, 16)
     hidden[1] /= np.abs(hidden[1]).max()
     exact = hidden[0] @ weight
@@ -248,7 +252,7 @@ def test_row_scaling_keeps_a_small_token_as_it_is_whatever_another_tokens_peak(l
 
 
 @pytest.mark.parametrize("linear", [Rounding(), *INT8], ids=lambda kind: type(kind).__name__)
-def test_row_scaling_leaves_rows_of_zeros_zero_and_others_as_they_are(linear: LinearFormat) -> None:
+def test_row_scaling_leaves_rows_of_zeros_zero_and_others_as_they_are(linear: LinearFormat[Any]) -> None:
     hidden, weight = np.zeros((2, 8), dtype=np.float32), normal(0, 8, 4)
     hidden[1] = normal(1, 8)
     found = run_linear(linear, hidden, weight, peaked=True)
@@ -267,7 +271,7 @@ def test_an_unknown_precision_is_refused_with_the_nearest_one() -> None:
 
 
 def test_a_static_linear_without_a_range_is_refused_by_name() -> None:
+    name, linear = "layers.0.attention.out", make_format("int8-static")
+    matrix = linear.store(name, normal(0, 2, 2))
     with pytest.raises(ExportError, match=r"^calibration measured no range for 'layers\.0\.attention\.out'$"):
-        make_format("int8-static").emit(
-            GraphBuilder(), "layers.0.attention.out", "hidden", np.ones((2, 2), dtype=np.float32)
-        )
+        linear.emit(GraphBuilder(), name, "hidden", matrix)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import numpy_helper
 
-from expe_edge.graph.embeddings import FLOAT
-from expe_edge.graph.linears import BlockWeight
+from expe_edge.graph.matrices import FLOAT, BlockMatrix
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.quant.blocks import LARGEST_HALF, SMALLEST_HALF, BlockCodes, encode, midpoint, round_to_nearest, storable
 from tests.graphs import normal, run_nodes
@@ -118,13 +117,13 @@ def test_rounding_up_keeps_the_largest_value_of_a_block_in_range(scale: float) -
 def test_what_is_stored_without_padding_is_padded_again_at_load(columns: int, block: int, bits: int) -> None:
     codes = round_to_nearest(normal(0, 5, columns), bits, block)
     builder = GraphBuilder()
-    BlockWeight.store(builder, "linear", codes)
+    BlockMatrix(codes).packed(builder, "linear")
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in builder.graph.initializer}["linear.weight"]
     whole_bytes = columns * bits % 8 == 0
     assert stored.nbytes == 5 * columns * bits // 8 if whole_bytes else stored.nbytes == codes.packed().nbytes
 
     found = run_nodes(
-        lambda graph: graph.op("Cast", BlockWeight.store(graph, "linear", codes), to=FLOAT), codes.packed().shape
+        lambda graph: graph.op("Cast", BlockMatrix(codes).packed(graph, "linear")[0], to=FLOAT), codes.packed().shape
     )
     np.testing.assert_array_equal(found, codes.packed())
 

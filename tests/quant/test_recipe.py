@@ -9,8 +9,8 @@ import pytest
 
 from expe_edge.cli.recipe import parse_size
 from expe_edge.errors import ConfigError, ExportError
-from expe_edge.graph.embeddings import EMBEDDING_FORMATS
 from expe_edge.graph.linears import LINEAR_FORMATS, BlockWeight, ChannelInt8
+from expe_edge.graph.matrices import EMBEDDING_FORMATS
 from expe_edge.quant.blocks import BLOCK_SIZE
 from expe_edge.quant.recipe import (
     BLOCK_SIZES,

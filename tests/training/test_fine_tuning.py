@@ -230,7 +230,7 @@ def test_a_mixture_rounds_what_was_trained_for_it_to_the_nearest_and_solves_the_
             expected = blocks.round_to_nearest(weight.T, 4, 256)
         else:
             expected = refined_gptq(weight.T, 8, blocks.BLOCK_SIZE[8], exporter.evidence.moments[linear])
-        np.testing.assert_array_equal(formats[linear].restored(linear, weight), expected.restored().T)
+        np.testing.assert_array_equal(formats[linear].store(linear, weight).restored(), expected.restored().T)
 
 
 # Bad input.
