@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expe_edge.calibration.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.sensitivity import Divergence, Loss, Sensitivity, weights_of
 from expe_edge.errors import ExportError
+from expe_edge.quant.formats import EMBEDDING, Formats
 from expe_edge.quant.recipe import Recipe
 
 #: What a weight may become, and the embedding.
@@ -99,8 +100,7 @@ def choose(evidence: Evidence, recipe: Recipe, measured: Sequence[Sensitivity], 
     divergence, int8_cache = Divergence(evidence, texts), recipe.cache == "int8"
 
     def measure(chosen: Sequence[Sensitivity]) -> Choice:
-        formats = {one.weight: one.format for one in chosen}
-        graph = evidence.build(recipe, {**formats, CACHE: "int8"} if int8_cache else formats)
+        graph = evidence.build(recipe, Formats.by_weight({one.weight: one.format for one in chosen}, recipe.cache))
         found = Choice(tuple(chosen), divergence.of(graph.model, int8_cache=int8_cache), graph.model.ByteSize())
         evidence.progress(f"choosing formats: {found}")
         return found

@@ -40,13 +40,11 @@ from expe_edge.graph.weights import ModelWeights
 from expe_edge.package.contract import GraphContract
 from expe_edge.quant.blocks import Double
 from expe_edge.quant.channels import Range
+from expe_edge.quant.formats import FLOAT32, Formats
 from expe_edge.quant.recipe import Recipe, WeightRounding
 from expe_edge.quant.solvers import WeightQuantizer
 
 Ids = npt.NDArray[np.int64]
-
-#: The names under which the embedding and the cache stand among the linears.
-EMBEDDING, CACHE = "embedding", "cache"
 
 
 @dataclass
@@ -145,20 +143,15 @@ class Evidence:
         """Tell whether any of the formats `names` is solved with the inputs' moments."""
         return any(needs_moments(name, recipe.solver_for(name, self.rounding)[0]) for name in names)
 
-    def build(self, recipe: Recipe, formats: Mapping[str, str]) -> BuiltGraph:
-        """Return the graph with the formats of some weights given and all others in float32.
-
-        Args:
-            recipe: solver, block size and the like.
-            formats: linear to linear format, `EMBEDDING` to embedding format; `CACHE` for an int8 cache.
-        """
-        names = {linear: formats.get(linear, Float32.name) for linear in self.linears}
-        table = EMBEDDING_FORMATS[formats.get(EMBEDDING, Float32.name)]
+    def build(self, recipe: Recipe, formats: Formats) -> BuiltGraph:
+        """Return the graph in `formats`. recipe: solver, block size and the like."""
+        names = {linear: formats.linears.get(linear, FLOAT32) for linear in self.linears}
+        embedding = EMBEDDING_FORMATS[formats.embedding](self.weights.embedding, recipe.block_size)
         graph = build_graph(
             self.weights,
             self.formats(recipe, names),
-            embedding=table(self.weights.embedding, recipe.block_size),
-            cache=cache_scales(self.observations.cache) if CACHE in formats else None,
+            embedding=embedding,
+            cache=cache_scales(self.observations.cache) if formats.cache == "int8" else None,
             portable=recipe.portable,
         )
         del graph.model.graph.value_info[:]  # calibration's; a tenth of a small package's overhead

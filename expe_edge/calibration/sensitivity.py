@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from expe_edge.calibration.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.calibration.evidence import Evidence
 from expe_edge.divergence import log_divergence, log_softmax
 from expe_edge.graph.build import BuiltGraph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.run import logits_of, open_graph
 from expe_edge.graph.sizes import measure_parts
+from expe_edge.quant.formats import CACHE, EMBEDDING, Formats
 from expe_edge.quant.recipe import Recipe
 from expe_edge.spool import Spool
 
@@ -125,13 +126,13 @@ def measure_sensitivity(
 
     Args:
         recipe: solver, block size and the like.
-        candidates: weight to names of formats, as for `Evidence.build`.
+        candidates: weight to names of formats, as for `Formats.by_weight`.
         advance: called after each.
     """
     measure, results = Divergence(evidence, texts), []
     for weight, formats in candidates.items():
         for name in formats:
-            graph = evidence.build(recipe, {weight: name})
+            graph = evidence.build(recipe, Formats.by_weight({weight: name}))
             loss = measure.of(graph.model, int8_cache=weight == CACHE)
             size = stored_bytes(evidence, graph, weight, name)
             results.append(Sensitivity(weight, name, loss.kl, loss.kl_stderr, size))

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from expe_edge import __version__
 from expe_edge.calibration.auto import LINEAR_CANDIDATES, Choice, candidates_of, choose
-from expe_edge.calibration.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import Calibration
 from expe_edge.calibration.sensitivity import Sensitivity, measure_sensitivity
 from expe_edge.calibration.text import CalibrationText
@@ -47,6 +47,7 @@ from expe_edge.package.manifest import Manifest, release
 from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.progress import counted
 from expe_edge.quant.channels import Range
+from expe_edge.quant.formats import Formats
 from expe_edge.quant.recipe import Recipe
 from expe_edge.spool import Spool
 from expe_edge.text.corpus import load_corpus
@@ -224,13 +225,12 @@ class Exporter:
 
     def plan(self, recipe: Recipe) -> Plan:
         """Choose the formats."""
-        cache = {CACHE: "int8"} if recipe.cache == "int8" else {}
         if recipe.precision == "auto":
             choice = self._choose(recipe)
-            return Plan(recipe, self.evidence, {**choice.formats, **cache}, choice=choice)
+            return Plan(recipe, self.evidence, Formats.by_weight(choice.formats, recipe.cache), choice=choice)
         names = dict.fromkeys(self.evidence.linears, recipe.precision)
         embedding = recipe.embedding or LINEAR_FORMATS[recipe.precision].embedding
-        formats = {**names, EMBEDDING: embedding, **cache}
+        formats = Formats(names, embedding, recipe.cache)
         if not recipe.smoothing:
             return Plan(recipe, self.evidence, formats)
         evidence, strengths = self.evidence.smoothed(recipe, names)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expe_edge.calibration.auto import Choice
-from expe_edge.calibration.evidence import EMBEDDING, Evidence
+from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import cache_scales
 from expe_edge.graph.build import HEAD, BuiltGraph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.manifest import release
+from expe_edge.quant.formats import FLOAT32, Formats
 from expe_edge.quant.recipe import DEFAULT_SOLVER, Recipe
 
 #: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.
@@ -22,30 +23,31 @@ SINCE_BIAS, SINCE_INT8_CACHE = "1.22", "1.27"
 class Plan:
     """The formats of one package.
 
-    evidence: the model, smoothed or not, and what calibration shows of it. formats: as `Evidence.build` takes them.
-    strengths: of smoothing, by linear. choice: what `auto` chose by.
+    evidence: the model, smoothed or not, and what calibration shows of it. strengths: of smoothing, by linear.
+    choice: what `auto` chose by.
     """
 
     recipe: Recipe
     evidence: Evidence
-    formats: dict[str, str]
+    formats: Formats
     strengths: dict[str, float] = field(default_factory=dict)
     choice: Choice | None = None
 
     @property
     def linears(self) -> dict[str, str]:
         """The format of every linear."""
-        return {name: self.formats[name] for name in self.evidence.linears}
+        return {name: self.formats.linears[name] for name in self.evidence.linears}
 
     @property
     def embedding(self) -> str:
         """The format of the embedding: the head's, where it is the same matrix."""
-        return self.formats[HEAD if self.evidence.weights.config.tie_word_embeddings else EMBEDDING]
+        tied = self.evidence.weights.config.tie_word_embeddings
+        return self.formats.linears[HEAD] if tied else self.formats.embedding
 
     @property
     def exact(self) -> bool:
         """Whether nothing is rounded."""
-        return set(self.formats.values()) == {"float32"}
+        return {*self.linears.values(), self.embedding, self.formats.cache} == {FLOAT32}
 
     @property
     def contract(self) -> GraphContract:

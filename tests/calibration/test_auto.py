@@ -25,7 +25,7 @@ from expe_edge.calibration.auto import (
     knapsack,
     smallest_within,
 )
-from expe_edge.calibration.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import Calibration, sample_windows
 from expe_edge.calibration.sensitivity import Divergence, Loss, Sensitivity, measure_sensitivity, weights_of
 from expe_edge.divergence import divergence, log_softmax
@@ -33,6 +33,7 @@ from expe_edge.errors import ExportError
 from expe_edge.graph.build import graph_contract
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.directory import MODEL_FILE, read_package
+from expe_edge.quant.formats import CACHE, EMBEDDING, Formats
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator
 from tests.command_line import names, refused, succeed
@@ -196,7 +197,7 @@ def test_a_sensitivity_is_the_divergence_with_one_weight_rounded() -> None:
     found = measure_sensitivity(evidence(), Recipe(), candidates, texts())
     assert [(one.weight, one.format) for one in found] == [(name, kind) for name, (kind,) in candidates.items()]
     for one in found:
-        model = evidence().build(Recipe(), {one.weight: one.format}).model
+        model = evidence().build(Recipe(), Formats.by_weight({one.weight: one.format})).model
         contract = graph_contract(CONFIG, int8_cache=one.weight == CACHE)
         means = []
         for text in texts():
@@ -210,7 +211,7 @@ def test_a_sensitivity_is_the_divergence_with_one_weight_rounded() -> None:
 
 
 def test_the_rise_of_the_loss_is_that_of_the_text_itself() -> None:
-    model = evidence().build(Recipe(), {"head": "int4-weight"}).model
+    model = evidence().build(Recipe(), Formats({"head": "int4-weight"})).model
     rises = []
     for text in texts():
         before, after = (
@@ -246,7 +247,7 @@ def test_a_choice_is_measured_whole_and_kept() -> None:
     assert tight.loss.kl <= 0.008
     assert loose.size < tight.size
     assert len(set(tight.formats.values())) > 1
-    graph = small.build(Recipe(cache="int8"), {**tight.formats, CACHE: "int8"})
+    graph = small.build(Recipe(cache="int8"), Formats.by_weight(tight.formats, "int8"))
     assert Divergence(small, few).of(graph.model, int8_cache=True) == pytest.approx(tight.loss)
     assert graph.model.ByteSize() == tight.size
 

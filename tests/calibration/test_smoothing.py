@@ -19,6 +19,7 @@ from expe_edge.graph.build import build_graph, graph_contract
 from expe_edge.graph.linears import Float32, FormatOptions, LinearFormat, StaticInt8
 from expe_edge.graph.weights import ModelWeights
 from expe_edge.quant.channels import Range
+from expe_edge.quant.formats import Formats
 from expe_edge.quant.recipe import Recipe
 from tests.graphs import CONFIG, LINEARS, arrays_of, random_weights, run_text, token_stream
 from tests.strategies import small_config
@@ -206,7 +207,7 @@ def test_an_outlier_is_moved_into_the_weights_as_if_it_had_never_been(linear: st
     expected = float_logits(random_weights())
 
     def lost(evidence: Evidence) -> float:
-        model = evidence.build(recipe, {linear: precision}).model
+        model = evidence.build(recipe, Formats({linear: precision})).model
         return float(divergence(expected, run_text(model, graph_contract(CONFIG), tokens)[0]).mean())
 
     tame, planted = (

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from expe_edge.calibration.evidence import CACHE, EMBEDDING, Evidence
+from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import Calibration, sample_windows
 from expe_edge.errors import ExportError
 from expe_edge.export.kernels import require_kernels
@@ -22,6 +22,7 @@ from expe_edge.graph.linears import LINEAR_FORMATS, DynamicInt8, LinearFormat, S
 from expe_edge.graph.matrices import FLOAT, ChannelMatrix
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.quant.channels import Range
+from expe_edge.quant.formats import Formats
 from expe_edge.quant.recipe import CACHES, EMBEDDINGS, Recipe
 from tests.graphs import CONFIG, LINEARS, operators_of, random_weights, rows_of, token_stream
 from tests.strategies import small_config
@@ -59,8 +60,8 @@ def evidence(*, tied: bool = False) -> Evidence:
 
 def built(recipe: Recipe, *, tied: bool = False) -> BuiltGraph:
     """The graph of a recipe, as the exporter asks for it."""
-    formats = {**dict.fromkeys(LINEARS, recipe.precision), EMBEDDING: recipe.embedding or "float32"}
-    return evidence(tied=tied).build(recipe, formats | ({CACHE: "int8"} if recipe.cache == "int8" else {}))
+    formats = Formats(dict.fromkeys(LINEARS, recipe.precision), recipe.embedding or "float32", recipe.cache)
+    return evidence(tied=tied).build(recipe, formats)
 
 
 def optimized(model: onnx.ModelProto, path: Path) -> onnx.GraphProto:
@@ -122,7 +123,7 @@ def test_a_head_tied_to_the_embedding_runs_in_its_kernel_too(recipe: Recipe) -> 
 
 def test_linears_of_different_formats_run_each_in_its_own_kernel() -> None:
     formats = dict(zip(sorted(LINEARS), [*LINEAR_FORMATS, "int8-static", "int4-weight"], strict=True))
-    operators = operators_of(evidence().build(Recipe(), formats).model)
+    operators = operators_of(evidence().build(Recipe(), Formats(formats)).model)
     require_kernels(operators, formats)
     assert (operators["MatMulNBits"], operators["MatMulIntegerToFloat"], operators["DynamicQuantizeMatMul"]) == (
         3,

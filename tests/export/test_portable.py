@@ -15,7 +15,6 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from expe_edge.calibration.evidence import EMBEDDING
 from expe_edge.divergence import divergence
 from expe_edge.errors import ExportError, GenerationError
 from expe_edge.export import portable
@@ -29,6 +28,7 @@ from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.run import check_contract, graph_feeds, run_graph
 from expe_edge.package.contract import TensorSpec
 from expe_edge.package.directory import read_package
+from expe_edge.quant.formats import Formats
 from expe_edge.quant.recipe import BLOCKWISE, Recipe
 from expe_edge.quant.solvers import WeightQuantizer
 from expe_edge.runtime import Generator, PackageSession, Sampling
@@ -67,7 +67,7 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 def portable_graph(name: str, precision: str = "float32", *, reduce_range: bool = False) -> onnx.ModelProto:
     """The portable graph of a model of the matrix, as the exporter asks for it."""
     evidence = subject(name).evidence(folded=True)
-    formats = {**dict.fromkeys(evidence.linears, precision), EMBEDDING: LINEAR_FORMATS[precision].embedding}
+    formats = Formats(dict.fromkeys(evidence.linears, precision), LINEAR_FORMATS[precision].embedding)
     return evidence.build(Recipe(precision, reduce_range=reduce_range, portable=True), formats).model
 
 
@@ -184,7 +184,7 @@ def test_heads_of_any_size_are_portable() -> None:
     config = small_config(hidden_size=24)
     model, tokens = random_model(config), random_tokens(config, 20)
     weights = extract_weights(model, folded=True)
-    with pytest.raises(ExportError, match=r"^head size 6 .*; export with --portable, or train with another "):
+    with pytest.raises(ExportError, match=r"^head size 6 .*; export with `portable`, or train with another "):
         build_graph(weights, Float32())
     session = open_session(build_graph(weights, Float32(), portable=True).model)
     with torch.inference_mode():
@@ -262,7 +262,7 @@ def test_an_operator_of_another_domain_is_refused() -> None:
     with pytest.raises(ExportError) as raised:
         require_standard_operators(model)
     assert str(raised.value) == (
-        "--portable has standard operators alone, but this graph has com.microsoft::GroupQueryAttention"
+        "`portable` has standard operators alone, but this graph has com.microsoft::GroupQueryAttention"
     )
 
 
@@ -287,7 +287,7 @@ def test_a_graph_that_onnxruntime_computes_otherwise_is_refused(
         require_portable(model, case.contract, case.tokens[0], linears, folded=True)
     beginning = f"onnxruntime {ort.__version__} does not compute this portable graph as the ONNX reference does: "
     assert str(raised.value).startswith(beginning)
-    assert str(raised.value).endswith("; use another onnxruntime, or drop --portable")
+    assert str(raised.value).endswith("; use another onnxruntime, or drop `portable`")
 
 
 # The package.
@@ -297,7 +297,7 @@ def test_a_portable_package_has_no_int8_cache() -> None:
     with pytest.raises(ExportError) as raised:
         Recipe("int4-weight", cache="int8", portable=True)
     assert str(raised.value) == (
-        "--portable has a float32 cache: no standard operator appends to one of int8; drop --cache int8, or --portable"
+        "`portable` has a float32 cache: no standard operator appends to one of int8; drop `cache` int8, or `portable`"
     )
 
 
