@@ -2,7 +2,7 @@
 
     python -m benchmarks.runtime_overhead
 
-Times the call into onnxruntime inside every step and reports the rest as the runtime's share, with median and
+Times every call into onnxruntime while a stream is read and reports the rest as the runtime's share, with median and
 quartiles over steps. The weights are those of one training step: speed does not depend on them.
 """
 
@@ -18,9 +18,7 @@ import click
 import numpy as np
 import onnxruntime as ort
 
-from expe_edge.runtime import Completion, Generator, Sampling
-from expe_edge.runtime.generator import Row
-from expe_edge.runtime.session import Step
+from expe_edge.runtime import Generator, Sampling
 
 
 def make_package(out: Path, preset: str, precision: str) -> Path:
@@ -37,33 +35,34 @@ def make_package(out: Path, preset: str, precision: str) -> Path:
 
 
 class TimedSession:
-    """An onnxruntime session that remembers how long its last run took."""
+    """An onnxruntime session that remembers when each run began and ended."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
-        self.session, self.seconds = session, 0.0
+        self.session = session
+        self.runs: list[tuple[float, float]] = []
+
+    def io_binding(self) -> ort.IOBinding:
+        return self.session.io_binding()
 
     def run_with_iobinding(self, binding: ort.IOBinding) -> None:
         began = time.perf_counter()
         self.session.run_with_iobinding(binding)
-        self.seconds = time.perf_counter() - began
+        self.runs.append((began, time.perf_counter()))
 
 
 def measure(package: Path, context: int, steps: int, sampling: Sampling) -> dict[str, float]:
-    """Decode `steps` tokens after `context`; return seconds per step and the share outside onnxruntime."""
+    """Decode `steps` tokens after `context`; return seconds per step and the share outside onnxruntime.
+
+    A step is from one run's beginning to the next one's.
+    """
     generator = Generator.load(package)
-    prompt = np.random.default_rng(0).integers(generator.session.contract.vocab_size, size=context)
-    row = Row(generator, prompt, sampling, (), Completion())
-    cache = generator.session.new_cache(1, context + steps + 1)
-    row.accept(generator.prefill(cache, row))
-    step = Step(generator.session, cache, 1)
-    step.session = timed = TimedSession(step.session)
-    totals, insides = [], []
-    for _ in range(steps):
-        began = time.perf_counter()
-        row.accept(step.run(np.array([[row.result.tokens[-1]]], dtype=np.int64))[0, -1])
-        totals.append(time.perf_counter() - began)
-        insides.append(timed.seconds)
-    total, inside = np.array(totals), np.array(insides)
+    generator.end_of_text = None  # as many tokens as are asked for, whatever they are
+    prompt = np.random.default_rng(0).integers(generator.session.contract.vocab_size, size=context).tolist()
+    generator.session.session = timed = TimedSession(generator.session.session)
+    for _ in generator.stream(prompt, max_new_tokens=steps + 2, sampling=sampling):  # prefill gives the first token
+        pass
+    began, ended = np.array(timed.runs[-steps - 1 :]).T
+    total, inside = np.diff(began), (ended - began)[:-1]
     share = 1 - inside / total
     return {
         "context": context,

@@ -2,16 +2,15 @@
 
 import sys
 
-from expe_edge.runtime import Completion, Generator, Sampling
+from expe_edge.runtime import Generator, Sampling
 
 if len(sys.argv) != 3:
     sys.exit(__doc__)
 package, prompt = sys.argv[1:]
-completion = Completion()
 generator = Generator.load(package)
-for piece in generator.stream(
-    prompt, max_new_tokens=200, sampling=Sampling(temperature=0.7, top_p=0.95, seed=0), completion=completion
-):
+stream = generator.stream(prompt, max_new_tokens=200, sampling=Sampling(temperature=0.7, top_p=0.95, seed=0))
+for piece in stream:
     print(piece, end="", flush=True)
+completion = stream.completion
 speed = len(completion.tokens) / max(completion.decode_seconds, 1e-9)
 print(f"\n[{completion.finish_reason}, {speed:.0f} tokens/s]", file=sys.stderr)

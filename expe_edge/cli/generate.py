@@ -44,25 +44,23 @@ def generate(
     **sampling: Any,
 ) -> None:
     """Continue a prompt with PACKAGE, printing the text as it comes."""
-    from expe_edge.runtime import Completion, Generator, Sampling
+    from expe_edge.runtime import Generator, Sampling
 
     settings = Sampling(**sampling)
     text = read_prompt(prompt, prompt_file)
     generator = Generator.load(package, threads=threads, device=device)
-    completion = Completion()
-    pieces = generator.stream(
+    stream = generator.stream(
         text,
         max_new_tokens=max_new_tokens,
         sampling=settings,
         stop=stop,
         cache_length=cache_length,
-        completion=completion,
     )
-    for piece in pieces:
+    for piece in stream:
         if not as_json:
             click.echo(piece, nl=False)
             sys.stdout.flush()
-    click.echo(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, indent=2) if as_json else "")
+    click.echo(json.dumps({"prompt": text, **dataclasses.asdict(stream.completion)}, indent=2) if as_json else "")
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

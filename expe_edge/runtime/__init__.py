@@ -5,8 +5,9 @@ generator = Generator.load("package/int8-dynamic")
 print(generator.generate(["def main("], max_new_tokens=64)[0].text)
 """
 
-from expe_edge.runtime.generator import Completion, Generator
+from expe_edge.runtime.decoding import Completion, Stream
+from expe_edge.runtime.generator import Generator
 from expe_edge.runtime.sampling import Sampling
 from expe_edge.runtime.session import PackageSession
 
-__all__ = ["Completion", "Generator", "PackageSession", "Sampling"]
+__all__ = ["Completion", "Generator", "PackageSession", "Sampling", "Stream"]

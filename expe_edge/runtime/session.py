@@ -122,7 +122,6 @@ class Step:
         self.position_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
         self.logits = np.zeros((cache.batch, tokens, session.contract.vocab_size), dtype=np.float32)
         self.offsets = np.arange(tokens, dtype=np.int64)
-        self.begins = cache.lengths[:, None]  # the same memory: always the present lengths
         self.binding = self.session.io_binding()
         for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -137,7 +136,7 @@ class Step:
         cache = self.cache
         mask = ort.OrtValue.ortvalue_from_numpy(cache.mask(self.tokens))
         self.input_ids[:] = tokens
-        np.add(self.begins, self.offsets, out=self.position_ids)
+        np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
         self.binding.bind_ortvalue_input("attention_mask", mask)
         cache.bind(self.binding, self.tokens)
         try:

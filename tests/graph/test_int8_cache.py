@@ -24,7 +24,7 @@ from expe_edge.package.contract import TensorSpec
 from expe_edge.package.directory import read_package
 from expe_edge.quant.channels import CacheScales
 from expe_edge.quant.recipe import Recipe
-from expe_edge.runtime import Completion, Generator, PackageSession, Sampling
+from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.session import Step
 from tests.export.test_clients import genai_tokens, optimum_model, our_tokens
 from tests.graphs import CONFIG, normal, open_session, plain_graph, random_weights, run_text, token_stream
@@ -200,10 +200,10 @@ def test_batches_streams_and_single_prompts_agree(cached: Path, name: str, sampl
     together = generator.generate(PROMPTS, max_new_tokens=40, sampling=sampling)
     for index, prompt in enumerate(PROMPTS):
         seeded = Sampling(temperature=sampling.temperature, seed=sampling.seed and sampling.seed + index)
-        streamed = Completion()
-        pieces = list(generator.stream(prompt, max_new_tokens=40, sampling=seeded, completion=streamed))
+        stream = generator.stream(prompt, max_new_tokens=40, sampling=seeded)
+        pieces = list(stream)
         (alone,) = generator.generate([prompt], max_new_tokens=40, sampling=seeded)
-        assert alone.tokens == streamed.tokens == together[index].tokens
+        assert alone.tokens == stream.completion.tokens == together[index].tokens
         assert "".join(pieces) == alone.text == together[index].text
 
 

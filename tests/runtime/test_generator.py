@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from tokenizers import Tokenizer
 from expe_edge.errors import ExPEEdgeError, GenerationError, PackageError
 from expe_edge.package.directory import read_package, seal_package
 from expe_edge.package.manifest import MANIFEST_FILE
-from expe_edge.runtime import Completion, Generator, PackageSession, Sampling
+from expe_edge.runtime import Completion, Generator, PackageSession, Sampling, Stream
+from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.session import Step
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
@@ -234,11 +238,12 @@ def test_pieces_of_a_stream_join_to_the_generated_text(
     any_generator: Generator, prompt: str, sampling: Sampling
 ) -> None:
     (expected,) = any_generator.generate([prompt], max_new_tokens=50, sampling=sampling)
-    completion = Completion()
 
-    pieces = list(any_generator.stream(prompt, max_new_tokens=50, sampling=sampling, completion=completion))
+    pieces = list(stream := any_generator.stream(prompt, max_new_tokens=50, sampling=sampling))
 
+    completion = stream.completion
     assert len(pieces) > 10
+    assert all(pieces)
     assert "".join(pieces) == expected.text == completion.text
     assert completion.tokens == expected.tokens
     assert expected.text == any_generator.tokenizer.decode(expected.tokens)
@@ -348,21 +353,118 @@ def test_ends_at_end_of_text(packages: Path, tmp_path: Path) -> None:
     edit_manifest(package, model={**read_manifest(package)["model"], "eos_token_id": closing})
 
     generator = Generator.load(package)
-    completion = Completion()
-    list(generator.stream("the tree", max_new_tokens=40, completion=completion))
+    for _ in (stream := generator.stream("the tree", max_new_tokens=40)):
+        pass
 
-    for found in (completion, *generator.generate(["the tree"], max_new_tokens=40)):
+    for found in (stream.completion, *generator.generate(["the tree"], max_new_tokens=40)):
         assert found.finish_reason == "end_of_text"
         assert found.tokens == whole.tokens[: whole.tokens.index(closing) + 1]
+
+
+# Streams
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every run so far."""
+    counted: list[int] = []
+    run = Step.run
+
+    def counting(step: Step, tokens: np.ndarray) -> np.ndarray:
+        counted.append(step.tokens)
+        return run(step, tokens)
+
+    monkeypatch.setattr(Step, "run", counting)
+    return counted
+
+
+def test_nothing_is_decoded_before_it_is_asked_for(generator: Generator, runs: list[int]) -> None:
+    stream = generator.stream([5, 6, 7], max_new_tokens=20)
+    assert runs == []
+    assert stream.completion == Completion(prompt_tokens=3)
+
+    for _ in stream:
+        assert runs == [3, *[1] * (len(stream.completion.tokens) - 1)]
+
+    assert runs == [3, *[1] * 19]
+    assert stream.completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_completion_of_a_stream_that_is_left_early(any_generator: Generator, count: int) -> None:
+    (whole,) = any_generator.generate(["the tree"], max_new_tokens=40)
+    stream = any_generator.stream("the tree", max_new_tokens=40)
+
+    pieces = list(itertools.islice(stream, count))
+
+    found = stream.completion
+    assert len(pieces) == count
+    assert found.text == "".join(pieces) == any_generator.tokenizer.decode(found.tokens)
+    assert found.tokens == whole.tokens[: len(found.tokens)]
+    assert found.prompt_tokens == whole.prompt_tokens
+    assert found.finish_reason is None
+    assert "".join([*pieces, *stream]) == found.text == whole.text  # it can be taken up again
+    assert found.finish_reason == "length"
+
+
+def test_closed_stream_ends(generator: Generator, runs: list[int]) -> None:
+    stream = generator.stream("the tree", max_new_tokens=40)
+    next(stream)
+    kept, count = dataclasses.replace(stream.completion), len(runs)
+
+    stream.close()
+
+    assert list(stream) == []
+    assert stream.completion == kept
+    assert len(runs) == count
+
+
+@pytest.mark.parametrize("end", [list, Stream.close], ids=["read to its end", "closed"])
+def test_stream_that_has_ended_holds_no_cache(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, end: Callable[[Stream], object]
+) -> None:
+    caches = []
+    new_cache = PackageSession.new_cache
+
+    def remembered(session: PackageSession, batch: int, capacity: int) -> Cache:
+        cache = new_cache(session, batch, capacity)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(PackageSession, "new_cache", remembered)
+    stream = generator.stream("the tree", max_new_tokens=4)
+    next(stream)
+    assert caches[0]() is not None
+
+    end(stream)
+
+    assert caches[0]() is None
+
+
+@pytest.mark.parametrize("stop", [(), ["the", " and"]], ids=["length", "stop"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=4)], ids=["greedy", "sampled"])
+def test_streams_and_batches_give_the_same_completions(
+    generator: Generator, sampling: Sampling, stop: Sequence[str]
+) -> None:
+    together = generator.generate(PROMPTS, max_new_tokens=40, sampling=sampling, stop=stop)
+
+    for index, (prompt, expected) in enumerate(zip(PROMPTS, together, strict=True)):
+        seeded = dataclasses.replace(sampling, seed=None if sampling.seed is None else sampling.seed + index)
+        for _ in (stream := generator.stream(prompt, max_new_tokens=40, sampling=seeded, stop=stop)):
+            pass
+        found = stream.completion
+        assert found == dataclasses.replace(
+            expected, prefill_seconds=found.prefill_seconds, decode_seconds=found.decode_seconds
+        )
 
 
 # Refusals
 
 
 def refusal(call: Any, *arguments: Any, kind: type[ExPEEdgeError] = GenerationError, **named: Any) -> str:
-    """Return the message of the error that the call raises; a stream is asked for its first piece."""
+    """Return the message of the error that the call raises, a stream's before it is read."""
     with pytest.raises(kind) as caught:
-        next(iter(call(*arguments, **named)))
+        call(*arguments, **named)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
