@@ -130,11 +130,11 @@ def observe(watched: Watched, contract: GraphContract, windows: Sequence[Ids]) -
     abreast = max(1, RUN_TOKENS // length)
     for begin in range(0, len(windows), abreast):
         feeds = graph_feeds(contract, np.stack(windows[begin : begin + abreast]))
-        outputs = watched.session.run(names, feeds)
-        cache = outputs[: len(contract.present_names)]  # (batch, Hkv, N, D) each
-        for name, rows in zip(tensors, outputs[len(cache) :], strict=True):
+        outputs = dict(zip(names, watched.session.run(names, feeds), strict=True))
+        for name in tensors:
+            rows = outputs.pop(name)
             watchers[name].see(rows.reshape(-1, rows.shape[-1]))
-        largest = [np.abs(array).max(axis=(0, 2)) for array in cache]  # (Hkv, D)
+        largest = [np.abs(outputs.pop(name)).max(axis=(0, 2)) for name in contract.present_names]  # (Hkv, D)
         peaks = [np.maximum(a, b) for a, b in zip(peaks, largest, strict=True)] if peaks else largest
     seen = {tensor: watchers.pop(tensor).observed() for tensor in tensors}
     inputs = {name: seen[tensor] for name, tensor in watched.inputs.items()}

@@ -18,7 +18,6 @@ from expe_edge.graph.build import HEAD
 from expe_edge.graph.linears import LinearFormat
 from expe_edge.graph.weights import Float, FoldedPositions, LayerWeights, ModelWeights
 from expe_edge.model.config import ExPEConfig
-from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.quant.channels import Range
 
 #: Exponents tried; 0 leaves all as it is.
@@ -95,9 +94,8 @@ class _Search:
     def __init__(self, config: ExPEConfig, observations: Observations, make: MakeFormat) -> None:
         self.config, self.observations, self.make = config, observations, make
         self.strengths: dict[str, float] = {}
-        parameters = config.encoding_parameters
         #: Whether positions enter between a norm and its product, unless they are folded out.
-        self.positions_inside = isinstance(parameters, ExPEParameters) and parameters.where != "embedding"
+        self.positions_inside = config.encoding_parameters.foldable
 
     def scale(self, name: str, weight: Float, *, peaked: bool = False) -> Float:
         """Return the best scale of the inputs (C_in,)."""

@@ -44,7 +44,6 @@ from expe_edge.package.directory import (
     write_package,
 )
 from expe_edge.package.manifest import Manifest, release
-from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.progress import counted
 from expe_edge.quant.channels import Range
 from expe_edge.quant.formats import Formats
@@ -160,8 +159,6 @@ class Exporter:
     def __init__(self, source: Source, text: CalibrationText, progress: Callable[[str], None]) -> None:
         self.source, self.text, self.progress = source, text, progress
         self.config = source.config
-        parameters = self.config.encoding_parameters
-        self.encoding = parameters if isinstance(parameters, ExPEParameters) else None
         if self.config.too_large is not None:
             raise ExportError(self.config.too_large)
         if source.weights.folded and self.config.needs_inline is not None:
@@ -187,8 +184,7 @@ class Exporter:
         """Raise `ExportError` for a recipe that cannot be made of this model."""
         if not recipe.portable and self.config.needs_portable is not None:
             raise ExportError(self.config.needs_portable)
-        positioned_values = self.encoding is not None and self.encoding.where == "query_key_value"
-        if recipe.cache == "int8" and self.source.weights.folded and positioned_values:
+        if recipe.cache == "int8" and self.source.weights.positioned_values:
             raise ExportError(
                 "the values of this model carry positions (where: query_key_value), which no fixed int8 range holds at "
                 "every length; use --cache float32"
@@ -286,7 +282,7 @@ class Exporter:
             require_portable(onnx.load(model), plan.contract, self._parity_tokens, plan.linears, folded=folded)
 
     def _manifest(self, plan: Plan, contents: Contents, parity: Parity, kernels: Counter[str]) -> Manifest:
-        code = self.encoding.code.stored if self.encoding else None
+        code = self.config.encoding_parameters.code
         recipe = plan.recipe
         return Manifest(
             model=self.config.settings(),
@@ -299,7 +295,7 @@ class Exporter:
             recipe=recipe.to_dict(),
             rounding=dataclasses.asdict(self.source.rounding) if self.source.rounding else None,
             positions="folded" if self.source.weights.folded else "inline",
-            position_code=dataclasses.asdict(code) if code else None,
+            position_code=dataclasses.asdict(code.stored) if code else None,
             calibration=self._calibration_record(plan),
             parity=parity.to_dict(),
             corpus=self.source.corpus,

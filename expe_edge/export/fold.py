@@ -38,7 +38,7 @@ def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:
 
 def foldable(model: ExPEForCausalLM) -> bool:
     """Tell whether positions enter the model's products, where `folded` takes them out."""
-    return isinstance(model.positional, ExPE) and model.positional.in_projection
+    return isinstance(model.positional, ExPE) and model.positional.spec.foldable
 
 
 def _relative_table(positional: Relative) -> Float:
@@ -50,7 +50,7 @@ def _relative_table(positional: Relative) -> Float:
 
 def _layer_weights(block: Block, positional: torch.nn.Module | None) -> LayerWeights:
     weight, positions = block.attention.qkv.weight.detach().double(), None
-    if isinstance(positional, ExPE) and positional.in_projection:
+    if isinstance(positional, ExPE) and positional.spec.foldable:
         positions = fold_positions(positional, weight)
         weight = positional.fold(weight).content
     return LayerWeights(

@@ -1,4 +1,4 @@
-"""How each positional encoding becomes nodes; the names are those of `positional.POSITIONAL_ENCODINGS`.
+"""How each positional encoding becomes nodes; the names are those of `model.encodings.POSITIONAL_ENCODINGS`.
 
 An emitter has the same four places to act as the PyTorch encoding: embeddings, projection, rotation, score bias.
 """
@@ -15,7 +15,7 @@ from expe_edge.graph.weights import Float, FoldedPositions, LayerWeights, ModelW
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.encodings import inverse_frequencies
 from expe_edge.positions.codes import PositionCode
-from expe_edge.positions.parameters import ExPEParameters, RotaryParameters, alibi_slopes
+from expe_edge.positions.parameters import EncodingParameters, ExPEParameters, RotaryParameters, alibi_slopes
 
 #: Appends a linear's nodes: its name, the tensor that enters it, its weight (C_in, C_out); returns its output.
 EmitLinear = Callable[[str, str, Float], str]
@@ -48,6 +48,10 @@ class PositionNodes:
     growing_cache: bool = False
     #: Shared tensors by what they are.
     shared: dict[str, str] = field(default_factory=dict)
+    parameters: EncodingParameters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = self.config.encoding_parameters
 
     @property
     def config(self) -> ExPEConfig:
@@ -124,11 +128,11 @@ class SinusoidalNodes(PositionNodes):
 class RotaryNodes(PositionNodes):
     """Rotary embedding from `position_ids`, in the halves convention."""
 
+    parameters: RotaryParameters
+
     def begin(self) -> None:
-        parameters = self.config.encoding_parameters
-        assert isinstance(parameters, RotaryParameters)
         graph = self.graph
-        frequencies = graph.constant(inverse_frequencies(self.config.head_dim, parameters.theta).numpy())
+        frequencies = graph.constant(inverse_frequencies(self.config.head_dim, self.parameters.theta).numpy())
         angles = graph.op("Mul", self.float_positions(), frequencies, name="rotary.angles")  # (B, T, D/2)
         angles = graph.op("Unsqueeze", angles, graph.ints(2), name="rotary.angles")  # (B, T, 1, D/2)
         self.shared["cos"] = graph.op("Cos", angles, name="rotary.cos")
@@ -178,11 +182,7 @@ class ALiBiNodes(PositionNodes):
 class ExPENodes(PositionNodes):
     """ExPE and ExQPE. Positions are integer codes; they enter as p_n only where they cannot be, or are not, folded."""
 
-    @property
-    def parameters(self) -> ExPEParameters:
-        parameters = self.config.encoding_parameters
-        assert isinstance(parameters, ExPEParameters)
-        return parameters
+    parameters: ExPEParameters
 
     def begin(self) -> None:
         distances_alone = self.weights.folded and self.parameters.relative and self.parameters.code.limbs == 1

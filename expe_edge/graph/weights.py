@@ -68,6 +68,11 @@ class ModelWeights:
     head: Float
     relative_table: Float | None = None
 
+    @property
+    def positioned_values(self) -> bool:
+        """Whether positions are added to the values, beside the products."""
+        return any(layer.positions is not None and layer.positions.value_start is not None for layer in self.layers)
+
 
 def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) -> ModelWeights:
     """Return the weights of a float32 graph that `graph.build` made.

@@ -11,8 +11,7 @@ from expe_edge.errors import ConfigError, unknown_name
 from expe_edge.package.checks import Check, whole
 from expe_edge.package.contract import BOUNDS, LONGEST, WIDEST
 from expe_edge.positions.parameters import (
-    ExPEParameters,
-    NoParameters,
+    EncodingParameters,
     encoding_parameters,
     require_choice,
     require_kind,
@@ -184,7 +183,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         return int(self.hidden_size // self.num_attention_heads)
 
     @property
-    def encoding_parameters(self) -> NoParameters:
+    def encoding_parameters(self) -> EncodingParameters:
         """The positional parameters as their frozen dataclass."""
         return encoding_parameters(self.positional, self.positional_parameters)
 
@@ -223,7 +222,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
     def needs_inline(self) -> str | None:
         """Why positions cannot be folded out of this model's products; None where they can, or there are none."""
         parameters = self.encoding_parameters
-        if not isinstance(parameters, ExPEParameters) or parameters.where != "embedding":
+        if parameters.code is None or parameters.foldable:
             return None
         return (
             "positions at the embedding pass through every norm and cannot be folded; export with --positions inline, "

@@ -106,6 +106,7 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__()
+        self.spec = config.encoding_parameters
         self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -157,14 +158,10 @@ class Sinusoidal(PositionalEncoding):
 class Rotary(PositionalEncoding):
     """Rotary embedding, halves convention (Su et al., 2021)."""
 
-    def __init__(self, config: ExPEConfig) -> None:
-        super().__init__(config)
-        parameters = config.encoding_parameters
-        assert isinstance(parameters, RotaryParameters)
-        self.theta = parameters.theta
+    spec: RotaryParameters
 
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
-        angles = positions[:, None, :, None].float() * inverse_frequencies(self.heads.size, self.theta).to(
+        angles = positions[:, None, :, None].float() * inverse_frequencies(self.heads.size, self.spec.theta).to(
             states.device
         )
         cos, sin = angles.cos(), angles.sin()  # (B, 1, T, D/2)
@@ -175,12 +172,11 @@ class Rotary(PositionalEncoding):
 class Relative(PositionalEncoding):
     """T5's learned bias for each head and logarithmic bucket of the distance back (Raffel et al., 2020)."""
 
+    spec: RelativeParameters
+
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__(config)
-        parameters = config.encoding_parameters
-        assert isinstance(parameters, RelativeParameters)
-        self.spec = parameters
-        self.table = nn.Embedding(parameters.buckets, config.num_attention_heads)
+        self.table = nn.Embedding(self.spec.buckets, config.num_attention_heads)
 
     def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
         distance = (query_positions[:, :, None] - key_positions[:, None, :]).clamp(min=0)
@@ -203,15 +199,12 @@ class ALiBi(PositionalEncoding):
 class ExPE(PositionalEncoding):
     """ExPE and, with a code of several limbs, ExQPE; folded, with position-free keys."""
 
+    spec: ExPEParameters
+
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__(config)
-        parameters = config.encoding_parameters
-        assert isinstance(parameters, ExPEParameters)
-        self.spec = parameters
-        self.code = parameters.code
-        #: Whether positions enter at the projections, where they can be folded out.
-        self.in_projection = parameters.where != "embedding"
-        self.linear_bias = self.in_projection
+        self.code = self.spec.code
+        self.linear_bias = self.spec.foldable
 
     @property
     def positioned_rows(self) -> int:
@@ -229,7 +222,7 @@ class ExPE(PositionalEncoding):
         return start + codes @ steps
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        if self.in_projection:
+        if self.spec.foldable:
             return hidden
         dims = self.spec.dims
         vectors = self.vectors(positions).to(hidden.dtype)
@@ -257,7 +250,7 @@ class ExPE(PositionalEncoding):
         return FoldedProjection(content, position @ start, beta)
 
     def project(self, weight: Tensor, hidden: Tensor, positions: Tensor) -> Projected:
-        if not self.in_projection:
+        if not self.spec.foldable:
             return super().project(weight, hidden, positions)
         with torch.autocast(hidden.device.type, enabled=False):  # α and β must not be rounded to half precision
             content, alpha, beta = self.fold(weight)

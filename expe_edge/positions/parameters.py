@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from expe_edge.errors import ConfigError, shown, unknown_name
 from expe_edge.positions.codes import FLOAT32_EXACT, INT8_LIMIT, WHOLE, PositionCode, require_exact
@@ -93,11 +93,8 @@ def per_dimension(name: str, value: float | Sequence[float], dims: int) -> tuple
 
 
 @dataclass(frozen=True)
-class NoParameters:
-    """Encodings without settings: `sinusoidal`, `alibi`, `none`."""
-
-    #: The largest number of positions the encoding can represent exactly.
-    reach: ClassVar[int] = FLOAT32_EXACT
+class EncodingParameters:
+    """The settings of one encoding, checked when made."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -115,12 +112,32 @@ class NoParameters:
         """Plain data, from which `encoding_parameters` makes the same again."""
         return dataclasses.asdict(self)
 
+    @property
+    def reach(self) -> int:
+        """The largest number of positions that the encoding represents exactly."""
+        return FLOAT32_EXACT
+
+    @property
+    def code(self) -> PositionCode | None:
+        """The integer code that the encoding is linear in; None for others."""
+        return None
+
+    @property
+    def foldable(self) -> bool:
+        """Whether positions enter the products' inputs, from where they can be folded out."""
+        return False
+
     def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
         """Raise `ConfigError` where the settings do not fit the model. Nothing to check here."""
 
 
 @dataclass(frozen=True)
-class RotaryParameters(NoParameters):
+class NoParameters(EncodingParameters):
+    """Encodings without settings: `sinusoidal`, `alibi`, `none`."""
+
+
+@dataclass(frozen=True)
+class RotaryParameters(EncodingParameters):
     """Rotary embedding (Su et al., 2021). `theta` is the base of the geometric frequencies."""
 
     theta: float = 10000.0
@@ -132,7 +149,7 @@ class RotaryParameters(NoParameters):
 
 
 @dataclass(frozen=True)
-class RelativeParameters(NoParameters):
+class RelativeParameters(EncodingParameters):
     """T5's relative position bias (Raffel et al., 2020): logarithmic buckets of the distance back."""
 
     buckets: int = 32
@@ -147,7 +164,7 @@ class RelativeParameters(NoParameters):
 
 
 @dataclass(frozen=True)
-class ExPEParameters(NoParameters):
+class ExPEParameters(EncodingParameters):
     """ExPE (arXiv 2509.19569): p_n = start + step·n in the first `dims` dimensions of a projection's input.
 
     Attributes:
@@ -206,8 +223,12 @@ class ExPEParameters(NoParameters):
 
     @property
     def code(self) -> PositionCode:
-        """The integer code that the encoding is linear in: the position itself."""
+        """The position itself."""
         return WHOLE
+
+    @property
+    def foldable(self) -> bool:
+        return self.where != "embedding"
 
     @property
     def relative(self) -> bool:
@@ -328,7 +349,7 @@ class ExQPEParameters(ExPEParameters):
         return PositionCode(self.limb_bits, self.limbs)
 
     @property
-    def reach(self) -> int:  # type: ignore[override]  # a property of the limbs, where other encodings have a constant
+    def reach(self) -> int:
         """Positions below this have every limb exact in int8."""
         return min(self.code.int8_reach, FLOAT32_EXACT)
 
@@ -350,7 +371,7 @@ class ExQPEParameters(ExPEParameters):
 
 
 #: The registry of positional encodings: name to the type of its parameters. `model/encodings.py` has the modules.
-POSITIONAL_PARAMETERS: dict[str, type[NoParameters]] = {
+POSITIONAL_PARAMETERS: dict[str, type[EncodingParameters]] = {
     "expe": ExPEParameters,
     "exqpe": ExQPEParameters,
     "rotary": RotaryParameters,
@@ -361,7 +382,7 @@ POSITIONAL_PARAMETERS: dict[str, type[NoParameters]] = {
 }
 
 
-def encoding_parameters(name: str, values: Mapping[str, Any], training_length: int | None = None) -> NoParameters:
+def encoding_parameters(name: str, values: Mapping[str, Any], training_length: int | None = None) -> EncodingParameters:
     """Make the parameters of encoding `name`, refusing unknown keys and naming the nearest known one.
 
     Args:
