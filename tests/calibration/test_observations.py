@@ -207,7 +207,7 @@ def test_text_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(CorpusError) as raised:
         sample_windows(token_stream(15), 16, Calibration())
     assert str(raised.value) == (
-        "the calibration text has 15 tokens, less than one window of 16; give more with --calibration-data"
+        "the calibration text has 15 tokens, less than one window of 16; give more with `calibration_data`"
     )
 
 
@@ -216,12 +216,12 @@ def test_an_unknown_calibration_method_is_refused_with_the_nearest_one() -> None
         Calibration("minimax")
     assert str(raised.value) == (
         "unknown calibration method 'minimax'; did you mean 'minmax'? "
-        "available: entropy, minmax, output-error, percentile; change --calibration-method"
+        "available: entropy, minmax, output-error, percentile; change `method`"
     )
 
 
 def test_calibrating_on_no_windows_is_refused() -> None:
-    with pytest.raises(ExportError, match=r"^--calibration-windows is 0; at least 1$"):
+    with pytest.raises(ExportError, match=r"^`windows` is 0; at least 1$"):
         Calibration(windows=0)
 
 
@@ -232,8 +232,8 @@ def test_a_histogram_of_fewer_tokens_than_bins_is_refused_with_the_number_that_w
     with pytest.raises(ExportError) as raised:
         require_enough(calibration, 31, histograms=True, widest=None)
     assert str(raised.value) == (
-        "4 windows of 31 tokens are too few for --calibration-method entropy, which needs 128 tokens; "
-        "raise --calibration-windows to 5, or use minmax"
+        "4 windows of 31 tokens are too few for `method` entropy, which needs 128 tokens; "
+        "raise `windows` to 5, or use minmax"
     )
 
 
@@ -243,17 +243,17 @@ def test_moments_of_fewer_tokens_than_the_widest_input_are_refused_with_the_numb
     with pytest.raises(ExportError) as raised:
         require_enough(calibration, 16, histograms=False, widest=97)
     assert str(raised.value) == (
-        "5 windows of 16 tokens are too few for --solver gptq, which needs 97, one for each input of the widest "
-        "linear; raise --calibration-windows to 7, or use --solver rtn"
+        "5 windows of 16 tokens are too few for `solver` gptq, which needs 97, one for each input of the widest "
+        "linear; raise `windows` to 7, or use `solver` rtn"
     )
 
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])
 def test_ranges_from_too_few_windows_are_refused(method: str) -> None:
-    with pytest.raises(ExportError, match=f"too few for --calibration-method {method}, "):
+    with pytest.raises(ExportError, match=f"too few for `method` {method}, "):
         _ = evidence(Calibration(method, windows=7), token_stream(300)).ranges
 
 
 def test_moments_from_too_few_windows_are_refused() -> None:
-    with pytest.raises(ExportError, match=r"^5 windows of 16 tokens are too few for --solver gptq, which needs 88, "):
+    with pytest.raises(ExportError, match=r"^5 windows of 16 tokens are too few for `solver` gptq, which needs 88, "):
         _ = evidence(Calibration(windows=5), token_stream(300)).moments

@@ -358,7 +358,7 @@ def test_full_device_for_a_checkpoint(tmp_path: Path, kind: str) -> None:
     with pytest.raises(CheckpointError) as caught, disk_full_is_an_error(tmp_path):
         writers[kind]()
 
-    assert str(caught.value) == f"{tmp_path}: no space left on the device; free some or change --out"
+    assert str(caught.value) == f"{tmp_path}: no space left on the device; free some or change `out`"
 
 
 def test_other_failures_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:

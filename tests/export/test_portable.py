@@ -184,7 +184,7 @@ def test_heads_of_any_size_are_portable() -> None:
     config = small_config(hidden_size=24)
     model, tokens = random_model(config), random_tokens(config, 20)
     weights = extract_weights(model, folded=True)
-    with pytest.raises(ExportError, match=r"^head size 6 .*; export with --portable, or train with another "):
+    with pytest.raises(ExportError, match=r"^head size 6 .*; export with `portable`, or train with another "):
         build_graph(weights, Float32())
     session = open_session(build_graph(weights, Float32(), portable=True).model)
     with torch.inference_mode():
@@ -262,7 +262,7 @@ def test_an_operator_of_another_domain_is_refused() -> None:
     with pytest.raises(ExportError) as raised:
         require_standard_operators(model)
     assert str(raised.value) == (
-        "--portable has standard operators alone, but this graph has com.microsoft::GroupQueryAttention"
+        "`portable` has standard operators alone, but this graph has com.microsoft::GroupQueryAttention"
     )
 
 
@@ -287,7 +287,7 @@ def test_a_graph_that_onnxruntime_computes_otherwise_is_refused(
         require_portable(model, case.contract, case.tokens[0], linears, folded=True)
     beginning = f"onnxruntime {ort.__version__} does not compute this portable graph as the ONNX reference does: "
     assert str(raised.value).startswith(beginning)
-    assert str(raised.value).endswith("; use another onnxruntime, or drop --portable")
+    assert str(raised.value).endswith("; use another onnxruntime, or drop `portable`")
 
 
 # The package.
@@ -297,7 +297,7 @@ def test_a_portable_package_has_no_int8_cache() -> None:
     with pytest.raises(ExportError) as raised:
         Recipe("int4-weight", cache="int8", portable=True)
     assert str(raised.value) == (
-        "--portable has a float32 cache: no standard operator appends to one of int8; drop --cache int8, or --portable"
+        "`portable` has a float32 cache: no standard operator appends to one of int8; drop `cache` int8, or `portable`"
     )
 
 

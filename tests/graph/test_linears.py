@@ -262,7 +262,7 @@ def test_an_unknown_precision_is_refused_with_the_nearest_one() -> None:
         make_format("int8-dinamic")
     assert str(raised.value) == (
         "unknown precision 'int8-dinamic'; did you mean 'int8-dynamic'? available: bfloat16, float16, float32, "
-        "int4-weight, int8-dynamic, int8-static, int8-weight; change --precision"
+        "int4-weight, int8-dynamic, int8-static, int8-weight; change `precision`"
     )
 
 

@@ -131,7 +131,7 @@ def test_force_deletes_packages_alone(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         write_whole(tmp_path / "photos", "new", force=True)
 
-    assert str(caught.value) == f"{tmp_path}/photos holds something else than a package; --force will not delete it"
+    assert str(caught.value) == f"{tmp_path}/photos holds something else than a package; `force` will not delete it"
     assert (tmp_path / "photos" / "holiday").exists()
 
 
@@ -139,7 +139,7 @@ def test_full_disk_says_so(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         write_and_fail(tmp_path / "package", fill_the_disk)
 
-    assert str(caught.value) == f"{tmp_path}/package: no space left on the device; free some or change --out"
+    assert str(caught.value) == f"{tmp_path}/package: no space left on the device; free some or change `out`"
 
 
 def test_existing_package_is_replaced_only_by_force(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_existing_package_is_replaced_only_by_force(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError) as caught:
         write_whole(path, "new")
-    assert str(caught.value) == f"{path} exists; use --force to replace it, or another --out"
+    assert str(caught.value) == f"{path} exists; use `force` to replace it, or another `out`"
     assert content(path) == {"a": "old", MANIFEST_FILE: "old", "only-old": "old"}
 
     write_whole(path, "new", force=True)
@@ -170,7 +170,7 @@ def test_what_cannot_be_moved_is_refused_before_the_work_and_kept(
     monkeypatch.setattr(Path, "rename", elsewhere)
     with (
         pytest.raises(
-            ExportError, match=r"package cannot be replaced \(Invalid cross-device link\); choose another --out$"
+            ExportError, match=r"package cannot be replaced \(Invalid cross-device link\); choose another `out`$"
         ),
         write_package(path, force=True),
     ):

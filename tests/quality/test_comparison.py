@@ -323,7 +323,7 @@ def test_lengths_that_do_not_rise(lengths: Sequence[int]) -> None:
         require_rising(lengths)
 
     given = ",".join(map(str, lengths))
-    assert str(caught.value) == f"--lengths {given}: expected rising positive integers, as 1,2,4,8,16"
+    assert str(caught.value) == f"`lengths` {given}: expected rising positive integers, as 1,2,4,8,16"
 
 
 def test_models_of_one_tokenizer(scorers: list[Scorer]) -> None:

@@ -61,7 +61,7 @@ def test_documents_that_were_not_held_out_in_training_are_never_scored(
 
     for file in others:
         file.write_text(file.read_text() + " edited")
-    with pytest.raises(CorpusError, match=r"none is; bring its text back, or give other with --data"):
+    with pytest.raises(CorpusError, match=r"none is; bring its text back, or give other with `sources`"):
         long_documents(scorer, (), "text", 513, 100)
 
 
@@ -95,8 +95,8 @@ def test_document_is_long_enough_to_the_token(scorers: list[Scorer], tmp_path: P
         long_documents(scorers[0], [str(tmp_path)], "text", len(ids) + 1, 5)
     longest = len(ids) if len(ids) < len(text) else "fewer"  # texts with too few bytes are not even encoded
     assert str(caught.value) == (
-        f"no document of {len(ids) + 1} tokens (the longest has {longest}); lower --lengths, or give longer text "
-        "with --data"
+        f"no document of {len(ids) + 1} tokens (the longest has {longest}); lower `lengths`, or give longer text "
+        "with `sources`"
     )
 
 
@@ -105,5 +105,5 @@ def test_no_document_comes_near_the_length(scorers: list[Scorer]) -> None:
         long_documents(scorers[0], (), "text", 1_000_000, 5)
 
     assert str(caught.value) == (
-        "no document of 1000000 tokens (the longest has fewer); lower --lengths, or give longer text with --data"
+        "no document of 1000000 tokens (the longest has fewer); lower `lengths`, or give longer text with `sources`"
     )

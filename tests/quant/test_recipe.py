@@ -56,43 +56,43 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"precision": "int4-wait"},
         "unknown precision 'int4-wait'; did you mean 'int4-weight'? available: auto, bfloat16, float16, float32, "
-        "int4-weight, int8-dynamic, int8-static, int8-weight; change --precision",
+        "int4-weight, int8-dynamic, int8-static, int8-weight; change `precision`",
     ),
     (
         {"embedding": "int2"},
         "unknown embedding 'int2'; did you mean 'int8'? available: bfloat16, float16, float32, int4, int8; "
-        "change --embedding",
+        "change `embedding`",
     ),
-    ({"cache": "fp8"}, "unknown cache 'fp8'; available: float32, int8; change --cache"),
-    ({"solver": "gtpq"}, "unknown solver 'gtpq'; did you mean 'gptq'? available: gptq, rtn; change --solver"),
-    ({"block_size": 48}, "--block-size is 48; onnxruntime takes 16, 32, 64, 128, 256"),
-    ({"block_size": 0}, "--block-size is 0; onnxruntime takes 16, 32, 64, 128, 256"),
+    ({"cache": "fp8"}, "unknown cache 'fp8'; available: float32, int8; change `cache`"),
+    ({"solver": "gtpq"}, "unknown solver 'gtpq'; did you mean 'gptq'? available: gptq, rtn; change `solver`"),
+    ({"block_size": 48}, "`block_size` is 48; onnxruntime takes 16, 32, 64, 128, 256"),
+    ({"block_size": 0}, "`block_size` is 0; onnxruntime takes 16, 32, 64, 128, 256"),
     (
         {"reduce_range": True},
-        "--reduce-range has no meaning for float32; it is for int8-dynamic and int8-static",
+        "`reduce_range` has no meaning for float32; it is for int8-dynamic and int8-static",
     ),
     (
         {"precision": "int4-weight", "reduce_range": True},
-        "--reduce-range has no meaning for int4-weight; it is for int8-dynamic and int8-static",
+        "`reduce_range` has no meaning for int4-weight; it is for int8-dynamic and int8-static",
     ),
-    ({"precision": "auto"}, "--precision auto needs --budget-kl or --max-size, one of them"),
+    ({"precision": "auto"}, "`precision` auto needs `budget_kl` or `max_size`, one of them"),
     (
         {"precision": "auto", "budget_kl": 0.1, "max_size": 9},
-        "--precision auto needs --budget-kl or --max-size, one of them",
+        "`precision` auto needs `budget_kl` or `max_size`, one of them",
     ),
-    ({"budget_kl": 0.1}, "--budget-kl is for --precision auto, not float32"),
-    ({"precision": "int8-static", "max_size": 9}, "--max-size is for --precision auto, not int8-static"),
-    ({"precision": "auto", "budget_kl": 0.0}, "--budget-kl is 0.0; it must be above 0"),
-    ({"precision": "auto", "budget_kl": -1.0}, "--budget-kl is -1.0; it must be above 0"),
-    ({"precision": "auto", "budget_kl": float("nan")}, "--budget-kl is nan; it must be above 0"),
-    ({"precision": "auto", "max_size": 0}, "--max-size is 0; it must be above 0"),
+    ({"budget_kl": 0.1}, "`budget_kl` is for `precision` auto, not float32"),
+    ({"precision": "int8-static", "max_size": 9}, "`max_size` is for `precision` auto, not int8-static"),
+    ({"precision": "auto", "budget_kl": 0.0}, "`budget_kl` is 0.0; it must be above 0"),
+    ({"precision": "auto", "budget_kl": -1.0}, "`budget_kl` is -1.0; it must be above 0"),
+    ({"precision": "auto", "budget_kl": float("nan")}, "`budget_kl` is nan; it must be above 0"),
+    ({"precision": "auto", "max_size": 0}, "`max_size` is 0; it must be above 0"),
     (
         {"precision": "auto", "max_size": 9, "smoothing": True},
-        "--smoothing does not go with --precision auto, which chooses for itself; drop it",
+        "`smoothing` does not go with `precision` auto, which chooses for itself; drop it",
     ),
     (
         {"precision": "auto", "max_size": 9, "embedding": "int8"},
-        "--embedding does not go with --precision auto, which chooses for itself; drop it",
+        "`embedding` does not go with `precision` auto, which chooses for itself; drop it",
     ),
 ]
 
@@ -113,16 +113,16 @@ INTEGERS = "int8-dynamic and int8-static and int8-weight and int4-weight"
 
 
 @pytest.mark.parametrize(
-    ("settings", "option", "served"),
+    ("settings", "name", "served"),
     [
-        ({"solver": "rtn"}, "--solver", INTEGERS),
-        ({"block_size": 64}, "--block-size", BLOCKS),
-        ({"smoothing": True}, "--smoothing", INTEGERS),
+        ({"solver": "rtn"}, "solver", INTEGERS),
+        ({"block_size": 64}, "block_size", BLOCKS),
+        ({"smoothing": True}, "smoothing", INTEGERS),
     ],
 )
-def test_an_option_that_no_package_uses_is_refused(settings: dict[str, Any], option: str, served: str) -> None:
+def test_a_setting_that_no_package_uses_is_refused(settings: dict[str, Any], name: str, served: str) -> None:
     recipes = [Recipe("float32", **settings), Recipe("float16", **settings)]
-    message = f"{option} is for --precision {served}; add such a precision, or drop the option"
+    message = f"`{name}` is for `precision` {served}; add such a precision, or drop the option"
 
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         require_used(recipes)
@@ -134,7 +134,7 @@ def test_auto_uses_solvers() -> None:
 
 
 def test_ranges_that_no_package_uses_are_refused() -> None:
-    message = "--ranges-from is for --precision int8-static; add such a precision, or drop the option"
+    message = "`ranges_from` is for `precision` int8-static; add such a precision, or drop the option"
 
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         require_used([Recipe("int4-weight")], ranges_from=True)

@@ -368,7 +368,7 @@ def refusal(call: Any, *arguments: Any, kind: type[ExPEEdgeError] = GenerationEr
 
 
 def test_empty_prompt(generator: Generator) -> None:
-    message = "the prompt is empty; give --prompt, --prompt-file or text on standard input"
+    message = "the prompt is empty"
 
     assert refusal(generator.stream, "") == message
     assert refusal(generator.stream, []) == message
@@ -392,7 +392,7 @@ def test_token_outside_the_vocabulary(generator: Generator, token: int) -> None:
 
 @pytest.mark.parametrize("new_tokens", [0, -3])
 def test_no_new_tokens(generator: Generator, new_tokens: int) -> None:
-    message = f"--max-new-tokens is {new_tokens}; at least 1"
+    message = f"`max_new_tokens` is {new_tokens}; at least 1"
 
     assert refusal(generator.stream, "the", max_new_tokens=new_tokens) == message
     assert refusal(generator.generate, ["the"], max_new_tokens=new_tokens) == message
@@ -402,7 +402,7 @@ def test_no_new_tokens(generator: Generator, new_tokens: int) -> None:
 def test_prompt_longer_than_the_cache(generator: Generator, cache_length: int) -> None:
     message = (
         "the prompt's 5 tokens and 20 new ones need a cache of 25, but "
-        f"--cache-length is {cache_length}; raise it, or shorten the prompt"
+        f"`cache_length` is {cache_length}; raise it, or shorten the prompt"
     )
     prompt = [0, 1, 2, 3, 4]
 
@@ -452,8 +452,8 @@ def test_device_that_is_not_there(packages: Path) -> None:
         Generator.load(packages / "float32", device="cuda")
 
     assert str(caught.value) == (
-        "--device cuda: this onnxruntime has no CUDAExecutionProvider; install onnxruntime-gpu on a machine "
-        "with a GPU, or use --device cpu"
+        "`device` cuda: this onnxruntime has no CUDAExecutionProvider; install onnxruntime-gpu on a machine "
+        "with a GPU, or use `device` cpu"
     )
 
 
@@ -461,7 +461,7 @@ def test_device_of_no_kind(packages: Path) -> None:
     with pytest.raises(GenerationError) as caught:
         Generator.load(packages / "float32", device="abacus")
 
-    assert str(caught.value) == "unknown device 'abacus'; available: cpu, cuda; change --device"
+    assert str(caught.value) == "unknown device 'abacus'; available: cpu, cuda; change `device`"
 
 
 @pytest.mark.parametrize("threads", [0, -2])
@@ -469,4 +469,4 @@ def test_no_threads(packages: Path, threads: int) -> None:
     with pytest.raises(GenerationError) as caught:
         Generator.load(packages / "float32", threads=threads)
 
-    assert str(caught.value) == f"--threads is {threads}; at least 1"
+    assert str(caught.value) == f"`threads` is {threads}; at least 1"

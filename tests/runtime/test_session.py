@@ -173,7 +173,7 @@ def test_cache_that_memory_has_no_room_for(
         with pytest.raises(GenerationError) as caught:
             take()
         assert str(caught.value) == (
-            "no memory for a cache of 2 × 1000 tokens, 1,024,000 bytes; lower --max-new-tokens or --cache-length"
+            "no memory for a cache of 2 × 1000 tokens, 1,024,000 bytes; lower `max_new_tokens` or `cache_length`"
         )
 
 

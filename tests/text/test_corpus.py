@@ -198,14 +198,14 @@ def test_several_sources_are_joined_and_short_documents_left_out(tmp_path: Path)
 def test_missing_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
 
-    assert refusal(name) == f"--data {name}: no such file or folder"
+    assert refusal(name) == f"`sources` {name}: no such file or folder"
 
 
 def test_name_of_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     assert refusal("no-such-dataset").startswith(
-        "--data no-such-dataset: no such file, and not a dataset within reach ("
+        "`sources` no-such-dataset: no such file, and not a dataset within reach ("
     )
 
 
@@ -226,21 +226,21 @@ def test_no_text(tmp_path: Path, content: dict[str, bytes], unread: str) -> None
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
 
-    nothing = f"--data {tmp_path}: no text of at least 64 characters in it"
+    nothing = f"`sources` {tmp_path}: no text of at least 64 characters in it"
     assert refusal(tmp_path) == nothing + unread.format(folder=tmp_path)
-    assert refusal(tmp_path / "*.txt") == f"--data {tmp_path}/*.txt: no text of at least 64 characters in it"
+    assert refusal(tmp_path / "*.txt") == f"`sources` {tmp_path}/*.txt: no text of at least 64 characters in it"
 
 
 def test_second_source_without_text_is_named(text_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         load_corpus([str(text_folder), str(tmp_path)])
 
-    assert str(caught.value) == f"--data {tmp_path}: no text of at least 64 characters in it"
+    assert str(caught.value) == f"`sources` {tmp_path}: no text of at least 64 characters in it"
 
 
 @pytest.mark.parametrize("source", ["", " "])
 def test_a_source_without_a_name(source: str) -> None:
-    with pytest.raises(CorpusError, match=r"^--data is empty; name a file, a folder or a dataset$"):
+    with pytest.raises(CorpusError, match=r"^`sources` is empty; name a file, a folder or a dataset$"):
         load_corpus([source])
 
 
@@ -255,7 +255,7 @@ def test_missing_parquet_column(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "title": ["y"]}), file)
 
-    assert refusal(file) == f"--data {file}: no column 'text', there are body, title; set --text-field"
+    assert refusal(file) == f"`sources` {file}: no column 'text', there are body, title; set `text_field`"
 
 
 @pytest.mark.parametrize("kept", [0, 100])
@@ -264,7 +264,7 @@ def test_truncated_parquet(tmp_path: Path, kept: int) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": [long_text("x")]}), file)
     file.write_bytes(file.read_bytes()[:kept])
 
-    assert refusal(file) == f"--data {file}: not a parquet file"
+    assert refusal(file) == f"`sources` {file}: not a parquet file"
 
 
 @pytest.mark.parametrize(
@@ -280,8 +280,8 @@ def test_text_that_is_not_utf8(tmp_path: Path, data: bytes, reason: str, suffix:
     file = tmp_path / f"latin{suffix}"
     file.write_bytes(data)
 
-    assert refusal(file) == f"--data {file}: not UTF-8 text ({reason})"
-    assert refusal(tmp_path, about=file) == f"--data {file}: not UTF-8 text ({reason})"
+    assert refusal(file) == f"`sources` {file}: not UTF-8 text ({reason})"
+    assert refusal(tmp_path, about=file) == f"`sources` {file}: not UTF-8 text ({reason})"
 
 
 def refusal(source: str | Path, about: Path | None = None) -> str:

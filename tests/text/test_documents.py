@@ -103,12 +103,12 @@ def test_parquet_columns_of_text(tmp_path: Path, column: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (["a", "b"], "'text' is a list, not text; set --text-field"),
-        ([{"role": "user", "content": "a"}], "'text' is a list, not text; set --text-field"),
-        ({"a": 1}, "'text' is an object, not text; set --text-field"),
-        (7, "'text' is a number, not text; set --text-field"),
-        (True, "'text' is true or false, not text; set --text-field"),
-        (None, "'text' is null, not text; set --text-field"),
+        (["a", "b"], "'text' is a list, not text; set `text_field`"),
+        ([{"role": "user", "content": "a"}], "'text' is a list, not text; set `text_field`"),
+        ({"a": 1}, "'text' is an object, not text; set `text_field`"),
+        (7, "'text' is a number, not text; set `text_field`"),
+        (True, "'text' is true or false, not text; set `text_field`"),
+        (None, "'text' is null, not text; set `text_field`"),
     ],
 )
 @pytest.mark.parametrize(("name", "where"), [("a.jsonl", "line 2"), ("a.json", "row 2")])
@@ -121,8 +121,8 @@ def test_values_that_are_no_text(tmp_path: Path, value: object, reason: str, nam
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"body": "b", "id": 1}', "no field 'text', there are body, id; set --text-field"),
-        ("{}", "no field 'text', there are none; set --text-field"),
+        ('{"body": "b", "id": 1}', "no field 'text', there are body, id; set `text_field`"),
+        ("{}", "no field 'text', there are none; set `text_field`"),
         ('["text"]', "a list, not a JSON object with a 'text' field"),
         ('"text"', "text, not a JSON object with a 'text' field"),
         ("null", "null, not a JSON object with a 'text' field"),
@@ -167,9 +167,9 @@ def test_damaged_archives(tmp_path: Path, suffix: str, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("column", "reason"),
     [
-        ([["a"], ["b"]], "column 'text' is list<element: string>, not text; set --text-field"),
-        ([{"a": 1}], "column 'text' is struct<a: int64>, not text; set --text-field"),
-        ([1], "column 'text' is int64, not text; set --text-field"),
+        ([["a"], ["b"]], "column 'text' is list<element: string>, not text; set `text_field`"),
+        ([{"a": 1}], "column 'text' is struct<a: int64>, not text; set `text_field`"),
+        ([1], "column 'text' is int64, not text; set `text_field`"),
         (["a", None], "row 1: 'text' is null, not text"),
         ([b"\xff"], "row 0: not UTF-8 text (invalid start byte at byte 0)"),
     ],
@@ -200,7 +200,7 @@ def test_a_folder_gives_what_can_be_read_and_names_the_rest(tmp_path: Path) -> N
         "gone.txt": "no file",
         "picture.png": "suffix .png",
         "program": "holds NUL characters: binary, or UTF-16 without its mark; convert it to UTF-8",
-        "settings.json": "no field 'text', there are name; set --text-field",
+        "settings.json": "no field 'text', there are name; set `text_field`",
     }
 
 

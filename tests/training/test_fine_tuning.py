@@ -274,7 +274,7 @@ REFUSALS = {
 def test_settings_refuse_what_cannot_be_rounded_to() -> None:
     with pytest.raises(ConfigError, match="unknown quantization-aware precision 'int3-weight'"):
         TrainSettings(from_checkpoint="somewhere", quantization_aware="int3-weight")
-    with pytest.raises(ConfigError, match="quantization_aware is 4; it must be text; change --quantization-aware"):
+    with pytest.raises(ConfigError, match="quantization_aware is 4; it must be text; change `quantization_aware`"):
         make_settings(flags={"from_checkpoint": "somewhere", "quantization_aware": 4})
 
 

@@ -66,7 +66,7 @@ def test_a_run_that_can_be_resumed_stays_and_the_old_one_beside_it(
     kept = old.parent / ".run-before"
     assert (seed_of(old), seed_of(kept)) == (1, 0)
     assert (kept / "model.safetensors").exists()
-    assert f"{kept} is the run before, until --resume completes this one" in capsys.readouterr().err.replace("\n", "")
+    assert f"{kept} is the run before, until `resume` completes this one" in capsys.readouterr().err.replace("\n", "")
 
     train(other(text_folder), old, resume=True)
     assert names(old.parent) == ["run"]
@@ -110,7 +110,7 @@ def test_what_cannot_be_moved_is_refused_and_kept(
 
     before = tree(old)
     monkeypatch.setattr(Path, "rename", busy)
-    with pytest.raises(ConfigError, match=r"run cannot be replaced \(Device or resource busy\); choose another --out$"):
+    with pytest.raises(ConfigError, match=r"run cannot be replaced \(Device or resource busy\); choose another `out`$"):
         train(other(text_folder), old, force=True)
     assert tree(old) == before
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_moved_is_refused_and_kept(
 def test_the_current_folder_is_refused_and_kept(old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(old)
     before = tree(old)
-    with pytest.raises(ConfigError, match="holds the current directory; run --force from elsewhere"):
+    with pytest.raises(ConfigError, match="holds the current directory; use `force` from elsewhere"):
         train(other(text_folder), Path(), force=True)
     assert tree(old) == before
 
@@ -169,7 +169,7 @@ def test_a_run_killed_before_its_tokenizer_is_written_can_be_replaced(
 def test_a_run_moved_aside_by_one_that_was_killed_at_once_is_brought_back(old: Path, text_folder: Path) -> None:
     set_aside(old)
 
-    with pytest.raises(ConfigError, match="exists; use --force to replace it"):
+    with pytest.raises(ConfigError, match="exists; use `force` to replace it"):
         train(other(text_folder), old)
     assert seed_of(old) == 0
     assert names(old.parent) == ["run"]
@@ -194,6 +194,6 @@ def test_what_memory_has_no_room_for_is_said(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4398046511104 bytes.")
 
     monkeypatch.setattr(running, "_make_models", too_large)
-    with pytest.raises(ConfigError, match=r"^no memory for this model and batch; lower --batch-size"):
+    with pytest.raises(ConfigError, match=r"^no memory for this model and batch; lower `batch_size`"):
         train(small_settings(text_folder, max_steps=1), tmp_path / "run")
     assert names(tmp_path) == []

@@ -124,7 +124,7 @@ def test_rate_and_decay_are_those_that_are_given(run: Path, text_folder: Path) -
 )
 def test_what_changes_the_sequences_is_refused_by_name(run: Path, text_folder: Path, change: dict[str, Any]) -> None:
     (name,) = change
-    with pytest.raises(ConfigError, match=rf"^{name} is .*, but .* in the run of .*; drop the option, or --resume$"):
+    with pytest.raises(ConfigError, match=rf"^{name} is .*, but .* in the run of .*; drop the option, or `resume`$"):
         train(settings(text_folder, max_steps=2 * STEPS, **change), run, resume=True)
 
 
@@ -141,7 +141,7 @@ def test_text_that_has_changed_is_refused(tmp_path: Path, text_folder: Path) -> 
 
 
 def test_fewer_steps_than_are_done_are_refused(run: Path, text_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"^max_steps is 2, but the run of .* has done {STEPS}; raise --max-steps$"):
+    with pytest.raises(ConfigError, match=rf"^max_steps is 2, but the run of .* has done {STEPS}; raise `max_steps`$"):
         train(settings(text_folder, max_steps=2), run, resume=True)
 
 
@@ -237,7 +237,7 @@ def test_ctrl_c_that_reaches_one_of_two_processes_stops_both_behind_a_checkpoint
 def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_was_good(tmp_path: Path, text_folder: Path) -> None:
     train(settings(text_folder, max_steps=EVERY), tmp_path / "run")
     good = load_file(tmp_path / "run" / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"^training diverged after step \d+: .*; lower --learning-rate, 1e\+30 now"):
+    with pytest.raises(ConfigError, match=r"^training diverged after step \d+: .*; lower `learning_rate`, 1e\+30 now"):
         train(settings(text_folder, learning_rate=1e30, warmup_steps=0), tmp_path / "run", resume=True)
 
     kept = load_file(tmp_path / "run" / "model.safetensors")

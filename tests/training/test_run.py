@@ -174,7 +174,7 @@ def test_the_way_out_of_inexact_positions_is_one(tmp_path: Path, text_folder: Pa
     assert not (tmp_path / "out").exists()
     train(dataclasses.replace(settings, max_position_embeddings=16777185), tmp_path / "out")
     train(dataclasses.replace(settings, max_position_embeddings=32), tmp_path / "short")
-    with pytest.raises(ConfigError, match="reaches position 32, beyond the encoding's 31; lower --training-length, or"):
+    with pytest.raises(ConfigError, match="reaches position 32, beyond the encoding's 31; lower `training_length`, or"):
         train(dataclasses.replace(settings, max_position_embeddings=31), tmp_path / "shorter")
 
 
@@ -183,12 +183,12 @@ def test_the_way_out_of_inexact_positions_is_one(tmp_path: Path, text_folder: Pa
     [
         (
             {"hidden_size": 28},
-            "head size 7 is not a multiple of 8, which onnxruntime's attention needs; export with --portable, or train "
-            "with another --num-attention-heads or --hidden-size",
+            "head size 7 is not a multiple of 8, which onnxruntime's attention needs; export with `portable`, or train "
+            "with another `num_attention_heads` or `hidden_size`",
         ),
         (
             {"positional_parameters": {"where": "embedding"}},
-            "positions at the embedding pass through every norm and cannot be folded; export with --positions inline, "
+            "positions at the embedding pass through every norm and cannot be folded; export with `positions` inline, "
             "or train with another where",
         ),
     ],
@@ -213,21 +213,21 @@ def test_a_vocabulary_smaller_than_asked_for_is_said(
     assert 300 < size < 5000
     (line,) = capsys.readouterr().err.splitlines()[:1]
     assert line == (
-        f"the text holds {size} tokens to learn, fewer than --vocab-size 5000; the model's vocabulary is of {size}"
+        f"the text holds {size} tokens to learn, fewer than `vocab_size` 5000; the model's vocabulary is of {size}"
     )
 
 
 def test_refuses_to_replace_or_resume_what_it_should_not(tmp_path: Path, checkpoint: Path, text_folder: Path):
     settings = small_settings(text_folder)
     before = (checkpoint / "model.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match="exists; use --force to replace it, --resume to continue it"):
+    with pytest.raises(ConfigError, match="exists; use `force` to replace it, `resume` to continue it"):
         train(settings, checkpoint)
     assert (checkpoint / "model.safetensors").read_bytes() == before
-    with pytest.raises(CheckpointError, match="no checkpoint to resume from; drop --resume"):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from; drop `resume`"):
         train(settings, tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday").touch()
-    with pytest.raises(ConfigError, match="holds something else than a training run; --force will not delete it"):
+    with pytest.raises(ConfigError, match="holds something else than a training run; `force` will not delete it"):
         train(settings, tmp_path / "photos", force=True)
     assert (tmp_path / "photos" / "holiday").exists()
