@@ -1,17 +1,21 @@
 """The one family of errors that a user can cause, and the sentences they are made of.
 
-Every error says what is wrong, the value received, what is allowed and which option changes it. The command
-line prints it as one line and exits with code 2; library callers catch `ExPEEdgeError`.
+Every error says what is wrong, the value received, what is allowed and which setting changes it, by its name in Python,
+in backticks: `block_size`. The command line prints it as one line, with its own option in place of such a name, and
+exits with code 2; library callers catch `ExPEEdgeError`.
 """
 
 from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 
 #: Characters of a value that a message quotes.
 WIDEST_VALUE = 200
+#: What becomes of a message where it is shown: as it is, but that the command line names its options in it.
+wording: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
 
 
 class ExPEEdgeError(Exception):

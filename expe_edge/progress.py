@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from expe_edge.errors import wording
+
 Result = TypeVar("Result")
 
 #: Reports go to standard output, progress to standard error, so that a pipe carries results alone.
@@ -46,8 +48,8 @@ def interruptible(description: str, work: Callable[[], Result]) -> Result:
 
 
 def note(*lines: str) -> None:
-    """Print lines as they are, beside the progress."""
-    for line in lines:
+    """Print lines beside the progress, as they are but for the `wording` of settings."""
+    for line in map(wording.get(), lines):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

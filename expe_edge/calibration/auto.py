@@ -116,8 +116,8 @@ def smallest_within(budget: float, options: Options, measure: Measure) -> Choice
     best = measure([min(formats, key=lambda one: one.kl) for formats in options])
     if best.cost > budget:
         raise ExportError(
-            f"--budget-kl {budget:g} is out of reach: the best choice of formats costs {best.cost:.2g} nats per token "
-            f"({best.size / 1e6:.2f} MB); raise it, or use --precision float32"
+            f"`budget_kl` {budget:g} is out of reach: the best choice of formats costs {best.cost:.2g} nats per token "
+            f"({best.size / 1e6:.2f} MB); raise it, or use `precision` float32"
         )
     kept, missed, limit = 0.0, math.inf, budget
     for _ in range(ATTEMPTS):
@@ -159,7 +159,7 @@ def best_within(size: int, options: Options, measure: Measure) -> Choice:
     smallest = measure([min(formats, key=lambda one: one.bytes) for formats in options])
     if smallest.size > size:
         raise ExportError(
-            f"--max-size {size} is out of reach: the smallest choice of formats takes {smallest.size} bytes, at "
+            f"`max_size` {size} is out of reach: the smallest choice of formats takes {smallest.size} bytes, at "
             f"{smallest.loss.kl:.2g} nats per token; raise it, or train a smaller model"
         )
     best, tried = smallest, set()

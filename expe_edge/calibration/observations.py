@@ -64,10 +64,10 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.method not in CALIBRATION_METHODS:
             raise ExportError(
-                unknown_name("calibration method", self.method, CALIBRATION_METHODS) + "; change --calibration-method"
+                unknown_name("calibration method", self.method, CALIBRATION_METHODS) + "; change `method`"
             )
         if self.windows < 1:
-            raise ExportError(f"--calibration-windows is {self.windows}; at least 1")
+            raise ExportError(f"`windows` is {self.windows}; at least 1")
 
 
 class Observed(NamedTuple):
@@ -95,7 +95,7 @@ def sample_windows(stream: npt.NDArray[np.int32], length: int, calibration: Cali
     if len(stream) < length:
         raise CorpusError(
             f"the calibration text has {len(stream)} tokens, less than one window of {length}; "
-            "give more with --calibration-data"
+            "give more with `calibration_data`"
         )
     random = np.random.default_rng(calibration.seed)
     begins = random.integers(len(stream) - length + 1, size=calibration.windows)
@@ -243,15 +243,15 @@ def require_enough(calibration: Calibration, length: int, *, histograms: bool, w
     tokens = calibration.windows * length
     if histograms and tokens < LEAST_HISTOGRAM_TOKENS:
         raise ExportError(
-            f"{calibration.windows} windows of {length} tokens are too few for --calibration-method "
-            f"{calibration.method}, which needs {LEAST_HISTOGRAM_TOKENS} tokens; raise --calibration-windows to "
+            f"{calibration.windows} windows of {length} tokens are too few for `method` "
+            f"{calibration.method}, which needs {LEAST_HISTOGRAM_TOKENS} tokens; raise `windows` to "
             f"{-(-LEAST_HISTOGRAM_TOKENS // length)}, or use minmax"
         )
     if widest is not None and tokens < widest:
         raise ExportError(
-            f"{calibration.windows} windows of {length} tokens are too few for --solver gptq, which needs {widest}, "
-            f"one for each input of the widest linear; raise --calibration-windows to {-(-widest // length)}, or use "
-            "--solver rtn"
+            f"{calibration.windows} windows of {length} tokens are too few for `solver` gptq, which needs {widest}, "
+            f"one for each input of the widest linear; raise `windows` to {-(-widest // length)}, or use "
+            "`solver` rtn"
         )
 
 

@@ -52,7 +52,7 @@ class CalibrationText:
                 return found
         raise CorpusError(
             f"no document of {lengths[-1] * self.training_length} tokens to measure on; "
-            f"{'lower --length, or ' if lengths[-1] > 1 else ''}give longer text with --calibration-data"
+            f"{'lower `lengths`, or ' if lengths[-1] > 1 else ''}give longer text with `calibration_data`"
         )
 
     def _beginnings(self, tokens: int) -> Iterator[Ids]:

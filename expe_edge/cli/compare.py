@@ -6,13 +6,21 @@ from pathlib import Path
 
 import click
 
+from expe_edge.cli.flags import Setting
 from expe_edge.cli.output import PATH, report_written, require_counts, require_plot, require_writable, write_json
 from expe_edge.errors import ConfigError
 
 
 @click.command(short_help="Measure quality by length.")
 @click.argument("models", nargs=-1, type=PATH, required=True, metavar="REFERENCE OTHER …")
-@click.option("--data", multiple=True, metavar="PATH", help="Text to score; else the reference's held-out documents.")
+@click.option(
+    "--data",
+    cls=Setting,
+    setting="sources",
+    multiple=True,
+    metavar="PATH",
+    help="Text to score; else the reference's held-out documents.",
+)
 @click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
 @click.option("--lengths", default="1,2,4,8,16", show_default=True, help="Ends of the buckets, in training lengths.")
 @click.option("--documents", default=24, show_default=True, help="Most documents to score.")

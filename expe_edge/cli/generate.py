@@ -48,6 +48,8 @@ def generate(
 
     settings = Sampling(**sampling)
     text = read_prompt(prompt, prompt_file)
+    if not text:
+        raise GenerationError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
     generator = Generator.load(package, threads=threads, device=device)
     stream = generator.stream(
         text,

@@ -15,12 +15,13 @@ from expe_edge import __version__
 from expe_edge.cli.compare import compare
 from expe_edge.cli.evaluate import evaluate
 from expe_edge.cli.export import export
+from expe_edge.cli.flags import with_flags
 from expe_edge.cli.generate import generate
 from expe_edge.cli.inspect import inspect
 from expe_edge.cli.quantize import quantize
 from expe_edge.cli.sensitivity import sensitivity
 from expe_edge.cli.train import train
-from expe_edge.errors import ExPEEdgeError, one_line
+from expe_edge.errors import ExPEEdgeError, one_line, wording
 
 #: Exit codes: a fault of ours, bad input, and Ctrl-C (128 + SIGINT).
 INTERNAL = 1
@@ -36,10 +37,11 @@ class CleanGroup(click.Group):
     """A group whose commands turn the project's errors into one line on standard error."""
 
     def invoke(self, ctx: click.Context) -> object:
+        before = wording.set(lambda message: with_flags(message, self.commands, ctx.invoked_subcommand))
         try:
             return super().invoke(ctx)
         except ExPEEdgeError as error:
-            self._fail(str(error))
+            self._fail(wording.get()(str(error)))
         except ModuleNotFoundError as error:
             self._fail(f"{error.name} is not installed; pip install 'expe-edge[{_extra_for(ctx, error)}]'")
         except OSError as error:
@@ -62,6 +64,8 @@ class CleanGroup(click.Group):
                 err=True,
             )
             sys.exit(INTERNAL)
+        finally:
+            wording.reset(before)
 
     def _fail(self, message: str) -> NoReturn:
         click.echo(f"Error: {one_line(message)}", err=True)

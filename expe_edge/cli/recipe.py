@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from expe_edge.cli.flags import Setting
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.errors import ExportError
 from expe_edge.quant.recipe import (
@@ -61,9 +62,18 @@ _OPTIONS = (
         metavar="folded|inline",
         help="Positions folded out of the products, exactly, or left inside as an off-the-shelf exporter would.",
     ),
-    click.option("--calibration-data", multiple=True, metavar="PATH", help="Text; else the training text."),
+    click.option(
+        "--calibration-data",
+        cls=Setting,
+        setting="sources",
+        multiple=True,
+        metavar="PATH",
+        help="Text; else the training text.",
+    ),
     click.option(
         "--calibration-method",
+        cls=Setting,
+        setting="method",
         default="output-error",
         show_default=True,
         metavar="output-error|minmax|percentile|entropy",
@@ -71,6 +81,8 @@ _OPTIONS = (
     ),
     click.option(
         "--calibration-windows",
+        cls=Setting,
+        setting="windows",
         default=CALIBRATION_WINDOWS,
         show_default=True,
         help="Texts of one training length.",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from expe_edge.cli.flags import Setting
 from expe_edge.cli.output import PATH, report_written, require_counts, require_plot, require_writable, write_json
 from expe_edge.quant.recipe import (
     BLOCK_SIZES,
@@ -37,14 +38,25 @@ MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"
 @click.option("--block-size", type=int, help=f"For int*-weight: {', '.join(map(str, BLOCK_SIZES))}.")
 @click.option(
     "--calibration-windows",
+    cls=Setting,
+    setting="windows",
     default=CALIBRATION_WINDOWS,
     show_default=True,
     help="Texts of one training length, for gptq.",
 )
-@click.option("--length", default=1, show_default=True, help="Length of each text, in training lengths.")
+@click.option(
+    "--length",
+    cls=Setting,
+    setting="lengths",
+    default=1,
+    show_default=True,
+    help="Length of each text, in training lengths.",
+)
 @click.option("--documents", default=32, show_default=True, help="Most texts: beginnings of documents.")
 @click.option(
     "--calibration-data",
+    cls=Setting,
+    setting="sources",
     multiple=True,
     metavar="PATH",
     help="Text to calibrate and measure on; else the training text.",

@@ -11,17 +11,21 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from expe_edge.cli.flags import Setting
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.errors import ConfigError
-from expe_edge.training.settings import PRESETS, TrainSettings, flag_of, make_settings, stored_settings
+from expe_edge.training.settings import PRESETS, TrainSettings, make_settings, stored_settings
+
+#: Options of settings whose names they do not have.
+FLAGS = {"positional_parameters": "--positional-parameter", "from_checkpoint": "--from"}
 
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for every setting; its default is the preset's, so None here."""
     for setting in reversed(dataclasses.fields(TrainSettings)):
-        name, shown = flag_of(setting.name), setting.metadata["help"]
+        name, shown = FLAGS.get(setting.name, "--" + setting.name.replace("_", "-")), setting.metadata["help"]
         if setting.name == "data":
-            option = click.option(name, multiple=True, metavar="PATH", help=shown)
+            option = click.option(name, cls=Setting, setting="sources", multiple=True, metavar="PATH", help=shown)
         elif setting.name == "positional_parameters":
             option = click.option(name, setting.name, multiple=True, metavar="KEY=VALUE", help=shown)
         elif isinstance(setting.default, bool):
@@ -71,7 +75,7 @@ def train(
     if force and config_file is not None:
         from expe_edge.training.replacing import require_outside
 
-        require_outside(out, [config_file], "--config")
+        require_outside(out, [config_file], "config_file")
     stored = stored_settings(out) if resume else None
     settings = make_settings(preset, config_file, flags, stored)  # refuse a bad setting before the slow imports
     from expe_edge.training.checkpoint import starting_settings

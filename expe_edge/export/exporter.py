@@ -136,10 +136,10 @@ def open_exporter(
 ) -> Exporter:
     """Open `source` and its text; arguments and errors as for `export`."""
     if positions not in POSITIONS:
-        raise ExportError(unknown_name("positions", positions, POSITIONS) + "; change --positions")
+        raise ExportError(unknown_name("positions", positions, POSITIONS) + "; change `positions`")
     opened = open_source(source, folded=positions == "folded")
     sources = {"sources": calibration_data, "text_field": text_field} if calibration_data else opened.corpus
-    corpus = load_corpus(**sources, option="--calibration-data")
+    corpus = load_corpus(**sources)
     if calibration_data:  # text given for this purpose is used whole
         corpus = dataclasses.replace(corpus, training=corpus.training + corpus.held_out)
     text = CalibrationText(corpus, opened.tokenizer, opened.config.training_length, calibration or Calibration())
@@ -171,13 +171,13 @@ class Exporter:
         """Use the static ranges of another package of the same model."""
         record = read_package(package).manifest.calibration
         if not record or not record.get("ranges"):
-            raise ExportError(f"--ranges-from {package}: it has no static ranges")
+            raise ExportError(f"`ranges_from` {package}: it has no static ranges")
         if record["weights"] != self.evidence.fingerprint:
-            raise ExportError(f"--ranges-from {package}: measured on another model, or on weights smoothed otherwise")
+            raise ExportError(f"`ranges_from` {package}: measured on another model, or on weights smoothed otherwise")
         ranges: dict[str, Range] = {name: (low, high) for name, (low, high) in record["ranges"].items()}
         missing = [name for name in self.evidence.linears if not np.isfinite(ranges.get(name, np.nan)).all()]
         if missing:
-            raise ExportError(f"--ranges-from {package}: no finite range of {missing[0]}; measure them anew")
+            raise ExportError(f"`ranges_from` {package}: no finite range of {missing[0]}; measure them anew")
         self.evidence.given_ranges = ranges
 
     def refuse(self, recipe: Recipe) -> None:
@@ -187,13 +187,13 @@ class Exporter:
         if recipe.cache == "int8" and self.source.weights.positioned_values:
             raise ExportError(
                 "the values of this model carry positions (where: query_key_value), which no fixed int8 range holds at "
-                "every length; use --cache float32"
+                "every length; use `cache` float32"
             )
         if recipe.embedding is not None and self.config.tie_word_embeddings:
-            raise ExportError("this model's head is its embedding, stored once in the head's format; drop --embedding")
+            raise ExportError("this model's head is its embedding, stored once in the head's format; drop `embedding`")
         self._refuse_onnxruntime(recipe)
         if recipe.smoothing and self.evidence.given_ranges is not None:
-            raise ExportError("--smoothing changes what the ranges of --ranges-from were measured on; drop one of them")
+            raise ExportError("`smoothing` changes what the ranges of `ranges_from` were measured on; drop one of them")
         self._refuse_text(recipe)
 
     def _refuse_text(self, recipe: Recipe) -> None:
@@ -216,7 +216,7 @@ class Exporter:
         if release(ort.__version__) < release(needed):
             raise ExportError(
                 f"{recipe.name} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it, or choose "
-                "another --precision or --cache"
+                "another `precision` or `cache`"
             )
 
     def plan(self, recipe: Recipe) -> Plan:

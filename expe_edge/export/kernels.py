@@ -41,5 +41,5 @@ def require_kernels(operators: Mapping[str, int], linears: Mapping[str, str]) ->
         if found != promised[kernel]:
             raise ExportError(
                 f"onnxruntime {ort.__version__} runs {found} linears as {kernel}, not {promised[kernel]}; "
-                "others would run in float32. Choose another --precision, or another onnxruntime"
+                "others would run in float32. Choose another `precision`, or another onnxruntime"
             )

@@ -53,7 +53,7 @@ def require_portable(
     if not distance <= allowed:  # NaN is no agreement
         raise ExportError(
             f"onnxruntime {ort.__version__} does not compute this portable graph as the ONNX reference does: {measure} "
-            f"{distance:.2g}, more than {allowed:.2g}; use another onnxruntime, or drop --portable"
+            f"{distance:.2g}, more than {allowed:.2g}; use another onnxruntime, or drop `portable`"
         )
 
 
@@ -61,5 +61,5 @@ def require_standard_operators(model: onnx.ModelProto) -> None:
     """Raise `ExportError` where `model` has operators outside the standard domain, or is no valid ONNX."""
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain})
     if foreign:
-        raise ExportError(f"--portable has standard operators alone, but this graph has {', '.join(foreign)}")
+        raise ExportError(f"`portable` has standard operators alone, but this graph has {', '.join(foreign)}")
     onnx.checker.check_model(model, full_check=True)

@@ -97,7 +97,7 @@ def _from_package(package: Package, *, folded: bool) -> Source:
         )
     if (manifest.positions == "folded") != folded:
         raise ExportError(
-            f"{package.path} has its positions {manifest.positions}; use --positions {manifest.positions}"
+            f"{package.path} has its positions {manifest.positions}; use `positions` {manifest.positions}"
         )
     config = ExPEConfig.from_plain(manifest.model)
     weights = read_weights(_load_graph(package), config, folded=folded)

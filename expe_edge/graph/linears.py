@@ -249,7 +249,7 @@ LINEAR_FORMATS: dict[str, type[LinearFormat[Any]]] = {
 def make_format(name: str, options: FormatOptions | None = None) -> LinearFormat[Any]:
     """Return the format `name`."""
     if name not in LINEAR_FORMATS:
-        raise ConfigError(unknown_name("precision", name, LINEAR_FORMATS) + "; change --precision")
+        raise ConfigError(unknown_name("precision", name, LINEAR_FORMATS) + "; change `precision`")
     return LINEAR_FORMATS[name](options or FormatOptions())
 
 

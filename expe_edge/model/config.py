@@ -205,7 +205,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         return (
             f"{self.parameter_count:,} parameters take {size / 1e9:.1f} GB in float32, and a graph with its weights is "
             f"one file of at most {LARGEST_GRAPH / 1e9:.1f} GB: no package can be made of this model; train one with a "
-            "smaller --hidden-size, --num-hidden-layers or --vocab-size"
+            "smaller `hidden_size`, `num_hidden_layers` or `vocab_size`"
         )
 
     @property
@@ -215,7 +215,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
             return None
         return (
             f"head size {self.head_dim} is not a multiple of {HEAD_SIZE_UNIT}, which onnxruntime's attention needs; "
-            "export with --portable, or train with another --num-attention-heads or --hidden-size"
+            "export with `portable`, or train with another `num_attention_heads` or `hidden_size`"
         )
 
     @property
@@ -225,6 +225,6 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         if parameters.code is None or parameters.foldable:
             return None
         return (
-            "positions at the embedding pass through every norm and cannot be folded; export with --positions inline, "
+            "positions at the embedding pass through every norm and cannot be folded; export with `positions` inline, "
             "or train with another where"
         )

@@ -144,7 +144,7 @@ def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
         partial.rename(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ExportError(f"{path}: no space left on the device; free some or change --out") from error
+            raise ExportError(f"{path}: no space left on the device; free some or change `out`") from error
         raise
     finally:
         if replaced.exists() and not path.exists():
@@ -165,7 +165,7 @@ def _require_movable(path: Path, aside: Path) -> None:
         path.rename(aside)
         aside.rename(path)
     except OSError as error:
-        raise ExportError(f"{path} cannot be replaced ({error.strerror}); choose another --out") from error
+        raise ExportError(f"{path} cannot be replaced ({error.strerror}); choose another `out`") from error
 
 
 def require_absent(path: Path, *, force: bool) -> None:
@@ -173,15 +173,15 @@ def require_absent(path: Path, *, force: bool) -> None:
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():
-                raise ExportError(f"{place} is a file, not a directory; choose another --out")
+                raise ExportError(f"{place} is a file, not a directory; choose another `out`")
             break
     if path.exists() and not force:
-        raise ExportError(f"{path} exists; use --force to replace it, or another --out")
+        raise ExportError(f"{path} exists; use `force` to replace it, or another `out`")
     if path.exists() and any(path.iterdir()) and not is_package(path):
-        raise ExportError(f"{path} holds something else than a package; --force will not delete it")
+        raise ExportError(f"{path} holds something else than a package; `force` will not delete it")
     refused = why_unwritable(path.parent)
     if refused is not None:
-        raise ExportError(f"{refused}; choose another --out")
+        raise ExportError(f"{refused}; choose another `out`")
 
 
 def why_unwritable(directory: Path) -> str | None:

@@ -49,14 +49,10 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
 }
 
 
-def require_kinds(settings: Any, flag: Callable[[str], str] | None = None) -> None:
-    """Raise `ConfigError` unless every field of a dataclass holds what its annotation says; others are left alone.
-
-    flag: names the option that sets a field.
-    """
+def require_kinds(settings: Any) -> None:
+    """Raise `ConfigError` unless every field of a dataclass holds what its annotation says; others are left alone."""
     for field in dataclasses.fields(settings):
-        change = f"; change {flag(field.name)}" if flag else ""
-        require_kind(field.name, getattr(settings, field.name), str(field.type), change)
+        require_kind(field.name, getattr(settings, field.name), str(field.type))
 
 
 def require_kind(name: str, value: object, annotation: str, change: str = "") -> None:

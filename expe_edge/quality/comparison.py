@@ -251,7 +251,7 @@ def long_documents(
     if corpus.missing:
         missing = f"{corpus.missing} of the documents held out when {reference.path} was trained are not there"
         if not candidates:
-            raise CorpusError(f"{missing}, none is; bring its text back, or give other with --data")
+            raise CorpusError(f"{missing}, none is; bring its text back, or give other with `sources`")
         note(f"{missing}: {len(candidates)} are left")
     # A token is at least one byte, so shorter texts need not be encoded.
     worth = [document for document in candidates if len(document.text.encode()) >= tokens - 1]
@@ -261,8 +261,8 @@ def long_documents(
     if not chosen:
         longest = max((len(ids) for ids in encoded), default=0)
         raise CorpusError(
-            f"no document of {tokens} tokens (the longest has {longest or 'fewer'}); lower --lengths, or give longer "
-            "text with --data"
+            f"no document of {tokens} tokens (the longest has {longest or 'fewer'}); lower `lengths`, or give longer "
+            "text with `sources`"
         )
     return chosen, token_byte_lengths(tokenizer)
 
@@ -280,7 +280,7 @@ def require_same_vocabulary(scorers: Sequence[Scorer]) -> None:
 def require_rising(lengths: Sequence[int]) -> None:
     """Raise `ConfigError` unless `lengths` are positive and strictly rising."""
     if not lengths or any(b <= a for a, b in zip([0, *lengths], lengths, strict=False)):
-        raise ConfigError(f"--lengths {','.join(map(str, lengths))}: expected rising positive integers, as 1,2,4,8,16")
+        raise ConfigError(f"`lengths` {','.join(map(str, lengths))}: expected rising positive integers, as 1,2,4,8,16")
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:

@@ -42,10 +42,10 @@ class WeightRounding:
             has_none = (
                 f"{self.precision} has no integer weights to train for; available: {', '.join(sorted(WEIGHT_BITS))}"
             )
-            raise ConfigError(f"{has_none if self.precision in PRECISIONS else unknown}; change --quantization-aware")
+            raise ConfigError(f"{has_none if self.precision in PRECISIONS else unknown}; change `quantization_aware`")
         if self.block_size is not None and self.precision not in BLOCKWISE:
             raise ConfigError(
-                f"--block-size is for {' and '.join(BLOCKWISE)}; {self.precision} has a scale for each row"
+                f"`block_size` is for {' and '.join(BLOCKWISE)}; {self.precision} has a scale for each row"
             )
         require_block_size(self.block_size)
 
@@ -91,27 +91,27 @@ class Recipe:
         require_block_size(self.block_size)
         if self.reduce_range and self.precision not in PER_CHANNEL:
             raise ExportError(
-                f"--reduce-range has no meaning for {self.precision}; it is for {' and '.join(PER_CHANNEL)}"
+                f"`reduce_range` has no meaning for {self.precision}; it is for {' and '.join(PER_CHANNEL)}"
             )
         if self.portable and self.cache != "float32":
             raise ExportError(
-                f"--portable has a float32 cache: no standard operator appends to one of {self.cache}; drop --cache "
-                f"{self.cache}, or --portable"
+                f"`portable` has a float32 cache: no standard operator appends to one of {self.cache}; drop `cache` "
+                f"{self.cache}, or `portable`"
             )
         self._check_budget()
 
     def _check_budget(self) -> None:
         given = [name for name in ("budget_kl", "max_size") if getattr(self, name) is not None]
         if self.precision == "auto" and len(given) != 1:
-            raise ExportError("--precision auto needs --budget-kl or --max-size, one of them")
+            raise ExportError("`precision` auto needs `budget_kl` or `max_size`, one of them")
         if self.precision == "auto" and (self.smoothing or self.embedding):
-            option = "--smoothing" if self.smoothing else "--embedding"
-            raise ExportError(f"{option} does not go with --precision auto, which chooses for itself; drop it")
+            name = "smoothing" if self.smoothing else "embedding"
+            raise ExportError(f"`{name}` does not go with `precision` auto, which chooses for itself; drop it")
         if self.precision != "auto" and given:
-            raise ExportError(f"--{given[0].replace('_', '-')} is for --precision auto, not {self.precision}")
+            raise ExportError(f"`{given[0]}` is for `precision` auto, not {self.precision}")
         for name in given:
             if not getattr(self, name) > 0:  # NaN neither
-                raise ExportError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+                raise ExportError(f"`{name}` is {getattr(self, name)}; it must be above 0")
 
     @property
     def name(self) -> str:
@@ -152,24 +152,24 @@ def require_used(recipes: Sequence[Recipe], *, ranges_from: bool = False) -> Non
     if "auto" in precisions:
         precisions.update(BLOCKWISE)  # among which it chooses
     users = {
-        "--solver": (any(recipe.solver for recipe in recipes), tuple(WEIGHT_BITS)),
-        "--block-size": (any(recipe.block_size and recipe.embedding != "int4" for recipe in recipes), BLOCKWISE),
-        "--smoothing": (any(recipe.smoothing for recipe in recipes), tuple(WEIGHT_BITS)),
-        "--ranges-from": (ranges_from, ("int8-static",)),
+        "solver": (any(recipe.solver for recipe in recipes), tuple(WEIGHT_BITS)),
+        "block_size": (any(recipe.block_size and recipe.embedding != "int4" for recipe in recipes), BLOCKWISE),
+        "smoothing": (any(recipe.smoothing for recipe in recipes), tuple(WEIGHT_BITS)),
+        "ranges_from": (ranges_from, ("int8-static",)),
     }
-    for option, (given, served) in users.items():
+    for name, (given, served) in users.items():
         if given and precisions.isdisjoint(served):
-            wanted = f"{option} is for --precision {' and '.join(served)}"
+            wanted = f"`{name}` is for `precision` {' and '.join(served)}"
             raise ExportError(f"{wanted}; add such a precision, or drop the option")
 
 
 def require_block_size(size: int | None) -> None:
     """Raise `ConfigError` unless `size` is None or one that the kernel takes."""
     if size not in (None, *BLOCK_SIZES):
-        raise ConfigError(f"--block-size is {size}; onnxruntime takes {', '.join(map(str, BLOCK_SIZES))}")
+        raise ConfigError(f"`block_size` is {size}; onnxruntime takes {', '.join(map(str, BLOCK_SIZES))}")
 
 
-def require_known(option: str, value: str, known: tuple[str, ...]) -> None:
+def require_known(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raise `ExportError` unless `value` is one of `known`."""
     if value not in known:
-        raise ExportError(unknown_name(option, value, known) + f"; change --{option}")
+        raise ExportError(unknown_name(name, value, known) + f"; change `{name}`")

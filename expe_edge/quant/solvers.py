@@ -190,7 +190,7 @@ class WeightQuantizer:
         if key not in self._done:
             needed = self.solver in MOMENT_SOLVERS
             if needed and linear not in self.moments:
-                raise ExportError(f"calibration measured no inputs of {linear!r}; use --solver rtn")
+                raise ExportError(f"calibration measured no inputs of {linear!r}; use `solver` rtn")
             moments = self.moments[linear] if needed else None
             self._done[key] = SOLVERS[self.solver](weight.T, bits, block_size, moments)
         return self._done[key]

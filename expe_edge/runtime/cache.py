@@ -201,5 +201,5 @@ def memory_for(contract: GraphContract, batch: int, capacity: int) -> Iterator[N
     except MemoryError as error:
         raise GenerationError(
             f"no memory for a cache of {batch} × {capacity} tokens, {batch * capacity * contract.cache_bytes:,} bytes; "
-            "lower --max-new-tokens or --cache-length"
+            "lower `max_new_tokens` or `cache_length`"
         ) from error

@@ -44,7 +44,7 @@ class Generator:
             raise GenerationError("the prompt holds half a surrogate pair, which is no text")
         ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
         if len(prompt) == 0 or len(ids) == 0:
-            raise GenerationError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
+            raise GenerationError("the prompt is empty")
         vocab_size = self.session.contract.vocab_size
         outside = [token for token in ids if not 0 <= token < vocab_size]
         if outside:
@@ -128,12 +128,12 @@ def _seeded(sampling: Sampling, index: int) -> Sampling:
 
 def _capacity(ids: Ids, max_new_tokens: int, cache_length: int | None) -> int:
     if max_new_tokens < 1:
-        raise GenerationError(f"--max-new-tokens is {max_new_tokens}; at least 1")
+        raise GenerationError(f"`max_new_tokens` is {max_new_tokens}; at least 1")
     needed = len(ids) + max_new_tokens
     if cache_length is not None and needed > cache_length:
         raise GenerationError(
             f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones need a cache of {needed}, but "
-            f"--cache-length is {cache_length}; raise it, or shorten the prompt"
+            f"`cache_length` is {cache_length}; raise it, or shorten the prompt"
         )
     return cache_length or needed
 

@@ -50,8 +50,7 @@ class Sampling:
         }
         for name, (holds, allowed) in checks.items():
             if not holds:
-                flag = "--" + name.replace("_", "-")
-                raise GenerationError(f"{flag} is {getattr(self, name)}; it must be {allowed}")
+                raise GenerationError(f"`{name}` is {getattr(self, name)}; it must be {allowed}")
 
 
 class Sampler:

@@ -149,12 +149,12 @@ class Step:
 
 def _open_session(package: Package, threads: int | None, device: str) -> ort.InferenceSession:
     if device not in PROVIDERS:
-        raise GenerationError(f"unknown device {device!r}; available: {', '.join(PROVIDERS)}; change --device")
+        raise GenerationError(f"unknown device {device!r}; available: {', '.join(PROVIDERS)}; change `device`")
     provider = PROVIDERS[device]
     if provider not in ort.get_available_providers():
         raise GenerationError(
-            f"--device {device}: this onnxruntime has no {provider}; install onnxruntime-gpu on a machine with a GPU, "
-            "or use --device cpu"
+            f"`device` {device}: this onnxruntime has no {provider}; install onnxruntime-gpu on a machine with a GPU, "
+            "or use `device` cpu"
         )
     needed = package.manifest.requires_onnxruntime
     if release(ort.__version__) < release(needed):
@@ -164,7 +164,7 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     if threads is not None:
         if not 1 <= threads <= MOST_THREADS:
             limit = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
-            raise GenerationError(f"--threads is {threads}; {limit}")
+            raise GenerationError(f"`threads` is {threads}; {limit}")
         options.intra_op_num_threads = threads
     providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
     try:
@@ -173,7 +173,7 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
         reason = _reason(error)
         raise PackageError(f"{package.model_path}: onnxruntime {ort.__version__} cannot open it ({reason})") from error
     if session.get_providers()[0] != provider:
-        raise GenerationError(f"--device {device}: {provider} found no device; use --device cpu")
+        raise GenerationError(f"`device` {device}: {provider} found no device; use `device` cpu")
     return session
 
 

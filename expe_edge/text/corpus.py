@@ -50,8 +50,6 @@ def load_corpus(
     sources: Sequence[str] = (),
     text_field: str = "text",
     held_out: Sequence[str] | None = None,
-    *,
-    option: str = "--data",
 ) -> Corpus:
     """Read all documents of `sources`; of the standard library where there are none.
 
@@ -61,7 +59,6 @@ def load_corpus(
         text_field: the field that holds the text in JSON lines, JSON, parquet and datasets.
         held_out: `Corpus.digests` of what was held out when a model was trained. No other document counts as held out
             then: sources change, and an edited version of a document that was trained on is as good as trained on.
-        option: of the command line, that would name other sources.
 
     Raises:
         CorpusError: a source that is missing, unreadable or holds no text.
@@ -71,15 +68,15 @@ def load_corpus(
     skipped: list[Skipped] = []
     for source in sources:
         if not source.strip():
-            raise CorpusError(f"{option} is empty; name a file, a folder or a dataset")
+            raise CorpusError("`sources` is empty; name a file, a folder or a dataset")
         try:
             read = list(read_source(source, text_field))
         except CorpusError as error:
-            raise CorpusError(f"{option} {error}") from error
+            raise CorpusError(f"`sources` {error}") from error
         skipped += (one for one in read if isinstance(one, Skipped))
         found = [one for one in read if isinstance(one, Document) and len(one.text) >= SHORTEST_DOCUMENT]
         if not found:
-            nothing = f"{option} {source}: no text of at least {SHORTEST_DOCUMENT} characters in it"
+            nothing = f"`sources` {source}: no text of at least {SHORTEST_DOCUMENT} characters in it"
             raise CorpusError("; ".join([nothing, *describe_skipped(one for one in read if isinstance(one, Skipped))]))
         for document in found:
             documents.setdefault(document.text, document)
@@ -161,5 +158,5 @@ def _hub_dataset(source: str, text_field: str) -> Iterator[Document]:
         raise CorpusError(f"{source}: no column {text_field!r}, there are {', '.join(dataset.column_names)}")
     for row, text in enumerate(dataset[text_field]):
         if not isinstance(text, str):
-            raise CorpusError(f"{source}: row {row}: {text_field!r} is {json_name(text)}, not text; set --text-field")
+            raise CorpusError(f"{source}: row {row}: {text_field!r} is {json_name(text)}, not text; set `text_field`")
         yield Document(f"{source}:{row}", text)

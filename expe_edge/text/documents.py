@@ -205,10 +205,10 @@ def _field(where: str, row: Any, text_field: str) -> str:
     if not isinstance(row, dict):
         raise NotTextError(where, f"{json_name(row)}, not a JSON object with a {text_field!r} field")
     if text_field not in row:
-        raise NotTextError(where, f"no field {text_field!r}, there are {', '.join(row) or 'none'}; set --text-field")
+        raise NotTextError(where, f"no field {text_field!r}, there are {', '.join(row) or 'none'}; set `text_field`")
     text = row[text_field]
     if not isinstance(text, str):
-        raise NotTextError(where, f"{text_field!r} is {json_name(text)}, not text; set --text-field")
+        raise NotTextError(where, f"{text_field!r} is {json_name(text)}, not text; set `text_field`")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise NotTextError(where, "holds half a surrogate pair, which is no text")
     return text
@@ -229,11 +229,11 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
         raise CorpusError(f"{path}: not a parquet file") from error
     schema = file.schema_arrow
     if text_field not in schema.names:
-        raise NotTextError(path, f"no column {text_field!r}, there are {', '.join(schema.names)}; set --text-field")
+        raise NotTextError(path, f"no column {text_field!r}, there are {', '.join(schema.names)}; set `text_field`")
     kind = schema.field(text_field).type
     value_kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if str(value_kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
-        raise NotTextError(path, f"column {text_field!r} is {kind}, not text; set --text-field")
+        raise NotTextError(path, f"column {text_field!r} is {kind}, not text; set `text_field`")
     row = 0
     for batch in file.iter_batches(columns=[text_field]):
         for value in batch.column(0).to_pylist():

@@ -110,7 +110,7 @@ def _read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{path} is a package, not a checkpoint; give the directory that train wrote")
     for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE):
         if not (path / name).is_file():
-            raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or --resume it")
+            raise CheckpointError(f"{path}: no {name} in it, so not a finished checkpoint; run train, or `resume` it")
     try:
         values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         written = json.loads((path / TRAINING_FILE).read_text(encoding="utf-8"))

@@ -48,17 +48,17 @@ def explicit(settings: TrainSettings) -> TrainSettings:
     )
 
 
-def require_same(settings: TrainSettings, run: Path, names: Sequence[str], option: str) -> None:
+def require_same(settings: TrainSettings, run: Path, names: Sequence[str], setting: str) -> None:
     """Raise `ConfigError` where settings of those names are not as the run recorded them.
 
-    option: that asks to go on from the run.
+    setting: that asks to go on from the run.
     """
     recorded = TrainSettings(**stored_settings(run))
     stored, asked = (json.loads(json.dumps(dataclasses.asdict(explicit(each)))) for each in (recorded, settings))
     for name in names:
         if stored[name] != asked[name]:
             raise ConfigError(
-                f"{name} is {asked[name]}, but {stored[name]} in the run of {run}; drop the option, or {option}"
+                f"{name} is {asked[name]}, but {stored[name]} in the run of {run}; drop the option, or `{setting}`"
             )
 
 
@@ -70,7 +70,7 @@ def require_same_stream(digest: str, run: Path) -> None:
     written = json.loads((run / TRAINING_FILE).read_text(encoding="utf-8"))
     if written.get("stream", digest) != digest:
         raise ConfigError(
-            f"the text of {run} has changed since its run began; bring it back, or start anew with --force"
+            f"the text of {run} has changed since its run began; bring it back, or start anew with `force`"
         )
 
 
@@ -87,7 +87,7 @@ def last_checkpoint(run: Path) -> tuple[Path, list[str]]:
             return path, damaged
         damaged.append(f"{path}: {', '.join(faults)}; going on from the checkpoint before")
     reason = f" ({damaged[0].partition(': ')[2].partition(';')[0]})" if damaged else ""
-    raise CheckpointError(f"{run}: no checkpoint to resume from{reason}; drop --resume")
+    raise CheckpointError(f"{run}: no checkpoint to resume from{reason}; drop `resume`")
 
 
 def _step(checkpoint: Path) -> int:

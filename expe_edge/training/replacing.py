@@ -16,16 +16,16 @@ from expe_edge.training.settings import TRAINER_DIRECTORY, TRAINING_FILE, WEIGHT
 def require_room(out: Path, *, force: bool) -> None:
     """Raise `ConfigError` where `out` may not or cannot be made anew."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file, not a directory; choose another --out")
+        raise ConfigError(f"{out} is a file, not a directory; choose another `out`")
     require_writable(out)
     if not out.exists() or not any(out.iterdir()):
         return
     if not force:
-        raise ConfigError(f"{out} exists; use --force to replace it, --resume to continue it, or another --out")
+        raise ConfigError(f"{out} exists; use `force` to replace it, `resume` to continue it, or another `out`")
     if not (out / TRAINING_FILE).is_file():
-        raise ConfigError(f"{out} holds something else than a training run; --force will not delete it")
+        raise ConfigError(f"{out} holds something else than a training run; `force` will not delete it")
     if Path.cwd().is_relative_to(out.resolve()):
-        raise ConfigError(f"{out} holds the current directory; run --force from elsewhere")
+        raise ConfigError(f"{out} holds the current directory; use `force` from elsewhere")
     require_writable(out.resolve().parent)  # into which it is moved
 
 
@@ -33,14 +33,14 @@ def require_writable(directory: Path) -> None:
     """Raise `ConfigError` before long work where a checkpoint could not be written to `directory` after it."""
     refused = why_unwritable(directory)
     if refused is not None:
-        raise ConfigError(f"{refused}; choose another --out")
+        raise ConfigError(f"{refused}; choose another `out`")
 
 
-def require_outside(out: Path, paths: Iterable[str | Path], option: str) -> None:
-    """Raise `ConfigError` where one of the paths that `option` names lies in `out`, which is to be replaced."""
+def require_outside(out: Path, paths: Iterable[str | Path], setting: str) -> None:
+    """Raise `ConfigError` where one of the paths that `setting` names lies in `out`, which is to be replaced."""
     for path in paths:
         if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
-            raise ConfigError(f"{option} {path} lies in {out}, which --force replaces; choose another --out")
+            raise ConfigError(f"`{setting}` {path} lies in {out}, which `force` replaces; choose another `out`")
 
 
 def bring_back(out: Path) -> None:
@@ -67,7 +67,7 @@ def set_aside(out: Path) -> None:
             if out.exists() and not kept.exists():
                 out.resolve().rename(kept)
         except OSError as error:
-            raise ConfigError(f"{out} cannot be replaced ({error.strerror}); choose another --out") from error
+            raise ConfigError(f"{out} cannot be replaced ({error.strerror}); choose another `out`") from error
     out.resolve().mkdir(parents=True, exist_ok=True)
 
 
@@ -83,7 +83,7 @@ def kept_until_complete(out: Path) -> Iterator[None]:
     except BaseException:
         resumable = any((out / TRAINER_DIRECTORY).glob("checkpoint-*"))
         if kept.exists() and resumable:
-            note(f"{kept} is the run before, until --resume completes this one")
+            note(f"{kept} is the run before, until `resume` completes this one")
         elif not resumable and (out / TRAINING_FILE).exists() and not (out / WEIGHTS_FILE).exists():
             _empty(out)
             if not existed:

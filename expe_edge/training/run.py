@@ -142,9 +142,9 @@ def _open_start(settings: TrainSettings, out: Path) -> Checkpoint | None:
         return None
     path = Path(settings.from_checkpoint)
     start = load_checkpoint(path)
-    require_same(settings, path, MODEL_SETTINGS, "--from")
+    require_same(settings, path, MODEL_SETTINGS, "from_checkpoint")
     if out.resolve() in (path.resolve(), *path.resolve().parents):
-        raise ConfigError(f"{out} holds the checkpoint of --from; choose another --out")
+        raise ConfigError(f"{out} holds the checkpoint of `from_checkpoint`; choose another `out`")
     return start
 
 
@@ -156,16 +156,16 @@ def _require_place(settings: TrainSettings, out: Path, *, resume: bool, force: b
     bring_back(out)
     require_room(out, force=force)
     if force:
-        require_outside(out, settings.data, "--data")
+        require_outside(out, settings.data, "data")
 
 
 def _open_last(settings: TrainSettings, out: Path) -> Path:
     """Return the checkpoint to go on from, if these settings can."""
     last, damaged = last_checkpoint(out)
-    require_same(settings, out, (*MODEL_SETTINGS, *START_SETTINGS, *STREAM_SETTINGS), "--resume")
+    require_same(settings, out, (*MODEL_SETTINGS, *START_SETTINGS, *STREAM_SETTINGS), "resume")
     done = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     if settings.max_steps < done:
-        raise ConfigError(f"max_steps is {settings.max_steps}, but the run of {out} has done {done}; raise --max-steps")
+        raise ConfigError(f"max_steps is {settings.max_steps}, but the run of {out} has done {done}; raise `max_steps`")
     note(*damaged)
     return last
 
@@ -206,7 +206,7 @@ def _prepare(
     if fresh:
         if start is None and tokenizer.get_vocab_size() < settings.vocab_size:
             note(
-                f"the text holds {tokenizer.get_vocab_size()} tokens to learn, fewer than --vocab-size "
+                f"the text holds {tokenizer.get_vocab_size()} tokens to learn, fewer than `vocab_size` "
                 f"{settings.vocab_size}; the model's vocabulary is of {tokenizer.get_vocab_size()}"
             )
         with disk_full_is_an_error(out):
@@ -224,10 +224,10 @@ def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, st
 def _require_reach(settings: TrainSettings, config: ExPEConfig) -> None:
     farthest = (settings.position_offset + 1) * settings.training_length
     if farthest > config.max_position_embeddings:
-        lower = "lower --position-offset" if settings.position_offset else "lower --training-length"
+        lower = "lower `position_offset`" if settings.position_offset else "lower `training_length`"
         raise ConfigError(
             f"position_offset {settings.position_offset} reaches position {farthest}, beyond the encoding's "
-            f"{config.max_position_embeddings}; {lower}, or raise --max-position-embeddings where it is set"
+            f"{config.max_position_embeddings}; {lower}, or raise `max_position_embeddings` where it is set"
         )
 
 
@@ -259,7 +259,7 @@ def no_memory_is_an_error() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
             raise ConfigError(
-                "no memory for this model and batch; lower --batch-size, --training-length or --hidden-size"
+                "no memory for this model and batch; lower `batch_size`, `training_length` or `hidden_size`"
             ) from error
         raise
 
@@ -272,7 +272,7 @@ def disk_full_is_an_error(out: Path) -> Iterator[None]:
     except Exception as error:  # the libraries that write share no narrower base
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full or (out.exists() and shutil.disk_usage(out).free < LEAST_FREE_BYTES):
-            raise CheckpointError(f"{out}: no space left on the device; free some or change --out") from error
+            raise CheckpointError(f"{out}: no space left on the device; free some or change `out`") from error
         raise
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from expe_edge.errors import CheckpointError, ConfigError, unknown_name
-from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters, require_kinds
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters, require_kind
 from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -54,7 +54,7 @@ EIGHT_BIT_LEARNING_RATE = 1e-5
 def _setting(default: Any, help_text: str, **option: Any) -> Any:
     """A field with its default and the sentence that `expe-edge train --help` shows.
 
-    option: `kind`, the type of its values, where the default is None; `flag`, where it is not the name's.
+    option: `kind`, the type of its values, where the default is None.
     """
     make = {"default_factory": dict} if default == {} else {"default": default}
     return field(**make, metadata={"help": help_text, **option})
@@ -70,9 +70,7 @@ class TrainSettings:
     training_length: int = _setting(128, "N, tokens per training sequence.")
     position_offset: int = _setting(0, "Start every sequence at a random position below this many N.")
     positional: str = _setting("expe", f"Positional encoding: {', '.join(POSITIONAL_PARAMETERS)}.")
-    positional_parameters: Mapping[str, Any] = _setting(
-        {}, "Parameter of the encoding, KEY=VALUE; repeatable.", flag="--positional-parameter"
-    )
+    positional_parameters: Mapping[str, Any] = _setting({}, "Parameter of the encoding, KEY=VALUE; repeatable.")
     max_position_embeddings: int | None = _setting(
         None, "Positions that must be exact; by default all that the encoding can count.", kind=int
     )
@@ -103,37 +101,39 @@ class TrainSettings:
         + ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items() if value is not None)
         + f" (learning_rate {EIGHT_BIT_LEARNING_RATE} for 8 bits).",
         kind=str,
-        flag="--from",
     )
     quantization_aware: str | None = _setting(
         None, f"Fine-tune for an export with weights of this precision: {', '.join(WEIGHT_BITS)}.", kind=str
     )
     block_size: int | None = _setting(None, "Columns that share a scale, for int*-weight; as in export.", kind=int)
-    distillation: bool = _setting(True, "Quantization-aware: match what --from predicts, not the text.")
+    distillation: bool = _setting(True, "Quantization-aware: match what the checkpoint predicts, not the text.")
 
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, str) else self.data
         object.__setattr__(self, "data", tuple(data) if isinstance(data, list) else data)
-        require_kinds(self, flag_of)
+        for one in dataclasses.fields(self):
+            require_kind(one.name, getattr(self, one.name), str(one.type), f"; change `{one.name}`")
         for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0; change {flag_of(name)}")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0; change `{name}`")
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative; change {flag_of(name)}")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative; change `{name}`")
         for name in COUNTS:
             if getattr(self, name) > LARGEST_COUNT:
-                raise ConfigError(f"{name} is {getattr(self, name)}; at most {LARGEST_COUNT}; change {flag_of(name)}")
+                raise ConfigError(f"{name} is {getattr(self, name)}; at most {LARGEST_COUNT}; change `{name}`")
         if self.seed > LARGEST_SEED:
-            raise ConfigError(f"seed is {self.seed}; at most {LARGEST_SEED}; change --seed")
+            raise ConfigError(f"seed is {self.seed}; at most {LARGEST_SEED}; change `seed`")
         if self.dtype not in DTYPES:
-            raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change --dtype")
+            raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change `dtype`")
         encoding_parameters(self.positional, self.positional_parameters)
         rounding = self.rounding
         if rounding is not None and self.from_checkpoint is None:
-            raise ConfigError(f"--quantization-aware {rounding.precision} fine-tunes a checkpoint; name it by --from")
+            raise ConfigError(
+                f"`quantization_aware` {rounding.precision} fine-tunes a checkpoint; name it by `from_checkpoint`"
+            )
         if rounding is None and self.block_size is not None:
-            raise ConfigError(f"block_size is {self.block_size}, but nothing is rounded; give --quantization-aware too")
+            raise ConfigError(f"block_size is {self.block_size}, but nothing is rounded; give `quantization_aware` too")
 
     @property
     def rounding(self) -> WeightRounding | None:
@@ -174,12 +174,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def flag_of(name: str) -> str:
-    """Return the option of `expe-edge train` that sets the setting `name`."""
-    (setting,) = (setting for setting in dataclasses.fields(TrainSettings) if setting.name == name)
-    return str(setting.metadata.get("flag", "--" + name.replace("_", "-")))
-
-
 def make_settings(
     preset: str = "tiny",
     config_file: Path | None = None,
@@ -215,9 +209,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             for place, key in enumerate(keys):
                 line = node.value[place][0].start_mark.line + 1
                 if not isinstance(key, str):
-                    raise ConfigError(f"--config {path}: line {line}: the key {key!r} is no text; write it in quotes")
+                    raise ConfigError(
+                        f"`config_file` {path}: line {line}: the key {key!r} is no text; write it in quotes"
+                    )
                 if key in keys[:place]:
-                    raise ConfigError(f"--config {path}: line {line}: {key} stands there twice; keep one")
+                    raise ConfigError(f"`config_file` {path}: line {line}: {key} stands there twice; keep one")
             return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
@@ -226,12 +222,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ConfigError:
         raise
     except RecursionError as error:
-        raise ConfigError(f"--config {path}: nested too deeply") from error
+        raise ConfigError(f"`config_file` {path}: nested too deeply") from error
     except Exception as error:  # of a value that its tag does not allow PyYAML raises whatever Python does
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"--config {path}: not readable as YAML ({reason})") from error
+        raise ConfigError(f"`config_file` {path}: not readable as YAML ({reason})") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected a mapping of settings, got {type(values).__name__}")
+        raise ConfigError(f"`config_file` {path}: expected a mapping of settings, got {type(values).__name__}")
     return values
 
 
@@ -252,5 +248,5 @@ def stored_settings(out: Path) -> dict[str, Any]:
     try:
         settings = upgraded(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{out}: no run to resume (no readable {TRAINING_FILE}); drop --resume") from error
+        raise CheckpointError(f"{out}: no run to resume (no readable {TRAINING_FILE}); drop `resume`") from error
     return settings

@@ -38,7 +38,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         if len(stream) < settings.training_length:
             raise CorpusError(
                 f"the training text has {len(stream)} tokens, less than one sequence of {settings.training_length}; "
-                "add --data or lower --training-length"
+                "add `data` or lower `training_length`"
             )
         self.stream, self.settings = stream, settings
 
@@ -99,9 +99,9 @@ class WindowTrainer(Trainer):  # type: ignore[misc]  # transformers publishes no
     def _diverged(self, how: str) -> ConfigError:
         kept = any(Path(self.args.output_dir).glob("checkpoint-*"))
         return ConfigError(
-            f"training diverged after step {self.state.global_step}: {how}; lower --learning-rate, "
-            f"{self.args.learning_rate:g} now, or raise --warmup-steps"
-            + (", and --resume from the last checkpoint" if kept else "")
+            f"training diverged after step {self.state.global_step}: {how}; lower `learning_rate`, "
+            f"{self.args.learning_rate:g} now, or raise `warmup_steps`"
+            + (", and `resume` from the last checkpoint" if kept else "")
         )
 
     def _inner_training_loop(self, batch_size: int | None = None, *arguments: Any, **options: Any) -> Any:
@@ -117,7 +117,7 @@ def training_arguments(settings: TrainSettings, out: Path, processes: int) -> Tr
     batch_size, remainder = divmod(settings.batch_size, processes)
     if remainder:
         raise ConfigError(
-            f"batch_size {settings.batch_size} does not divide over {processes} processes; change --batch-size"
+            f"batch_size {settings.batch_size} does not divide over {processes} processes; change `batch_size`"
         )
     on_cpu = not torch.cuda.is_available()
     return TrainingArguments(

@@ -97,7 +97,7 @@ def test_a_budget_of_divergence_is_kept_by_the_whole_model(
     options, measure = options_of(table), whole(more)
     best = measure([min(formats, key=lambda one: one.kl) for formats in options])
     if best.loss.kl > budget:
-        with pytest.raises(ExportError, match=r"^--budget-kl \S+ is out of reach: "):
+        with pytest.raises(ExportError, match=r"^`budget_kl` \S+ is out of reach: "):
             smallest_within(budget, options, measure)
         return
     found = smallest_within(budget, options, measure)
@@ -111,7 +111,7 @@ def test_a_budget_of_bytes_is_kept_by_the_whole_graph(table: list[list[tuple[flo
     options, measure = options_of(table), whole(1.2)
     smallest = measure([min(formats, key=lambda one: one.bytes) for formats in options])
     if smallest.size > size:
-        message = f"--max-size {size} is out of reach: the smallest choice of formats takes {smallest.size} bytes, at "
+        message = f"`max_size` {size} is out of reach: the smallest choice of formats takes {smallest.size} bytes, at "
         with pytest.raises(ExportError, match=re.escape(message)):
             best_within(size, options, measure)
         return

@@ -113,16 +113,16 @@ INTEGERS = "int8-dynamic and int8-static and int8-weight and int4-weight"
 
 
 @pytest.mark.parametrize(
-    ("settings", "option", "served"),
+    ("settings", "name", "served"),
     [
-        ({"solver": "rtn"}, "`solver`", INTEGERS),
-        ({"block_size": 64}, "`block_size`", BLOCKS),
-        ({"smoothing": True}, "`smoothing`", INTEGERS),
+        ({"solver": "rtn"}, "solver", INTEGERS),
+        ({"block_size": 64}, "block_size", BLOCKS),
+        ({"smoothing": True}, "smoothing", INTEGERS),
     ],
 )
-def test_an_option_that_no_package_uses_is_refused(settings: dict[str, Any], option: str, served: str) -> None:
+def test_a_setting_that_no_package_uses_is_refused(settings: dict[str, Any], name: str, served: str) -> None:
     recipes = [Recipe("float32", **settings), Recipe("float16", **settings)]
-    message = f"{option} is for `precision` {served}; add such a precision, or drop the option"
+    message = f"`{name}` is for `precision` {served}; add such a precision, or drop the option"
 
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         require_used(recipes)

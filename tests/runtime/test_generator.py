@@ -470,7 +470,7 @@ def refusal(call: Any, *arguments: Any, kind: type[ExPEEdgeError] = GenerationEr
 
 
 def test_empty_prompt(generator: Generator) -> None:
-    message = "the prompt is empty; give `prompt`, `prompt_file` or text on standard input"
+    message = "the prompt is empty"
 
     assert refusal(generator.stream, "") == message
     assert refusal(generator.stream, []) == message

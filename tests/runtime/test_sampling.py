@@ -257,8 +257,8 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(settings: dict[str,
         ("seed", -1, "at least 0"),
     ],
 )
-def test_setting_out_of_range_names_its_flag(name: str, value: float, allowed: str) -> None:
+def test_setting_out_of_range_is_named(name: str, value: float, allowed: str) -> None:
     with pytest.raises(GenerationError) as caught:
         Sampling(**{name: value})
 
-    assert str(caught.value) == f"--{name.replace('_', '-')} is {value}; it must be {allowed}"
+    assert str(caught.value) == f"`{name}` is {value}; it must be {allowed}"

@@ -118,7 +118,7 @@ def test_what_cannot_be_moved_is_refused_and_kept(
 def test_the_current_folder_is_refused_and_kept(old: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(old)
     before = tree(old)
-    with pytest.raises(ConfigError, match="holds the current directory; run `force` from elsewhere"):
+    with pytest.raises(ConfigError, match="holds the current directory; use `force` from elsewhere"):
         train(other(text_folder), Path(), force=True)
     assert tree(old) == before
 
