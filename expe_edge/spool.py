@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from os import SEEK_END
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
@@ -14,14 +15,22 @@ IN_MEMORY = 2**26
 
 
 class Spool:
-    """Arrays kept in their order, to be read one after another as often as needed, by one reader at a time."""
+    """Arrays kept in their order, to be read one after another as often as needed, by one reader at a time.
 
-    def __init__(self, arrays: Iterable[npt.NDArray[Any]]) -> None:
-        self._file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  # open as long as this is
+    in_memory: bytes of them that stay in memory.
+    """
+
+    def __init__(self, arrays: Iterable[npt.NDArray[Any]] = (), in_memory: int = IN_MEMORY) -> None:
+        self._file = SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115  # open as long as this is
         self._count = 0
         for array in arrays:
-            np.lib.format.write_array(self._file, array, allow_pickle=False)
-            self._count += 1
+            self.append(array)
+
+    def append(self, array: npt.NDArray[Any]) -> None:
+        """Add an array; no reader may be halfway."""
+        self._file.seek(0, SEEK_END)
+        np.lib.format.write_array(self._file, array, allow_pickle=False)
+        self._count += 1
 
     def __iter__(self) -> Iterator[npt.NDArray[Any]]:
         self._file.seek(0)

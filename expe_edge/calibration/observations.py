@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from expe_edge.package.contract import GraphContract
 from expe_edge.quant.blocks import Double, Float
 from expe_edge.quant.channels import CacheScales, Range
 from expe_edge.quant.recipe import CALIBRATION_WINDOWS
+from expe_edge.spool import Spool
 
 Ids = npt.NDArray[np.int64]
 #: Inputs of a graph by name.
@@ -43,6 +44,8 @@ OUTPUT_ERROR = "output-error"
 CALIBRATION_METHODS = (*ORT_METHODS, OUTPUT_ERROR)
 #: Rows of every linear's input that are kept; its moments and extremes are of all rows.
 SAMPLE_ROWS = 2048
+#: Bytes of the rows of one linear's input that stay in memory.
+SAMPLES_IN_MEMORY = 2**21
 #: Tokens of windows that are observed at once.
 RUN_TOKENS = 1024
 #: How far `output-error` shrinks the widest range.
@@ -71,12 +74,17 @@ class Calibration:
 
 
 class Observed(NamedTuple):
-    """What entered a linear. moments: (C, C) mean of x·xᵀ · low, high: (C,) extremes · rows: (n, C) a sample."""
+    """What entered a linear. moments: (C, C) mean of x·xᵀ · low, high: (C,) extremes · samples: parts of `rows`."""
 
     moments: Double
     low: Float
     high: Float
-    rows: Float
+    samples: Iterable[Float]
+
+    @property
+    def rows(self) -> Float:
+        """A sample of the inputs, (n, C)."""
+        return np.concatenate([*self.samples])
 
 
 class Observations(NamedTuple):
@@ -151,14 +159,15 @@ class _Watcher:
         self.low: Float
         self.high: Float
         self.random = np.random.default_rng(0)
-        self.samples: list[Float] = []
+        self.samples = Spool(in_memory=SAMPLES_IN_MEMORY)
 
     def see(self, rows: Float) -> None:
         """Take in rows (n, C)."""
         exact = rows.astype(np.float64)
         moments, low, high = exact.T @ exact, rows.min(axis=0), rows.max(axis=0)
         if self.count:
-            moments, low, high = self.moments + moments, np.minimum(self.low, low), np.maximum(self.high, high)
+            moments += self.moments
+            low, high = np.minimum(self.low, low), np.maximum(self.high, high)
         self.moments, self.low, self.high = moments, low, high
         kept = round((self.count + len(rows)) * self.share) - round(self.count * self.share)
         self.count += len(rows)
@@ -167,7 +176,7 @@ class _Watcher:
     def observed(self) -> Observed:
         """Return what was seen; nothing more can be taken in after."""
         self.moments /= self.count
-        return Observed(self.moments, self.low, self.high, np.concatenate(self.samples))
+        return Observed(self.moments, self.low, self.high, self.samples)
 
 
 def cache_scales(peaks: Sequence[CacheScales]) -> list[CacheScales]:
@@ -222,12 +231,13 @@ def fit_ranges(
 def _fit_range(
     name: str, observed: Observed, weight: Float, make: Callable[[Mapping[str, Range]], LinearFormat[Any]]
 ) -> Range:
-    wanted = observed.rows @ weight
+    rows = observed.rows
+    wanted = rows @ weight
     widest = float(observed.low.min()), float(observed.high.max())
     restored = make({name: widest}).store(name, weight).restored()
 
     def error(shrunk: float) -> float:
-        rounded = make({name: (widest[0] * shrunk, widest[1] * shrunk)}).round_inputs(name, observed.rows)
+        rounded = make({name: (widest[0] * shrunk, widest[1] * shrunk)}).round_inputs(name, rows)
         return float(((rounded @ restored - wanted) ** 2).sum())
 
     best = min(SHRINKAGE.tolist(), key=error)

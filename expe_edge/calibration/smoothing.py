@@ -120,13 +120,14 @@ class _Search:
         self, name: str, weight: Float, observed: Observed, inputs: Float, weights: Float, *, peaked: bool = False
     ) -> Float:
         """Search (inputs/weights)^strength for the least squared error of the output."""
-        wanted = observed.rows @ weight
+        seen = observed.rows
+        wanted = seen @ weight
         ratio = _floored(inputs) / _floored(weights)
         scales = {strength: _normalized(ratio**strength) for strength in STRENGTHS}
 
         def error(strength: float) -> float:
             scale = scales[strength]
-            rows, scaled = observed.rows / scale, weight * scale[:, None]
+            rows, scaled = seen / scale, weight * scale[:, None]
             format_ = self.make(name, (float(rows.min()), float(rows.max())))
             found = format_.round_inputs(name, rows, peaked=peaked) @ format_.store(name, scaled).restored()
             return float(((found - wanted) ** 2).sum())

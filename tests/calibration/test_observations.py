@@ -160,9 +160,9 @@ def static_error(bounds: Range, rows: np.ndarray, weight: np.ndarray) -> float:
 
 def with_spikes(seen: Observed) -> Observed:
     """The same with one value in ten thousand eight times too large."""
-    rows = seen.rows.copy()
+    rows = seen.rows
     rows.flat[::10_000] *= 8
-    return seen._replace(rows=rows, low=rows.min(axis=0), high=rows.max(axis=0))
+    return seen._replace(samples=[rows], low=rows.min(axis=0), high=rows.max(axis=0))
 
 
 @pytest.mark.parametrize("spiked", [False, True])
