@@ -40,7 +40,10 @@ def stored(weights: ModelWeights, rounding: WeightRounding) -> ModelWeights:
     layers = [
         dataclasses.replace(
             layer,
-            **{name: kind.restored(f"{index}.{name}", getattr(layer, name)) for name in ("qkv", "out", "up", "down")},
+            qkv=kind.restored(f"{index}.qkv", layer.qkv),
+            out=kind.restored(f"{index}.out", layer.out),
+            up=kind.restored(f"{index}.up", layer.up),
+            down=kind.restored(f"{index}.down", layer.down),
         )
         for index, layer in enumerate(weights.layers)
     ]
