@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from tempfile import SpooledTemporaryFile
 from typing import Any
@@ -18,6 +19,7 @@ class Spool:
 
     def __init__(self, arrays: Iterable[npt.NDArray[Any]]) -> None:
         self._file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  # open as long as this is
+        weakref.finalize(self, self._file.close)
         self._count = 0
         for array in arrays:
             np.lib.format.write_array(self._file, array, allow_pickle=False)
