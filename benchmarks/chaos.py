@@ -245,7 +245,10 @@ class Chaos:
             return lambda place: [*command, "--out", str(place / "out"), "--force"]
 
         def old(name: str) -> Callable[[Path], None]:
-            return lambda place: shutil.copytree(self.materials / name, place / "out") and None
+            def copy(place: Path) -> None:
+                shutil.copytree(self.materials / name, place / "out")
+
+            return copy
 
         def nothing(place: Path) -> None:
             del place

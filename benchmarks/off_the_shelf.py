@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +71,7 @@ REFUSED: dict[str, Export] = {
     "float32, accepted, without a cache": tools.export_without_cache,
 }
 #: Section to how its float32 graph is made, and what acts on it as it is; onnxruntime's tools act on all, prepared.
-EXPORTS: dict[str, tuple[Export, dict[str, tools.Quantizer]]] = {
+EXPORTS: dict[str, tuple[Export, Mapping[str, tools.Quantizer]]] = {
     AS_IT_IS: (tools.export_as_it_is, tools.OPTIMUM),
     PLAIN: (tools.export_plainly, tools.OPTIMUM),
     FOLDED: (tools.export_folded, tools.POSITIONS_KEPT),
@@ -216,19 +216,19 @@ class Bench:
             raise ExportError(f"float32 logits differ from PyTorch's by {near:.2g}, more than {FLOAT_TOLERANCE}")
         return float(differences.max())
 
-    def attempt_all(self, section: str, export: Export, theirs: dict[str, tools.Quantizer]) -> None:
+    def attempt_all(self, section: str, export: Export, theirs: Mapping[str, tools.Quantizer]) -> None:
         """Attempt an export to float32 and, if it succeeds, `theirs` on it, and onnxruntime's tools.
 
         Those act on the graph prepared as they ask for, where it can be.
         """
-        graph = self.attempt(section, "float32", lambda out: export(self.model(), out), exact=True)
+        graph = self.attempt(section, "float32", partial(self._export, export), exact=True)
         self.quantize(section, graph, theirs)
         prepared = graph and self.attempt(section, PREPARED, partial(tools.prepare, graph), exact=True)
         if not graph:
             self.advance()
         self.quantize(section, prepared or graph, tools.ONNXRUNTIME)
 
-    def quantize(self, section: str, graph: Path | None, quantizers: dict[str, tools.Quantizer]) -> None:
+    def quantize(self, section: str, graph: Path | None, quantizers: Mapping[str, tools.Quantizer]) -> None:
         """Attempt `quantizers` on a float32 graph, if there is one."""
         feeds = tools.calibration_feeds(graph, self.contract, self.windows) if graph and quantizers else []
         for name, quantizer in quantizers.items():
@@ -240,11 +240,14 @@ class Bench:
     def run(self) -> None:
         """Attempt everything."""
         for name, refused in REFUSED.items():
-            self.attempt(AS_IT_IS, name, lambda out, export=refused: export(self.model(), out))
+            self.attempt(AS_IT_IS, name, partial(self._export, refused))
         for section, (export, theirs) in EXPORTS.items():
             self.attempt_all(section, export, theirs)
         for recipe in OURS:
             self.attempt(OWN, recipe.name, partial(self._package, recipe))
+
+    def _export(self, export: Export, directory: Path) -> Path:
+        return export(self.model(), directory)
 
     def _package(self, recipe: Recipe, directory: Path) -> Path:
         return self.exporter.write(recipe, directory / recipe.name, force=False).path
@@ -310,6 +313,7 @@ def cells(row: Row, base: int | None) -> list[str]:
     """Return the table's cells of one row; of a failure, what was raised stands below its name."""
     if row.error is not None:
         return [f"  {row.name}\n{textwrap.indent(textwrap.fill(escape(row.error), 56), ' ' * 4)}"]
+    assert row.bytes is not None
     size = f"{row.bytes / base:.0%}" if base else ""
     kl = [short(result.kl, 1) for result in row.results]
     return [f"  {row.name}", f"{row.bytes:,}", size, *kl, f"{row.perplexity_change:+.1%}", f"{row.top1:.1%}"]

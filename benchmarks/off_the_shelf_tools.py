@@ -33,7 +33,7 @@ from expe_edge.graph.build import build_graph
 from expe_edge.graph.linears import Float32
 from expe_edge.graph.run import graph_feeds
 from expe_edge.model.decoder import Attention, ExPEForCausalLM
-from expe_edge.model.encodings import Heads
+from expe_edge.model.encodings import ExPE, Heads
 from expe_edge.package.contract import GraphContract
 from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.quant.blocks import BLOCK_SIZE
@@ -59,7 +59,7 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.layer, self.heads = attention.layer, heads
         rows = [heads.query_rows, heads.key_rows, heads.key_rows]
-        self.query, self.key, self.value = map(_linear, attention.qkv.weight.split(rows))
+        self.query, self.key, self.value = map(_linear, torch.split(attention.qkv.weight, rows))
         self.out = attention.out
 
     def forward(self, hidden: Tensor, shared: Shared) -> Tensor:
@@ -77,7 +77,8 @@ class PlainAttention(nn.Module):
         groups = self.heads.queries // self.heads.keys
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
         states = F.scaled_dot_product_attention(query, key, value, attn_mask=shared.visible)
-        return self.out(states.transpose(1, 2).flatten(2))
+        written: Tensor = self.out(states.transpose(1, 2).flatten(2))
+        return written
 
     def _split(self, states: Tensor) -> Tensor:
         """(B, T, heads·D) to (B, heads, T, D)."""
@@ -93,7 +94,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 class PlainOverride(ExPEForCausalLM):
     """The same model without this project's rewrites, as one would write it from the paper."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # what Optimum traces, and no more
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -105,10 +106,12 @@ class PlainOverride(ExPEForCausalLM):
         length, total = input_ids.shape[1], attention_mask.shape[1]
         causal = torch.arange(total) <= torch.arange(total - length, total)[:, None]
         visible = causal & attention_mask[:, None, None, :].bool()
-        vectors = torch.tensor(self.positional.spec.starts)
-        for limb, step in zip(self.positional.code.split(position_ids), self.positional.spec.limb_steps, strict=True):
+        assert isinstance(self.positional, ExPE)
+        spec = self.positional.spec
+        vectors = torch.tensor(spec.starts)
+        for limb, step in zip(spec.code.split(position_ids), spec.limb_steps, strict=True):
             vectors = vectors + limb[..., None].float() * torch.tensor(step)
-        shared = Shared(self.positional.spec, vectors, visible, past_key_values)
+        shared = Shared(spec, vectors, visible, past_key_values)
         hidden = self.embedding(input_ids)
         for block in self.blocks:
             hidden = block(hidden, shared)
@@ -142,7 +145,7 @@ def export_as_it_is(model: ExPEForCausalLM, directory: Path) -> Path:
 def export_plainly(model: ExPEForCausalLM, directory: Path) -> Path:
     """Export a `PlainOverride` with the same weights."""
     for block in model.blocks:
-        block.attention = PlainAttention(block.attention, model.positional.heads)
+        block.add_module("attention", PlainAttention(block.attention, model.positional.heads))
     return export_by_optimum(as_remote_code(model, PlainOverride), directory)
 
 
@@ -327,7 +330,7 @@ OPTIMUM: dict[str, Quantizer] = {
     "Optimum static, percentiles, linears alone": partial(optimum_static, method="percentiles", linears_alone=True),
     "Optimum static, entropy, linears alone": partial(optimum_static, method="entropy", linears_alone=True),
 }
-ONNXRUNTIME: dict[str, Quantizer] = {
+ONNXRUNTIME: dict[str, partial[Path]] = {
     "quantize_dynamic": partial(ort_dynamic, weights=QuantType.QInt8),
     "quantize_dynamic, uint8": partial(ort_dynamic, weights=QuantType.QUInt8),
     "quantize_static, minmax": partial(ort_static, method=CalibrationMethod.MinMax, linears_alone=False),

@@ -27,7 +27,8 @@ def torch_logits(model: modeling.ExPEForCausalLM, tokens: np.ndarray, block: int
     before, modeling.QUERY_BLOCK = modeling.QUERY_BLOCK, block
     try:
         with torch.inference_mode():
-            return model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+            logits: torch.Tensor = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits
+        return logits[0].numpy()
     finally:
         modeling.QUERY_BLOCK = before
 

@@ -37,8 +37,8 @@ def main(checkpoint: Path, documents: int) -> None:
     """Print, as JSON lines, the mean KL divergence over held-out documents up to 16 N, with and without."""
     exporter = open_exporter(checkpoint)
     evidence, length = exporter.evidence, 16 * exporter.config.training_length
-    texts = encode_documents(exporter.source.tokenizer, exporter.text.corpus.held_out)
-    texts = [ids[:length].astype(np.int64) for ids in texts if len(ids) >= length][:documents]
+    held_out = encode_documents(exporter.source.tokenizer, exporter.text.corpus.held_out)
+    texts = [ids[:length].astype(np.int64) for ids in held_out if len(ids) >= length][:documents]
     measure, options = Divergence(evidence, texts), FormatOptions(ranges=evidence.ranges)
     for kind in (DynamicInt8(), PlainDynamic(), StaticInt8(options), PlainStatic(options)):
         loss = measure.of(build_graph(evidence.weights, kind).model)

@@ -25,7 +25,8 @@ def product(weights: np.ndarray, zero_point: np.ndarray, activations: np.ndarray
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": activations})[0]
+    result: np.ndarray = session.run(None, {"x": activations})[0]
+    return result
 
 
 def main() -> None:

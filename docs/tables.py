@@ -13,14 +13,18 @@ import re
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 README = Path(__file__).parent.parent / "README.md"
 QUANTIZATION = Path(__file__).parent / "quantization.md"
 
+#: What a benchmark has written, as JSON has it.
+Report = dict[str, Any]
 
-def quality_table(comparison: dict) -> str:
+
+def quality_table(comparison: Report) -> str:
     """Perplexity of the reference, then KL divergence of the others."""
     results = {model: [r for r in comparison["results"] if r["model"] == model] for model in comparison["models"]}
     reference, *others = comparison["models"]
@@ -35,7 +39,7 @@ def quality_table(comparison: dict) -> str:
     return "\n".join(rows)
 
 
-def extrapolation_table(report: dict) -> str:
+def extrapolation_table(report: Report) -> str:
     """Loss by length of every variant, mean over seeds, and its paired difference ± standard error to one of them."""
     rows = [
         row("position", [f"{a}–{b} N" for a, b in pairwise([0, *report["lengths"]])]),
@@ -50,7 +54,7 @@ def extrapolation_table(report: dict) -> str:
     return "\n".join(rows)
 
 
-def formats_table(report: dict) -> str:
+def formats_table(report: Report) -> str:
     """Every package's worst bucket, against float32."""
     heading = ("package", "KL, nats/token", "last bucket / first", "perplexity", "size", "top-1", "without near-ties")
     rows = [row(heading[0], list(heading[1:])), "|---" * len(heading) + "|"]
@@ -74,9 +78,10 @@ CACHES = {
 }
 
 
-def cache_table(comparison: dict) -> str:
+def cache_table(comparison: Report) -> str:
     """KL divergence by length of float32 weights with an int8 cache, keys with and without their positions."""
-    n, rows = comparison["training_length"], []
+    n = comparison["training_length"]
+    rows: list[str] = []
     for model, name in CACHES.items():
         results = [result for result in comparison["results"] if result["model"] == model]
         if not rows:
@@ -101,7 +106,7 @@ def fill(page: Path, marker: str, content: str) -> None:
     page.write_text(filled, encoding="utf-8")
 
 
-def fill_from(report: dict) -> None:
+def fill_from(report: Report) -> None:
     """Fill the tables of one report, told by its keys from the others."""
     if "nll" in report:
         fill(README, "extrapolation", extrapolation_table(report))

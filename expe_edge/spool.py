@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from os import SEEK_END
 from tempfile import SpooledTemporaryFile
@@ -22,6 +23,7 @@ class Spool:
 
     def __init__(self, arrays: Iterable[npt.NDArray[Any]] = (), in_memory: int = IN_MEMORY) -> None:
         self._file = SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115  # open as long as this is
+        weakref.finalize(self, self._file.close)
         self._count = 0
         for array in arrays:
             self.append(array)

@@ -104,7 +104,8 @@ def plain_graph() -> BuiltGraph:
 
 def token_stream(tokens: int, config: ExPEConfig = CONFIG) -> np.ndarray:
     """Random text, (tokens,) int32."""
-    return random_tokens(config, tokens, seed=1)[0].astype(np.int32)
+    ids: np.ndarray = random_tokens(config, tokens, seed=1)[0]
+    return ids.astype(np.int32)
 
 
 def run_text(

@@ -38,11 +38,13 @@ def reference_logits(config: ExPEConfig, weights: Weights, tokens: Ids, position
         hidden = hidden + mixed @ block["attention.out.weight"].T
         normed = rms_norm(hidden, block["feed_forward_norm.weight"], config.rms_norm_eps)
         hidden = hidden + feed_forward(config, block, normed)
-    return rms_norm(hidden, weights["norm.weight"], config.rms_norm_eps) @ weights["head.weight"].T
+    logits: Double = rms_norm(hidden, weights["norm.weight"], config.rms_norm_eps) @ weights["head.weight"].T
+    return logits
 
 
 def rms_norm(hidden: Double, gain: Double, epsilon: float) -> Double:
-    return hidden / np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + epsilon) * gain
+    normed: Double = hidden / np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + epsilon) * gain
+    return normed
 
 
 def feed_forward(config: ExPEConfig, block: Weights, hidden: Double) -> Double:
@@ -52,12 +54,14 @@ def feed_forward(config: ExPEConfig, block: Weights, hidden: Double) -> Double:
     else:
         gate, up = np.split(wide, 2, axis=-1)
         active = gate / (1 + np.exp(-gate)) * up
-    return active @ block["feed_forward.down.weight"].T
+    written: Double = active @ block["feed_forward.down.weight"].T
+    return written
 
 
 def softmax(scores: Double) -> Double:
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    powers: Double = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    total: Double = powers.sum(axis=-1, keepdims=True)
+    return powers / total
 
 
 def attention(config: ExPEConfig, weights: Weights, fused: Double, hidden: Double, positions: Ids) -> Double:
@@ -176,14 +180,16 @@ def score_bias(config: ExPEConfig, weights: Weights, head: int, positions: Ids) 
     """What is added to the scores (T, T) of one head."""
     back = positions[:, None] - positions[None, :]
     if config.positional == "alibi":
-        return -press_slopes(config.num_attention_heads)[head] * back
+        penalty: Double = back * np.float64(-press_slopes(config.num_attention_heads)[head])
+        return penalty
     if config.positional == "relative":
         parameters = config.positional_parameters
         buckets = [
             t5_bucket(distance, parameters["buckets"], parameters["max_distance"]) for distance in range(back.max() + 1)
         ]
         rows = np.array(buckets)[back.clip(min=0)]
-        return weights["positional.table.weight"][rows, head]
+        bias: Double = weights["positional.table.weight"][rows, head]
+        return bias
     return 0.0
 
 

@@ -40,10 +40,10 @@ def stored(weights: ModelWeights, rounding: WeightRounding) -> ModelWeights:
     layers = [
         dataclasses.replace(
             layer,
-            **{
-                name: kind.store(f"{index}.{name}", getattr(layer, name)).restored()
-                for name in ("qkv", "out", "up", "down")
-            },
+            qkv=kind.store(f"{index}.qkv", layer.qkv).restored(),
+            out=kind.store(f"{index}.out", layer.out).restored(),
+            up=kind.store(f"{index}.up", layer.up).restored(),
+            down=kind.store(f"{index}.down", layer.down).restored(),
         )
         for index, layer in enumerate(weights.layers)
     ]

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
+from expe_edge.model.encodings import ExPE
 from expe_edge.positions.codes import FLOAT32_EXACT, PositionCode
-from expe_edge.positions.parameters import HOW, WHERE
+from expe_edge.positions.parameters import HOW, WHERE, ExPEParameters
 
 #: Both sides of every carry of a byte-wise and of a 4-bit code, and the last position that float32 holds.
 BOUNDARIES = tuple(
@@ -103,7 +104,7 @@ def expe_configs(draw: st.DrawFn, *, where: tuple[str, ...] = WHERE) -> ExPEConf
 
 
 @st.composite
-def placed_configs(draw: st.DrawFn, length: int, **changes: Any) -> tuple[ExPEConfig, np.ndarray]:
+def placed_configs(draw: st.DrawFn, /, length: int, **changes: Any) -> tuple[ExPEConfig, np.ndarray]:
     """A config of `expe_configs` and `length` rising positions within its reach, with gaps, near 0 or far from it."""
     config = draw(expe_configs(**changes))
     reach = config.max_position_embeddings
@@ -130,11 +131,23 @@ def small_config(**changes: Any) -> ExPEConfig:
 def random_model(config: ExPEConfig, seed: int = 0) -> ExPEForCausalLM:
     """A model with random weights, its gains included: at their initial value of 1 a forgotten gain would not show."""
     torch.manual_seed(seed)
-    model = ExPEForCausalLM(config).eval().requires_grad_(False)
+    model: ExPEForCausalLM = ExPEForCausalLM(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.uniform_(0.5, 1.5)
     return model
+
+
+def expe_of(model: ExPEForCausalLM) -> ExPE:
+    """The encoding of a model with ExPE or ExQPE."""
+    assert isinstance(model.positional, ExPE)
+    return model.positional
+
+
+def expe_parameters_of(config: ExPEConfig) -> ExPEParameters:
+    """The settings of ExPE or ExQPE."""
+    assert isinstance(config.encoding_parameters, ExPEParameters)
+    return config.encoding_parameters
 
 
 def random_tokens(config: ExPEConfig, length: int, *, batch: int = 1, seed: int = 0) -> np.ndarray:

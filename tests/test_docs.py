@@ -18,11 +18,11 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_a_generated_page_is_current(path: Path):
+def test_a_generated_page_is_current(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == PAGES[path](), "run `make docs`"
 
 
-def test_the_python_example_of_the_readme_runs(packages: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_python_example_of_the_readme_runs(packages: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert "demo/package/int8-dynamic" in example
     exec(example.replace("demo/package/int8-dynamic", str(packages / "int8-dynamic")), {})  # noqa: S102
@@ -30,27 +30,27 @@ def test_the_python_example_of_the_readme_runs(packages: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("line", re.findall(r"^ {4}expe-edge (.*)$", README, flags=re.MULTILINE))
-def test_the_commands_of_the_readme_parse(line: str):
+def test_the_commands_of_the_readme_parse(line: str) -> None:
     name, *arguments = shlex.split(line)
     parent = cli.make_context("expe-edge", [name])
     cli.commands[name].make_context(name, arguments, parent)
 
 
 @pytest.mark.parametrize("target", re.findall(r"^ {4}make (\w+)", README, flags=re.MULTILINE))
-def test_the_make_targets_of_the_readme_exist(target: str):
+def test_the_make_targets_of_the_readme_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_example_settings_are_valid(path: Path):
+def test_the_example_settings_are_valid(path: Path) -> None:
     make_settings(config_file=path)
 
 
 @pytest.mark.parametrize("path", re.findall(r"`([a-z_]+/[\w/.]*)`", CONTRIBUTING))
-def test_what_contributors_are_sent_to_exists(path: str):
+def test_what_contributors_are_sent_to_exists(path: str) -> None:
     assert (ROOT / path).exists()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
-def test_what_the_readme_links_to_exists(link: str):
+def test_what_the_readme_links_to_exists(link: str) -> None:
     assert (ROOT / link).exists()

@@ -25,8 +25,8 @@ def test_an_unknown_name_is_shortened() -> None:
 
 
 def test_a_value_is_shortened() -> None:
-    wide = ["x" * 100] * 100
+    wide: list[object] = ["x" * 100] * 100
     for _ in range(20):
-        wide = [wide] * 20  # type: ignore[list-item]
+        wide = [wide] * 20
     assert len(shown(wide)) <= WIDEST_VALUE
     assert shown([1, "a"]) == "[1, 'a']"

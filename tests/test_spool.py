@@ -19,3 +19,11 @@ def test_arrays_come_back_in_order_as_often_as_asked(in_memory: int) -> None:
         for one, expected in zip(found, arrays, strict=True):
             assert one.dtype == np.float32
             np.testing.assert_array_equal(one, expected)
+
+
+def test_the_file_is_closed_with_the_spool() -> None:
+    spool = Spool([np.zeros(3)])
+    file = spool._file
+    assert not file.closed
+    del spool
+    assert file.closed

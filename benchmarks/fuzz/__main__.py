@@ -71,7 +71,7 @@ def target_of(seed: int, case: int, targets: Mapping[str, Any]) -> str:
 
 
 def run_case(
-    seed: int, case: int, materials: Materials, folder: Path, targets: Mapping[str, Callable[[Trial], None]]
+    seed: int, case: int, materials: Materials, folder: Path, targets: Mapping[str, Callable[[Trial], object]]
 ) -> Outcome:
     """Run one case in an empty `folder`."""
     name = target_of(seed, case, targets)
@@ -96,7 +96,7 @@ def work(
     seed: int,
     cases: range,
     materials: Materials,
-    targets: Mapping[str, Callable[[Trial], None]],
+    targets: Mapping[str, Callable[[Trial], object]],
 ) -> None:
     """Run `cases` in this process, sending each outcome; never returns."""
     limit_memory()
@@ -168,7 +168,7 @@ def fuzz(
     cases: range,
     seconds: float,
     materials: Materials,
-    targets: Mapping[str, Callable[[Trial], None]],
+    targets: Mapping[str, Callable[[Trial], object]],
 ) -> Iterator[Outcome]:
     """Yield the outcomes of `cases`, as many as `seconds` allow."""
     until = time.monotonic() + seconds

@@ -15,6 +15,7 @@ from expe_edge.text.corpus import load_corpus
 from expe_edge.text.tokenization import encode_documents, load_tokenizer
 from expe_edge.training import run as training
 from expe_edge.training.checkpoint import load_checkpoint, starting_settings
+from expe_edge.training.record import MODEL_SETTINGS, explicit
 from expe_edge.training.settings import make_settings, stored_settings
 
 
@@ -26,12 +27,12 @@ def use_checkpoint(trial: Trial, checkpoint: Path) -> None:
 
     def start_from(path: Path) -> None:
         settings = make_settings(flags={"from_checkpoint": str(path)}, stored=starting_settings(path))
-        training._open_start(training.explicit(settings), path.parent / "out")
+        training._open_start(explicit(settings), path.parent / "out")
 
     def resume(path: Path) -> None:
-        settings = training.explicit(make_settings(stored=stored_settings(path)))
+        settings = explicit(make_settings(stored=stored_settings(path)))
         if weights(settings) < MOST_WEIGHTS:
-            ExPEConfig(**{name: getattr(settings, name) for name in training.MODEL_SETTINGS})
+            ExPEConfig(**{name: getattr(settings, name) for name in MODEL_SETTINGS})
         training._open_last(settings, path)
 
     def use_text(path: Path) -> None:

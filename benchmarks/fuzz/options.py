@@ -23,7 +23,10 @@ def options(trial: Trial) -> None:
         require_rising(parse_lengths(text))
     elif kind == "recipe":
         fields = list(Recipe.__dataclass_fields__)
-        values = {"budget_kl": trial.random.choice(ODD_NUMBERS), "max_size": trial.random.choice(ODD_NUMBERS)}
+        values: dict[str, object] = {
+            "budget_kl": trial.random.choice(ODD_NUMBERS),
+            "max_size": trial.random.choice(ODD_NUMBERS),
+        }
         values |= {name: trial.random.choice(ODD_TEXTS) for name in ("precision", "embedding", "cache", "solver")}
         values |= {"block_size": trial.random.choice(ODD_NUMBERS), "portable": True, "smoothing": True}
         chosen = [name for name in fields if name in values and trial.random.random() < 0.4]

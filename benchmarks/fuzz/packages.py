@@ -129,4 +129,5 @@ def nodes_changed(content: bytes, random: Random) -> bytes:
         place.type.tensor_type.shape.dim[-1].dim_value = random.choice((0, 1, 2**31, 2**40))
     else:
         model.opset_import[0].version = random.choice((0, 1, 7, 100))
-    return model.SerializeToString()
+    serialized: bytes = model.SerializeToString()
+    return serialized

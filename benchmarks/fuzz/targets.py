@@ -11,7 +11,7 @@ from benchmarks.fuzz.packages import contract, graph, manifest
 from benchmarks.fuzz.training import positions, settings_file, text_files
 from benchmarks.fuzz.trial import Trial
 
-TARGETS: dict[str, Callable[[Trial], None]] = {
+TARGETS: dict[str, Callable[[Trial], object]] = {
     "manifest": manifest,
     "contract": contract,
     "graph": graph,

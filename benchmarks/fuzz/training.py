@@ -23,6 +23,7 @@ from expe_edge.positions.parameters import POSITIONAL_PARAMETERS
 from expe_edge.text.corpus import load_corpus
 from expe_edge.text.tokenization import encode_documents, train_tokenizer
 from expe_edge.training import run as training
+from expe_edge.training.record import MODEL_SETTINGS, explicit
 from expe_edge.training.settings import TrainSettings, make_settings
 from expe_edge.training.trainer import WindowDataset
 
@@ -117,8 +118,8 @@ def positions(trial: Trial) -> None:
         given.append(odd_text(trial.random, "dims=4,step=0.5"))
     trial.given |= {"positional": name, "positional_parameters": given}
     flags = {"positional": name, "positional_parameters": dict(map(parse_parameter, given)), "hidden_size": 32}
-    settings = training.explicit(make_settings(flags={**flags, "vocab_size": 257, "num_hidden_layers": 1}))
-    config = ExPEConfig(**{key: getattr(settings, key) for key in training.MODEL_SETTINGS})
+    settings = explicit(make_settings(flags={**flags, "vocab_size": 257, "num_hidden_layers": 1}))
+    config = ExPEConfig(**{key: getattr(settings, key) for key in MODEL_SETTINGS})
     model = ExPEForCausalLM(config).eval()
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
@@ -170,4 +171,5 @@ def parquet(texts: list[str], random: Random) -> bytes:
     column = random.choice((clean, [text.decode() for text in clean], [len(text) for text in clean], [None, *clean]))
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), sink)
-    return sink.getvalue().to_pybytes()
+    content: bytes = sink.getvalue().to_pybytes()
+    return content

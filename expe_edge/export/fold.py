@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,9 +25,7 @@ def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:
         config=model.config,
         folded=folded,
         embedding=_array(model.embedding.weight),
-        layers=tuple(
-            _layer_weights(block, model.positional if folded else None) for block in cast("list[Block]", model.blocks)
-        ),
+        layers=tuple(_layer_weights(block, model.positional if folded else None) for block in model.blocks),
         norm=_array(model.norm.weight),
         head=_array(model.head.weight.T),
         relative_table=_relative_table(model.positional) if isinstance(model.positional, Relative) else None,
@@ -91,7 +87,6 @@ def fold_positions(positional: ExPE, weight: Tensor) -> FoldedPositions:
 
 def _over_stored_limbs(positional: ExPE, beta: Tensor) -> Tensor:
     """Spread beta (C_out, G of the encoding) over the limbs the graph stores (G, C_out)."""
-    assert positional.code is not None
     if positional.code.limbs > 1:
         return beta.T
     weights = torch.tensor(positional.code.stored.weights, dtype=beta.dtype)

@@ -7,9 +7,9 @@ D head size · V vocabulary · G limbs of a position's code.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +226,8 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positional = make_encoding(config)
-        self.blocks = nn.ModuleList(Block(config, layer, self.positional) for layer in range(config.num_hidden_layers))
+        blocks = nn.ModuleList(Block(config, layer, self.positional) for layer in range(config.num_hidden_layers))
+        self.blocks = cast("Sequence[Block]", blocks)  # torch's type of a list does not say of what
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

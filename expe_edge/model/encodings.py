@@ -200,6 +200,7 @@ class ExPE(PositionalEncoding):
     """ExPE and, with a code of several limbs, ExQPE; folded, with position-free keys."""
 
     spec: ExPEParameters
+    code: PositionCode
 
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__(config)
@@ -308,7 +309,6 @@ class ExPE(PositionalEncoding):
 
     def unit_reading(self, limbs: Tensor) -> Tensor:
         """Return what reads the position itself of p_n, (l,), from what reads each limb, (G, l)."""
-        assert self.code is not None
         return limbs.new_tensor(self.code.weights) @ limbs
 
     def slopes(self, query: Tensor, beta: Tensor) -> Tensor:

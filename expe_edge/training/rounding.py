@@ -7,13 +7,13 @@ arXiv 1308.3432). What is trained, saved and resumed are the float weights; only
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expe_edge.model.decoder import Block, ExPEForCausalLM
+from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.quant.blocks import BLOCK_SIZE, LARGEST_HALF, SMALLEST_HALF, midpoint
 from expe_edge.quant.recipe import BLOCKWISE, WeightRounding
 
@@ -109,7 +109,7 @@ def round_weights(model: ExPEForCausalLM, rounding: WeightRounding) -> None:
     """
     quantizer = FakeQuantizer(rounding.bits, rounding.block_size)
     model.positional.quantizer = quantizer
-    for block in cast("list[Block]", model.blocks):
+    for block in model.blocks:
         block.attention.out = RoundedLinear(block.attention.out, quantizer)
         block.feed_forward.up = RoundedLinear(block.feed_forward.up, quantizer)
         block.feed_forward.down = RoundedLinear(block.feed_forward.down, quantizer)

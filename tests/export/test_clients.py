@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def optimum_tokens(package: Path, prompt: list[int]) -> list[int]:
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=NEW_TOKENS, max_length=None, do_sample=False,
     )  # fmt: skip
-    return output[0, len(prompt) :].tolist()
+    return [int(token) for token in output[0, len(prompt) :]]
 
 
 def genai_tokens(package: Path, prompt: list[int]) -> list[int]:
@@ -56,7 +57,7 @@ def torch_tokens(checkpoint: Path, prompt: list[int]) -> list[int]:
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=NEW_TOKENS, do_sample=False,
     )  # fmt: skip
-    return output[0, len(prompt) :].tolist()
+    return [int(token) for token in output[0, len(prompt) :]]
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,15 @@ def prompt(packages: Path) -> list[int]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("theirs", [optimum_tokens, genai_tokens], ids=["optimum", "genai"])
-def test_other_clients_choose_the_tokens_our_generator_chooses(packages, prompt, precision, theirs):
+def test_other_clients_choose_the_tokens_our_generator_chooses(
+    packages: Path, prompt: list[int], precision: str, theirs: Callable[[Path, list[int]], list[int]]
+) -> None:
     ours = our_tokens(packages / precision, prompt)
     assert len(ours) == NEW_TOKENS
     assert theirs(packages / precision, prompt) == ours
 
 
-def test_the_usual_optimum_snippet_runs(packages):
+def test_the_usual_optimum_snippet_runs(packages: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packages / "int8-dynamic")
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = optimum_model(packages / "int8-dynamic").generate(
@@ -83,7 +86,7 @@ def test_the_usual_optimum_snippet_runs(packages):
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8-static", "int4-weight"])
-def test_optimum_generates_from_batches_padded_on_the_left(packages, precision):
+def test_optimum_generates_from_batches_padded_on_the_left(packages: Path, precision: str) -> None:
     """Formats of fixed ranges: int8-dynamic has one range for the whole batch."""
     prompts = [PROMPT, "A", "The stream under the hill is cold and the"]
     tokenizer = AutoTokenizer.from_pretrained(packages / precision, padding_side="left")
@@ -93,11 +96,11 @@ def test_optimum_generates_from_batches_padded_on_the_left(packages, precision):
     assert output[:, inputs["input_ids"].shape[1] :].tolist() == [completion.tokens for completion in ours]
 
 
-def test_float32_chooses_the_tokens_pytorch_chooses(packages, checkpoint, prompt):
+def test_float32_chooses_the_tokens_pytorch_chooses(packages: Path, checkpoint: Path, prompt: list[int]) -> None:
     assert our_tokens(packages / "float32", prompt) == torch_tokens(checkpoint, prompt)
 
 
-def test_genai_reads_the_tokenizer_of_the_package(packages, prompt):
+def test_genai_reads_the_tokenizer_of_the_package(packages: Path, prompt: list[int]) -> None:
     tokenizer = og.Tokenizer(og.Model(str(packages / "float32")))
     ours = Generator.load(packages / "float32").tokenizer
     assert tokenizer.decode(np.array(prompt[1:], dtype=np.int32)) == ours.decode(prompt[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +207,7 @@ def test_the_standard_operators_restore_the_matrix_that_the_blocks_stand_for(
     columns, rows = shape
     specs = [TensorSpec("ids", "int64", (1, rows)), TensorSpec("hidden", "float32", (columns, columns))]
     stored = linear.store("head", weight)
-    outputs = {"table": (1, rows, columns)} if tied else {}
+    outputs: dict[str, tuple[int, ...]] = {"table": (1, rows, columns)} if tied else {}
     if tied:
         graph.emit("Identity", [stored.lookup(graph, "ids")], ["table"], name="table")
     graph.emit("Identity", [linear.emit(graph, "head", "hidden", stored)], ["matrix"], name="matrix")
@@ -398,7 +398,9 @@ def test_a_step_beyond_the_capacity_is_refused_and_changes_nothing(generators: l
 
 @every_precision
 @pytest.mark.parametrize("theirs", [optimum_tokens, genai_tokens], ids=["optimum", "genai"])
-def test_other_clients_choose_the_tokens_our_generator_chooses(portables, precision, theirs):
+def test_other_clients_choose_the_tokens_our_generator_chooses(
+    portables: Path, precision: str, theirs: Callable[[Path, list[int]], list[int]]
+) -> None:
     package = portables / precision
     prompt = [int(token) for token in Generator.load(package).encode(PROMPTS[0])]
     assert theirs(package, prompt) == our_tokens(package, prompt)

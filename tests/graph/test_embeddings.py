@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,7 +30,7 @@ def stored(table: StoredMatrix) -> dict[str, TensorProto]:
     return {tensor.name: tensor for tensor in builder.graph.initializer if tensor.name.startswith("embedding.")}
 
 
-def arrays(table: StoredMatrix) -> dict[str, list]:
+def arrays(table: StoredMatrix) -> dict[str, list[Any]]:
     """The same as plain lists."""
     return {name: numpy_helper.to_array(tensor).tolist() for name, tensor in stored(table).items()}
 

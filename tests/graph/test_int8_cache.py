@@ -25,6 +25,7 @@ from expe_edge.package.directory import read_package
 from expe_edge.quant.channels import CacheScales
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession, Sampling
+from expe_edge.runtime.cache import SharedCache
 from expe_edge.runtime.session import Step
 from tests.export.test_clients import genai_tokens, optimum_model, our_tokens
 from tests.graphs import CONFIG, normal, open_session, plain_graph, random_weights, run_text, token_stream
@@ -71,7 +72,8 @@ def run_attention(scales: CacheScales, **inputs: np.ndarray) -> list[np.ndarray]
     cache = ("batch_size", SHARED, "total", SIZE)
     outputs = [TensorSpec("mixed", "float32", inputs["query"].shape)]
     outputs += [TensorSpec(f"present.0.{part}", "int8", cache) for part in ("key", "value")]
-    return open_session(builder.model(specs, outputs, "test")).run(None, feeds)
+    found: list[np.ndarray] = open_session(builder.model(specs, outputs, "test")).run(None, feeds)
+    return found
 
 
 @settings(max_examples=40)
@@ -172,7 +174,9 @@ def test_a_package_says_what_its_cache_is(cached: Path, name: str) -> None:
     for layer in scales:
         assert layer.keys() == {"key", "value"}
         assert all(0 < low < high for low, high in layer.values())
-    assert PackageSession.load(cached / name).new_cache(1, 8).arrays[0].dtype == np.int8
+    cache = PackageSession.load(cached / name).new_cache(1, 8)
+    assert isinstance(cache, SharedCache)
+    assert cache.arrays[0].dtype == np.int8
 
 
 @pytest.mark.parametrize("name", NAMES)

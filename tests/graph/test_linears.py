@@ -117,8 +117,8 @@ def test_a_weight_is_restored_to_half_a_step_of_its_own_channel(weight: np.ndarr
 )
 def test_activation_scales_by_hand(low: float, high: float, scale: float, zero: int) -> None:
     found = activation_scale(low, high)
-    assert found == (np.float32(scale), zero)
-    assert (found[0].dtype, found[1].dtype) == (np.float32, np.uint8)
+    assert found == (np.float32(scale), np.uint8(zero))
+    assert (found[0].dtype, found[1].dtype) == (np.dtype(np.float32), np.dtype(np.uint8))
 
 
 @given(signed, signed, st.floats(0, 1))
@@ -180,7 +180,8 @@ def either_side(linear: LinearFormat[Any], hidden: np.ndarray, *, peaked: bool) 
     up, down = (
         linear.round_inputs("linear", np.clip(hidden + shift, *ends), peaked=peaked) for shift in (slack, -slack)
     )
-    return np.abs(up - down)
+    apart: np.ndarray = np.abs(up - down)
+    return apart
 
 
 def kernel_error(linear: LinearFormat[Any], hidden: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -188,12 +189,13 @@ def kernel_error(linear: LinearFormat[Any], hidden: np.ndarray, weight: np.ndarr
 
     MatMulNBits rounds each block of the inputs to ±127 levels of the block's largest magnitude.
     """
-    float_sums = 1e-5 * (np.abs(hidden) @ np.abs(weight))
+    float_sums: np.ndarray = 1e-5 * (np.abs(hidden) @ np.abs(weight))
     if not isinstance(linear, BlockWeight):
         return float_sums
     size = linear.store("linear", weight).codes.block_size
     steps = np.abs(into_blocks(hidden, size)).max(axis=2) / 127  # (T, blocks)
-    return float_sums + steps / 2 @ np.abs(into_blocks(weight.T, size)).sum(axis=2).T * 1.01
+    error: np.ndarray = float_sums + steps / 2 @ np.abs(into_blocks(weight.T, size)).sum(axis=2).T * 1.01
+    return error
 
 
 @pytest.mark.parametrize("peaked", [False, True], ids=["", "peaked"])
@@ -242,7 +244,8 @@ def test_row_scaling_keeps_a_small_token_as_it_is_whatever_another_tokens_peak(l
 
     def small_token(peak: float, *, peaked: bool) -> np.ndarray:
         rows = np.stack([hidden[0], hidden[1] * np.float32(peak)])
-        return run_linear(linear, rows, weight, peaked=peaked)[0]
+        first: np.ndarray = run_linear(linear, rows, weight, peaked=peaked)[0]
+        return first
 
     beside_small, beside_large = (small_token(peak, peaked=True) for peak in (1.0, 2.0**15))
     np.testing.assert_array_equal(beside_large, beside_small)

@@ -23,7 +23,8 @@ PROMPT = torch.tensor([[0, 17, 4, 211, 90, 3, 56]])
 def new_model(**changes: Any) -> ExPEForCausalLM:
     """A model of 4 blocks as seed 0 begins it."""
     torch.manual_seed(0)
-    return ExPEForCausalLM(ExPEConfig(vocab_size=256, hidden_size=64, **changes)).eval()
+    model: ExPEForCausalLM = ExPEForCausalLM(ExPEConfig(vocab_size=256, hidden_size=64, **changes)).eval()
+    return model
 
 
 # Generation.
@@ -47,7 +48,7 @@ def test_a_cache_is_known_by_either_name(name: str) -> None:
     model, cache = new_model(), DynamicCache()
     with torch.inference_mode():
         whole = model(input_ids=PROMPT, use_cache=False).logits
-        steps = [model(input_ids=token, **{name: cache}).logits for token in PROMPT.split(1, dim=1)]
+        steps = [model(input_ids=token, **{name: cache}).logits for token in torch.split(PROMPT, 1, dim=1)]
     assert cache.get_seq_length() == PROMPT.shape[1]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx.utils import Extractor
 
 from expe_edge.errors import ConfigError
 from expe_edge.graph.build import build_graph, graph_contract
@@ -24,7 +26,7 @@ from expe_edge.training.settings import TRAINING_FILE, stored_settings
 from tests import reference
 from tests.graphs import open_session, random_weights
 from tests.small import small_settings
-from tests.strategies import random_model, random_tokens, small_config
+from tests.strategies import expe_of, expe_parameters_of, random_model, random_tokens, small_config
 
 LENGTH = 24
 #: The first of `LENGTH` positions, up to the last that float32 can hold.
@@ -92,10 +94,7 @@ def test_the_graph_gives_the_same_bits_for_a_query_and_keys_moved_together(offse
     np.testing.assert_array_equal(found[0, 0], expected)
 
 
-def _only(model: Any, tensor: str) -> Any:
-    import onnx
-    from onnx.utils import Extractor
-
+def _only(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
     return Extractor(onnx.shape_inference.infer_shapes(model)).extract_model(
         ["attention_mask", "position_ids"], [tensor]
     )
@@ -108,11 +107,11 @@ def first_slopes(config: ExPEConfig) -> np.ndarray:
     """The slope of every head and limb of a new model's second layer for a query without content, (H, G)."""
     torch.manual_seed(0)
     model = ExPEForCausalLM(config)
-    positional = model.positional
+    positional = expe_of(model)
     weight = model.blocks[1].attention.qkv.weight.double()
     folded = positional.fold(weight)
     query = folded.alpha[: positional.heads.query_rows].view(positional.heads.queries, 1, positional.heads.size)
-    slopes = positional.slopes(query, folded.beta)[:, 0] / math.sqrt(positional.heads.size)
+    slopes: torch.Tensor = positional.slopes(query, folded.beta)[:, 0] / math.sqrt(positional.heads.size)
     return slopes.detach().numpy()
 
 
@@ -140,8 +139,8 @@ def test_positions_begin_in_one_dimension_of_each_head(name: str) -> None:
     config = small_config(positional=name, num_key_value_heads=2)
     heads, size = config.num_attention_heads, config.head_dim
     torch.manual_seed(0)
-    weight = ExPEForCausalLM(config).blocks[0].attention.qkv.weight[:, : config.encoding_parameters.dims]
-    queries_and_keys = weight[: (heads + 2) * size].unflatten(0, (-1, size))
+    weight = ExPEForCausalLM(config).blocks[0].attention.qkv.weight[:, : expe_parameters_of(config).dims]
+    queries_and_keys = torch.unflatten(weight[: (heads + 2) * size], 0, (-1, size))
     assert queries_and_keys[:, 0].any(dim=-1).all()
     assert not queries_and_keys[:, 1:].any()
 
@@ -150,7 +149,7 @@ def test_positions_begin_in_one_dimension_of_each_head(name: str) -> None:
 def test_a_new_model_penalizes_distance_as_alibi_does_however_far(name: str) -> None:
     """For ExQPE over the carries of all its limbs too, up to what they reach."""
     config = small_config(positional=name, positional_parameters={"dims": 12})
-    slopes, code = first_slopes(config), config.encoding_parameters.code
+    slopes, code = first_slopes(config), expe_parameters_of(config).code
     distances = np.array([0, 1, 15, 16, 255, 256, 4095, 4096, 30000])
     bias = slopes @ np.stack(code.split(distances))
     np.testing.assert_allclose(bias, np.outer(alibi_slopes(4), distances), rtol=1e-5)
@@ -159,7 +158,7 @@ def test_a_new_model_penalizes_distance_as_alibi_does_however_far(name: str) -> 
 def test_the_papers_form_with_alibis_slopes_has_none_that_drift_at_first() -> None:
     config = small_config(positional_parameters={"where": "query_key", "slopes": "alibi"})
     model = random_model(config)
-    folded = model.positional.fold(model.blocks[0].attention.qkv.weight)
+    folded = expe_of(model).fold(model.blocks[0].attention.qkv.weight)
     heads = model.positional.heads
     assert folded.beta[: heads.query_rows].abs().max() < 1e-6
     assert folded.beta[heads.query_rows : heads.query_rows + heads.key_rows].abs().max() > 1e-3
@@ -224,6 +223,6 @@ def test_positions_of_the_reference_are_those_of_the_config() -> None:
     """One number is for a half: the constant one for `start`, the one that counts for `step`, limb by limb."""
     config = small_config(positional="exqpe", positional_parameters={"dims": 6, "limbs": 2, "start": 2.0})
     np.testing.assert_array_equal(reference.starts(config), [2, 2, 0, 2, 2, 0])
-    np.testing.assert_array_equal(reference.starts(config), config.encoding_parameters.starts)
-    steps = config.encoding_parameters.limb_steps
+    np.testing.assert_array_equal(reference.starts(config), expe_parameters_of(config).starts)
+    steps = expe_parameters_of(config).limb_steps
     np.testing.assert_array_equal(steps, [[0, 0, 0.125, 0, 0, 0], [0, 0, 0, 0, 0, 0.125]])

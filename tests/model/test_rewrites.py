@@ -20,7 +20,14 @@ from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import AttentionContext, ExPEForCausalLM
 from expe_edge.model.encodings import ExPE, Projected
 from tests import reference, strategies
-from tests.strategies import placed_configs, random_model, random_tokens, small_config
+from tests.strategies import (
+    expe_of,
+    expe_parameters_of,
+    placed_configs,
+    random_model,
+    random_tokens,
+    small_config,
+)
 
 LENGTH = 5
 #: Where positions enter the projections, and so where the rewrites act.
@@ -29,6 +36,9 @@ PROJECTED = ("key", "query_key", "query_key_value")
 DOUBLE = 1e-12
 #: The same for float32 (2^-24), in which folded weights are stored.
 SINGLE = 1e-5
+
+#: A config, and the positions of `LENGTH` tokens within its reach.
+Case = tuple[ExPEConfig, np.ndarray]
 
 cases = placed_configs(LENGTH, where=PROJECTED)
 
@@ -51,6 +61,7 @@ class Layer:
         self.weight = random.normal(size=(heads.rows, config.hidden_size)) / 4
         self.hidden = random.normal(size=(len(positions), config.hidden_size))
         self.size, self.groups = heads.size, heads.queries // heads.keys
+        self.spec = expe_parameters_of(config)
 
     def rewritten(self) -> Projected:
         hidden, positions = torch.from_numpy(self.hidden)[None], torch.from_numpy(self.positions)[None]
@@ -62,10 +73,21 @@ class Layer:
         split = [heads.query_rows, heads.query_rows + heads.key_rows]
         query_weight, key_weight, value_weight = np.split(self.weight, split)
         inputs = reference.attention_inputs(self.config, self.hidden, self.positions)
-        products = [
-            states @ weight.T for states, weight in zip(inputs, (query_weight, key_weight, value_weight), strict=True)
-        ]
-        return tuple(states.reshape(len(states), -1, self.size).transpose(1, 0, 2) for states in products)
+        query, key, value = (
+            self._by_head(states @ weight.T)
+            for states, weight in zip(inputs, (query_weight, key_weight, value_weight), strict=True)
+        )
+        return query, key, value
+
+    def _by_head(self, states: np.ndarray) -> np.ndarray:
+        """(T, heads·D) to (heads, T, D)."""
+        return states.reshape(len(states), -1, self.size).transpose(1, 0, 2)
+
+    def slopes(self) -> np.ndarray:
+        """The slopes of every query, (H, T, G)."""
+        slopes = self.rewritten().slopes
+        assert slopes is not None
+        return slopes[0].numpy()
 
     def codes(self) -> np.ndarray:
         """The positions' integer codes, (T, G)."""
@@ -77,12 +99,15 @@ class Layer:
         heads = self.positional.heads
         rows = slice(heads.query_rows, heads.query_rows + heads.key_rows)
         _, alpha, beta = self.positional.fold(torch.from_numpy(self.weight))
-        terms = alpha[rows].numpy() + self.codes() @ beta[rows].numpy().T
-        return terms.reshape(len(terms), -1, self.size).transpose(1, 0, 2)
+        return self._by_head(alpha[rows].numpy() + self.codes() @ beta[rows].numpy().T)
+
+    def stored_codes(self) -> np.ndarray:
+        """The positions' codes as an export stores them, (T, G)."""
+        return np.stack(self.positional.code.stored.split(self.positions), axis=-1).astype(np.float64)
 
 
 @given(cases, strategies.seeds)
-def test_folding_gives_the_queries_keys_and_values_of_the_plain_override(case, seed: int) -> None:
+def test_folding_gives_the_queries_keys_and_values_of_the_plain_override(case: Case, seed: int) -> None:
     layer = Layer(*case, seed)
     projected = layer.rewritten()
     query, key, value = layer.plain()
@@ -92,52 +117,53 @@ def test_folding_gives_the_queries_keys_and_values_of_the_plain_override(case, s
 
 
 @given(cases, strategies.seeds, st.integers(1, 1000))
-def test_keys_hold_no_position(case, seed: int, offset: int) -> None:
+def test_keys_hold_no_position(case: Case, seed: int, offset: int) -> None:
     config, positions = case
     moved = (positions + offset) % config.max_position_embeddings
     here, there = Layer(config, positions, seed).rewritten(), Layer(config, moved, seed).rewritten()
     assert torch.equal(here.key, there.key)
     if config.positional_parameters["where"] == "key":  # then nothing does
         assert torch.equal(here.query, there.query)
+        assert here.slopes is not None
+        assert there.slopes is not None
         assert torch.equal(here.slopes, there.slopes)
     else:
         assert not torch.equal(here.query, there.query) or np.array_equal(positions, moved)
 
 
 @given(cases, strategies.seeds)
-def test_slopes_are_the_product_of_queries_with_the_keys_beta(case, seed: int) -> None:
+def test_slopes_are_the_product_of_queries_with_the_keys_beta(case: Case, seed: int) -> None:
     layer = Layer(*case, seed)
     query, _, _ = layer.plain()
     # β_g is what the key of a zero input gains from one unit of limb g alone, by the definition of p_n.
-    parameters = layer.config.encoding_parameters
     heads = layer.positional.heads
-    key_weight = layer.weight[heads.query_rows : heads.query_rows + heads.key_rows, : parameters.dims]
-    beta = (key_weight @ np.array(parameters.limb_steps).T).reshape(heads.keys, heads.size, -1)
+    key_weight = layer.weight[heads.query_rows : heads.query_rows + heads.key_rows, : layer.spec.dims]
+    beta = (key_weight @ np.array(layer.spec.limb_steps).T).reshape(heads.keys, heads.size, -1)
     expected = np.stack([query[head] @ beta[head // layer.groups] for head in range(heads.queries)])
-    close(layer.rewritten().slopes[0].numpy(), expected, DOUBLE)
+    close(layer.slopes(), expected, DOUBLE)
 
 
 @given(cases, strategies.seeds)
-def test_position_free_scores_with_a_linear_bias_have_the_softmax_of_plain_scores(case, seed: int) -> None:
+def test_position_free_scores_with_a_linear_bias_have_the_softmax_of_plain_scores(case: Case, seed: int) -> None:
     layer = Layer(*case, seed)
-    projected, codes = layer.rewritten(), layer.codes()
+    projected, every_slope, codes = layer.rewritten(), layer.slopes(), layer.codes()
     query, key, _ = layer.plain()
     for head in range(len(query)):
         group = head // layer.groups
         plain = query[head] @ key[group].T
-        slopes = projected.slopes[0, head].numpy()
+        slopes = every_slope[head]
         relative = codes[None, :, :] - codes[:, None, :]  # c(j) − c(i), (T, T, G)
         content = projected.query[0, head].numpy() @ projected.key[0, group].numpy().T
         rewritten = content + (slopes[:, None, :] * relative).sum(axis=-1)
         # They differ by what is constant in j, which is what softmax does not see.
-        centred = [scores - scores.mean(axis=-1, keepdims=True) for scores in (rewritten, plain)]
-        close(*centred, DOUBLE, scale=plain)
+        found, expected = (scores - scores.mean(axis=-1, keepdims=True) for scores in (rewritten, plain))
+        close(found, expected, DOUBLE, scale=plain)
         if np.abs(plain).max() < 1e3:  # beyond, float64 itself has lost the softmax of the plain scores
             close(reference.softmax(rewritten), reference.softmax(plain), 1e3 * DOUBLE)
 
 
 @given(cases, strategies.seeds)
-def test_blocked_attention_with_position_codes_mixes_values_as_plain_attention_does(case, seed: int) -> None:
+def test_blocked_attention_with_position_codes_mixes_values_as_plain_attention_does(case: Case, seed: int) -> None:
     layer = Layer(*case, seed)
     query, key, value = layer.plain()
     largest = max(np.abs(query[head] @ key[head // layer.groups].T).max() for head in range(len(query)))
@@ -154,16 +180,18 @@ def test_blocked_attention_with_position_codes_mixes_values_as_plain_attention_d
 
 
 @given(cases, strategies.seeds)
-def test_stored_limbs_rebuild_what_positions_add_to_queries_and_values(case, seed: int) -> None:
+def test_stored_limbs_rebuild_what_positions_add_to_queries_and_values(case: Case, seed: int) -> None:
     layer = Layer(*case, seed)
     folded = fold_positions(layer.positional, torch.from_numpy(layer.weight))
-    codes = np.stack(layer.positional.code.stored.split(layer.positions), axis=-1).astype(np.float64)
+    codes = layer.stored_codes()
     layer.hidden = np.zeros_like(layer.hidden)  # leaves what positions add, under `override` and `add` alike
     query, _, value = (states.transpose(1, 0, 2).reshape(LENGTH, -1) for states in layer.plain())
     grown = 0.0 if folded.query_limbs is None else codes @ folded.query_limbs
-    assert (folded.query_limbs is None) == layer.config.encoding_parameters.relative
+    assert (folded.query_limbs is None) == layer.spec.relative
     close(folded.query_start + np.broadcast_to(grown, query.shape), query, SINGLE)
     if layer.config.positional_parameters["where"] == "query_key_value":
+        assert folded.value_start is not None
+        assert folded.value_limbs is not None
         close(folded.value_start + codes @ folded.value_limbs, value, SINGLE)
     else:
         assert folded.value_start is None
@@ -171,14 +199,15 @@ def test_stored_limbs_rebuild_what_positions_add_to_queries_and_values(case, see
 
 
 @given(cases, strategies.seeds)
-def test_folded_slopes_are_queries_times_beta_over_the_root_of_the_head_size(case, seed: int) -> None:
+def test_folded_slopes_are_queries_times_beta_over_the_root_of_the_head_size(case: Case, seed: int) -> None:
     layer = Layer(*case, seed)
     folded = fold_positions(layer.positional, torch.from_numpy(layer.weight))
-    codes = np.stack(layer.positional.code.stored.split(layer.positions), axis=-1).astype(np.float64)
+    codes = layer.stored_codes()
     found = layer.hidden @ folded.slope_weight + folded.slope_start
-    if not layer.config.encoding_parameters.relative:
+    assert (folded.slope_limbs is None) == layer.spec.relative
+    if folded.slope_limbs is not None:
         found = found + codes @ folded.slope_limbs
-    slopes = layer.rewritten().slopes[0].numpy() / np.sqrt(layer.size)  # (H, T, G)
+    slopes = layer.slopes() / np.sqrt(layer.size)  # (H, T, G)
     close(found, slopes.transpose(1, 0, 2).reshape(LENGTH, -1), SINGLE)
 
 
@@ -186,13 +215,14 @@ def test_limbs_of_a_whole_number_are_exact_multiples_of_its_beta() -> None:
     config = small_config(positional_parameters={"where": "query_key"})
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     folded = fold_positions(ExPE(config), weight)
+    assert folded.query_limbs is not None
     assert folded.query_limbs.shape == (3, 32)
     np.testing.assert_array_equal(folded.query_limbs, folded.query_limbs[0] * np.array([[1], [256], [65536]]))
 
 
 @settings(max_examples=60)  # whole models
 @given(placed_configs(24), strategies.seeds)
-def test_the_whole_model_in_float64_is_the_plain_reference_at_any_positions(case, seed: int) -> None:
+def test_the_whole_model_in_float64_is_the_plain_reference_at_any_positions(case: Case, seed: int) -> None:
     config, positions = case
     model = random_model(config, seed)
     weights, tokens = reference.model_weights(model), random_tokens(config, len(positions), seed=seed)[0]
@@ -242,7 +272,8 @@ every_form = pytest.mark.parametrize("where", ["key", "query_key"])
 
 def logits_at(model: torch.nn.Module, tokens: np.ndarray, offset: int) -> np.ndarray:
     ids, positions = torch.from_numpy(tokens), torch.arange(offset, offset + tokens.shape[1])[None]
-    return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].double().numpy()
+    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    return logits[0].double().numpy()
 
 
 @every_form
@@ -291,7 +322,7 @@ def test_the_plain_override_collapses_in_bfloat16_where_the_rewrite_does_not() -
 def positions_alone(name: str, *, autocast: bool, step: float) -> ExPEForCausalLM:
     """A model whose queries and keys are made of positions alone, so that nothing of them may be rounded to 8 bits."""
     model = random_model(small_config(positional=name, positional_parameters={"step": step, "where": "query_key"}))
-    positional = model.positional
+    positional = expe_of(model)
     for block in model.blocks:
         block.attention.qkv.weight[: positional.positioned_rows, positional.spec.dims :] = 0
     return model if autocast else model.bfloat16()
@@ -321,7 +352,8 @@ def test_attention_by_position_alone_loses_only_the_rounding_of_values_under_bfl
     hidden = hidden.to(attention.qkv.weight.dtype)
 
     def mixed(module: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
-        return module(states, AttentionContext(model.positional, positions, None, None)).double()
+        written: torch.Tensor = module(states, AttentionContext(model.positional, positions, None, None))
+        return written.double()
 
     exact = mixed(copy.deepcopy(attention).double(), hidden.double())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.cache_utils import Cache
 
 import expe_edge.model.decoder
 from expe_edge.model.config import LARGEST_GRAPH, ExPEConfig
 from expe_edge.model.decoder import AttentionContext, ExPEForCausalLM
+from expe_edge.model.encodings import PositionalEncoding
 from tests.strategies import random_model, random_tokens, small_config
 
 
@@ -37,8 +39,14 @@ def test_without_gradients_one_mask_is_held_at_a_time(monkeypatch: pytest.Monkey
     contexts: list[AttentionContext] = []
     create = AttentionContext.__init__
 
-    def remembered(self: AttentionContext, *arguments: object) -> None:
-        create(self, *arguments)  # type: ignore[arg-type]
+    def remembered(
+        self: AttentionContext,
+        positional: PositionalEncoding,
+        query_positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> None:
+        create(self, positional, query_positions, attention_mask, cache)
         contexts.append(self)
 
     monkeypatch.setattr(AttentionContext, "__init__", remembered)

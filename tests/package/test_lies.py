@@ -126,7 +126,8 @@ def test_entry_that_cannot_be(
     own_package: Path, entry: str, path: list[str | int], value: object, message: str
 ) -> None:
     changed = {entry: read_manifest(own_package)[entry]}
-    place, last = changed, entry
+    place: Any = changed
+    last: str | int = entry
     for key in path:
         place, last = place[last], key
     place[last] = value

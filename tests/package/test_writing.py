@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from expe_edge.errors import ExportError
+from expe_edge.package import directory as package_directory
 from expe_edge.package.directory import clear_leftovers, read_package, seal_package, write_package
 from expe_edge.package.manifest import MANIFEST_FILE
 
@@ -211,7 +212,7 @@ def replace_interrupted(path: Path, line: int) -> bool:
 
     Lines of `write_package` and of the standard library's `shutil` count. Returns whether it ended before that line.
     """
-    places = {write_package.__wrapped__.__code__.co_filename, shutil.__file__}
+    places = {package_directory.__file__, shutil.__file__}
     left = line
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -265,7 +266,11 @@ def killed_at(path: Path, step: str, *, force: bool) -> None:
             if step == "filling":
                 os._exit(9)
             rename = Path.rename
-            Path.rename = lambda self, to: rename(self, to) if self == path else os._exit(9)  # type: ignore[method-assign]
+
+            def stopped(self: Path, target: Path) -> Path:
+                return rename(self, target) if self == path else os._exit(9)
+
+            pytest.MonkeyPatch().setattr(Path, "rename", stopped)
     finally:
         os._exit(0)
 

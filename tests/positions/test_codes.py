@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -143,19 +144,20 @@ def graph_vectors(config: ExPEConfig, positions: np.ndarray) -> np.ndarray:
     inputs, outputs = TensorSpec("position_ids", "int64", axes), TensorSpec("vectors", "float32", (*axes, dims))
     model = builder.model([inputs], [outputs], "test")
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"position_ids": positions[None]})[0][0]
+    vectors: np.ndarray = session.run(None, {"position_ids": positions[None]})[0][0]
+    return vectors
 
 
 @pytest.mark.parametrize("changes", BITWISE.values(), ids=BITWISE)
-def test_torch_computes_position_vectors_bit_for_bit(changes: dict) -> None:
+def test_torch_computes_position_vectors_bit_for_bit(changes: dict[str, Any]) -> None:
     config = strategies.small_config(**changes)
     positions = sampled_positions(config.max_position_embeddings)
-    found = strategies.random_model(config).positional.vectors(torch.from_numpy(positions)).numpy()
+    found = strategies.expe_of(strategies.random_model(config)).vectors(torch.from_numpy(positions)).numpy()
     np.testing.assert_array_equal(found, exact_vectors(config, positions), strict=True)
 
 
 @pytest.mark.parametrize("changes", BITWISE.values(), ids=BITWISE)
-def test_the_exported_integer_codes_reproduce_position_vectors_bit_for_bit(changes: dict) -> None:
+def test_the_exported_integer_codes_reproduce_position_vectors_bit_for_bit(changes: dict[str, Any]) -> None:
     config = strategies.small_config(**changes)
     positions = sampled_positions(config.max_position_embeddings)
     np.testing.assert_array_equal(graph_vectors(config, positions), exact_vectors(config, positions), strict=True)
@@ -311,6 +313,6 @@ def test_by_default_a_config_reaches_as_far_as_its_encoding() -> None:
         ({"step": [0.125] * 3}, "step has 3 values; give one number, or one for each of the 24 dims"),
     ],
 )
-def test_exqpe_refuses_settings_that_do_not_fit(parameters: dict, message: str) -> None:
+def test_exqpe_refuses_settings_that_do_not_fit(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         ExPEConfig(positional="exqpe", positional_parameters=parameters)

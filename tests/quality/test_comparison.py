@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,9 @@ from expe_edge.quality.comparison import (
     require_same_vocabulary,
     unique_names,
 )
-from expe_edge.quality.scoring import PREFILL_CHUNK, Scorer, open_scorer
-from expe_edge.text.corpus import Document
+from expe_edge.quality.scoring import Scorer, open_scorer
+from expe_edge.runtime.session import PREFILL_CHUNK
+from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
 from expe_edge.training.checkpoint import load_checkpoint
 
@@ -201,7 +203,8 @@ class Fixed:
     training_length = 4
 
     def __init__(self, name: str, logits: np.ndarray) -> None:
-        self.path, self.corpus, self.values = Path(name), {}, logits.astype(np.float32)
+        self.path, self.values = Path(name), logits.astype(np.float32)
+        self.corpus: dict[str, Any] = {}
 
     def logits(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         yield self.values[: len(tokens)]
@@ -213,7 +216,7 @@ def test_near_ties_and_the_change_of_perplexity_by_hand() -> None:
     other = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.405, 0.395, 0.2], [0.395, 0.405, 0.2]])
     documents = [np.zeros(5, dtype=np.int64)]
 
-    result = compare([Fixed("a", reference), Fixed("b", other)], documents, np.ones(3), [1]).of("b")[0]
+    result = compare([Fixed("a", reference), Fixed("b", other)], documents, np.ones(3, dtype=np.int64), [1]).of("b")[0]
 
     assert result.top1 == pytest.approx(2 / 4)
     assert result.top1_clear == pytest.approx(1 / 2)
@@ -228,7 +231,7 @@ def test_perplexity_too_large_for_a_number_is_infinity(tmp_path: Path, which: in
     logits[which] = logits[which] * 1e5
     documents = [np.zeros(5, dtype=np.int64), np.zeros(5, dtype=np.int64)]
 
-    comparison = compare([Fixed("a", logits[0]), Fixed("b", logits[1])], documents, np.ones(3), [1])
+    comparison = compare([Fixed("a", logits[0]), Fixed("b", logits[1])], documents, np.ones(3, dtype=np.int64), [1])
 
     found, change = comparison.of("ab"[which])[0], comparison.of("b")[0].perplexity_change
     assert found.perplexity == math.inf
@@ -236,9 +239,10 @@ def test_perplexity_too_large_for_a_number_is_infinity(tmp_path: Path, which: in
     assert change == (math.inf if which == 1 else -1)
     assert found.to_dict()["perplexity"] is None
     assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["results"][which]["nll"] == found.nll
-    console = Console(file=io.StringIO(), width=200)
+    page = io.StringIO()
+    console = Console(file=page, width=200)
     print_whole(comparison_table(comparison), console)
-    assert " inf ±" in console.file.getvalue()
+    assert " inf ±" in page.getvalue()
     plot_comparison(comparison, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -257,9 +261,10 @@ def test_json_has_the_agreed_names(scored: tuple[Comparison, list[np.ndarray], n
 
 
 def test_table_shows_every_model_and_bucket(scored: tuple[Comparison, list[np.ndarray], np.ndarray]) -> None:
-    console = Console(width=40, file=io.StringIO())
+    page = io.StringIO()
+    console = Console(width=40, file=page)
     print_whole(comparison_table(scored[0]), console)
-    text = console.file.getvalue()
+    text = page.getvalue()
 
     assert "…" not in text
     assert all(f"{begin}–{end} N" in text for begin, end in pairwise([0, *LENGTHS]))

@@ -13,7 +13,8 @@ from expe_edge.quality.comparison import (
     long_documents,
 )
 from expe_edge.quality.scoring import Scorer, open_scorer
-from expe_edge.text.corpus import Document, load_corpus
+from expe_edge.text.corpus import load_corpus
+from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import encode_documents, load_tokenizer, token_byte_lengths
 
 

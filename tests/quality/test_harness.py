@@ -71,7 +71,9 @@ def split(trained: Checkpoint, context: str, continuation: str) -> tuple[list[in
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
-def test_continuations_have_the_nats_of_the_checkpoint(trained: Checkpoint, packages: Path, batch_size: object) -> None:
+def test_continuations_have_the_nats_of_the_checkpoint(
+    trained: Checkpoint, packages: Path, batch_size: int | str
+) -> None:
     model = PackageLM(str(packages / "float32"), batch_size=batch_size)
 
     scores = model.loglikelihood(requests("loglikelihood", PAIRS))
@@ -134,7 +136,8 @@ def test_max_length_cuts_contexts_from_the_left_and_says_so(packages: Path, capf
 def test_completions_are_those_of_the_generator(packages: Path, batch_size: int) -> None:
     model, generator = PackageLM(str(packages / "float32"), batch_size=batch_size), Generator.load(packages / "float32")
     prompts = ["The old tree", "", "A", "The river runs over the bright"]
-    settings = [{"until": ["stone", "."], "max_gen_toks": 20, "do_sample": False}] * 3 + [{"until": "the"}]
+    short = {"until": ["stone", "."], "max_gen_toks": 20, "do_sample": False}
+    settings: list[dict[str, Any]] = [short, short, short, {"until": "the"}]
 
     texts = model.generate_until(requests("generate_until", list(zip(prompts, settings, strict=True))))
 
@@ -210,7 +213,7 @@ def tasks(tmp_path: Path) -> Path:
     rows = [{"question": text, "choices": choices, "answer": 0, "text": text + "."} for text in questions]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "multiple_choice": {"doc_to_text": "question", "doc_to_choice": "choices", "doc_to_target": "answer"},
         "loglikelihood_rolling": {"doc_to_text": "", "doc_to_target": "text"},
         "generate_until": {

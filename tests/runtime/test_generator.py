@@ -19,7 +19,7 @@ from expe_edge.errors import ExPEEdgeError, GenerationError, PackageError
 from expe_edge.package.directory import read_package, seal_package
 from expe_edge.package.manifest import MANIFEST_FILE
 from expe_edge.runtime import Completion, Generator, PackageSession, Sampling, Stream
-from expe_edge.runtime.cache import Cache
+from expe_edge.runtime.cache import Cache, SharedCache
 from expe_edge.runtime.session import Step
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
@@ -115,10 +115,17 @@ def test_static_int8_does_not_depend_on_the_chunks_either(packages: Path, tokens
 # The cache
 
 
+def shared_cache(session: PackageSession, batch: int, capacity: int) -> SharedCache:
+    """A new cache, which for these packages is past and present in one."""
+    cache = session.new_cache(batch, capacity)
+    assert isinstance(cache, SharedCache)
+    return cache
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_cache_is_updated_in_place(packages: Path, precision: str) -> None:
     session = PackageSession.load(packages / precision)
-    cache = session.new_cache(1, 40)
+    cache = shared_cache(session, 1, 40)
     arrays, addresses = list(cache.arrays), [array.ctypes.data for array in cache.arrays]
 
     list(session.prefill(cache, np.arange(1, 21), 8))
@@ -137,7 +144,7 @@ def test_cache_is_updated_in_place(packages: Path, precision: str) -> None:
 
 
 def test_row_of_a_cache_is_the_same_memory(generator: Generator) -> None:
-    cache = generator.session.new_cache(3, 12)
+    cache = shared_cache(generator.session, 3, 12)
 
     list(generator.session.prefill(cache.row(1), np.arange(1, 6)))
 
@@ -153,7 +160,7 @@ def test_prefill_takes_one_row(generator: Generator) -> None:
 
 
 def test_step_beyond_the_cache_is_refused_and_changes_nothing(generator: Generator) -> None:
-    cache = generator.session.new_cache(1, 4)
+    cache = shared_cache(generator.session, 1, 4)
     list(generator.session.prefill(cache, np.arange(1, 5)))
     before = [array.copy() for array in cache.arrays]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,10 @@ def test_cache_that_memory_has_no_room_for(
     made = make_cache(contract, 2, 1000)
     monkeypatch.setattr(kind, "__init__", no_room)
 
-    for take in (lambda: make_cache(contract, 2, 1000), *([lambda: made.row(0)] if kind is GrowingCache else [])):
+    takes: list[Callable[[], Cache]] = [lambda: make_cache(contract, 2, 1000)]
+    if kind is GrowingCache:
+        takes.append(lambda: made.row(0))
+    for take in takes:
         with pytest.raises(GenerationError) as caught:
             take()
         assert str(caught.value) == (

@@ -46,11 +46,12 @@ def stream(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()
 def cut_at_first_stop(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> str:
     """What streaming must give: as soon as the text so far holds a stop string, the text before it; else all of it."""
     for count in range(1, len(tokens) + 1):
-        whole = tokenizer.decode(tokens[:count])
+        whole: str = tokenizer.decode(tokens[:count])
         found = [whole.find(text) for text in stop if text in whole]
         if found:
             return whole[: min(found)]
-    return tokenizer.decode(tokens)
+    everything: str = tokenizer.decode(tokens)
+    return everything
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)

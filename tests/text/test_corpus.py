@@ -22,6 +22,7 @@ from expe_edge.text.corpus import (
     read_source,
 )
 from expe_edge.text.documents import HELD_OUT_EVERY, Document
+from tests.text.test_documents import documents_of
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 
@@ -124,7 +125,7 @@ def test_default_is_the_standard_library_without_its_tests(standard_library: Cor
 
 def test_tests_come_with_the_longer_name_of_the_standard_library(standard_library: Corpus) -> None:
     plain = set(texts(standard_library))
-    everything = {document.text: document.name for document in read_source(STDLIB_WITH_TESTS, "text")}
+    everything = {document.text: document.name for document in documents_of(read_source(STDLIB_WITH_TESTS, "text"))}
     added = {name for text, name in everything.items() if len(text) >= SHORTEST_DOCUMENT and text not in plain}
 
     assert plain < set(everything)
@@ -167,7 +168,8 @@ def test_json_lines_give_a_document_for_each_line(tmp_path: Path, field: str) ->
     file.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
     assert texts(load_corpus([str(file)], field)) == sorted(map(long_text, ("one", "two", "drei")))
-    assert [document.name for document in read_source(str(file), field)] == [f"{file}:1", f"{file}:3", f"{file}:5"]
+    found = documents_of(read_source(str(file), field))
+    assert [document.name for document in found] == [f"{file}:1", f"{file}:3", f"{file}:5"]
 
 
 @pytest.mark.parametrize("field", ["text", "body"])
@@ -177,7 +179,8 @@ def test_parquet_gives_a_document_for_each_row(tmp_path: Path, field: str) -> No
     pyarrow.parquet.write_table(pyarrow.table({field: rows, "other": [1, 2, 3]}), file)
 
     assert texts(load_corpus([str(file)], field)) == sorted(rows)
-    assert [document.name for document in read_source(str(file), field)] == [f"{file}:{row}" for row in range(3)]
+    found = documents_of(read_source(str(file), field))
+    assert [document.name for document in found] == [f"{file}:{row}" for row in range(3)]
 
 
 def test_several_sources_are_joined_and_short_documents_left_out(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,21 @@ import pytest
 from expe_edge.errors import CorpusError
 from expe_edge.text.documents import Document, Skipped, read_file, read_folder
 
-ROWS = [{"text": "one"}, {"text": "zwei\nund drei", "other": [1]}, {"text": ""}]
-TEXTS = [row["text"] for row in ROWS]
+ROWS: list[dict[str, Any]] = [{"text": "one"}, {"text": "zwei\nund drei", "other": [1]}, {"text": ""}]
+TEXTS: list[str] = [row["text"] for row in ROWS]
 AS_LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 def texts(path: Path, field: str = "text") -> list[str]:
     return [document.text for document in read_file(path, field)]
+
+
+def documents_of(read: Iterable[Document | Skipped]) -> list[Document]:
+    """What was read, of which nothing may have been left out."""
+    found = list(read)
+    documents = [one for one in found if isinstance(one, Document)]
+    assert documents == found
+    return documents
 
 
 def refusal(path: Path, field: str = "text") -> str:
@@ -66,7 +74,7 @@ def test_compressed(
 ) -> None:
     file = write(tmp_path / (name + suffix), compress(AS_LINES))
     assert texts(file) == expected
-    assert texts(tmp_path / (name + suffix)) == [one.text for one in read_folder(tmp_path, "text")]
+    assert texts(tmp_path / (name + suffix)) == [one.text for one in documents_of(read_folder(tmp_path, "text"))]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from expe_edge.errors import CheckpointError, ConfigError
-from expe_edge.text.corpus import Document, load_corpus
+from expe_edge.text.corpus import load_corpus
+from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import (
     BYTE_VOCABULARY,
     END_OF_TEXT,
@@ -155,7 +156,7 @@ def test_words_that_a_tokenizer_is_trained_on_are_bounded(text: str, expected: l
 
 def test_failures_of_the_trainer_are_raised() -> None:
     with pytest.raises(TypeError):
-        train_tokenizer([Document("a", SAMPLE)], 300.5)  # type: ignore[arg-type]
+        train_tokenizer([Document("a", SAMPLE)], 300.5)  # type: ignore[arg-type]  # a number of tokens is whole
 
 
 def test_documents_are_encoded_in_order() -> None:

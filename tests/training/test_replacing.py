@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.training import run as running
 from expe_edge.training.replacing import set_aside
 from expe_edge.training.run import train
+from expe_edge.training.settings import TrainSettings
 from tests.command_line import QUICK, names, refused, succeed, tree, write_text
 from tests.small import small_settings
 
@@ -29,8 +29,8 @@ def seed_of(run: Path) -> int:
     return int(json.loads((run / "training.json").read_text())["settings"]["seed"])
 
 
-def other(text_folder: Path, **changes: object) -> object:
-    return dataclasses.replace(small_settings(text_folder, seed=1), max_steps=2, save_every=1, **changes)
+def other(text_folder: Path) -> TrainSettings:
+    return small_settings(text_folder, seed=1, max_steps=2, save_every=1)
 
 
 def test_the_new_run_takes_the_place(old: Path, text_folder: Path) -> None:

@@ -148,15 +148,15 @@ def test_fewer_steps_than_are_done_are_refused(run: Path, text_folder: Path) -> 
 # From the newest whole checkpoint.
 
 
-def cut(name: str) -> Callable[[Path], None]:
+def cut(name: str) -> Callable[[Path], object]:
     return lambda checkpoint: (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-40])
 
 
-def emptied(name: str) -> Callable[[Path], None]:
+def emptied(name: str) -> Callable[[Path], object]:
     return lambda checkpoint: (checkpoint / name).write_bytes(b"")
 
 
-def removed(name: str) -> Callable[[Path], None]:
+def removed(name: str) -> Callable[[Path], object]:
     return lambda checkpoint: (checkpoint / name).unlink()
 
 
@@ -166,7 +166,7 @@ def every_damage() -> Iterator[Any]:
             yield pytest.param(name, damage(name), id=f"{name}-{damage.__name__}")
 
 
-@pytest.mark.parametrize(("name", "damage"), every_damage())
+@pytest.mark.parametrize(("name", "damage"), list(every_damage()))
 def test_a_damaged_checkpoint_is_passed_over_and_named(
     run: Path, text_folder: Path, name: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

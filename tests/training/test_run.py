@@ -30,16 +30,16 @@ from tests.command_line import on_two_processes
 from tests.small import small_settings
 
 
-def losses(report: dict) -> list[float]:
+def losses(report: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in report["history"]]
 
 
-def test_training_lowers_the_loss(checkpoint: Path):
+def test_training_lowers_the_loss(checkpoint: Path) -> None:
     history = json.loads((checkpoint / "training.json").read_text())["history"]
     assert history[-1]["loss"] < history[0]["loss"] - 1.0
 
 
-def test_the_first_loss_is_the_first_models_over_all_tokens(tmp_path: Path, text_folder: Path):
+def test_the_first_loss_is_the_first_models_over_all_tokens(tmp_path: Path, text_folder: Path) -> None:
     """The first token of a sequence counts too, though nothing predicts it; transformers 5 by itself leaves it out."""
     settings = small_settings(text_folder, max_steps=1, dtype="float32")
     report = train(settings, tmp_path / "run")
@@ -55,7 +55,7 @@ def test_the_first_loss_is_the_first_models_over_all_tokens(tmp_path: Path, text
     assert losses(report)[0] == pytest.approx(nats.item() / batch["labels"].numel(), rel=1e-4)
 
 
-def test_releases_4_and_5_of_transformers_read_what_a_run_writes(checkpoint: Path):
+def test_releases_4_and_5_of_transformers_read_what_a_run_writes(checkpoint: Path) -> None:
     config, wrapper = (json.loads((checkpoint / f"{name}config.json").read_text()) for name in ("", "tokenizer_"))
     assert config["use_cache"] is True
     assert wrapper["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -68,7 +68,7 @@ def test_releases_4_and_5_of_transformers_read_what_a_run_writes(checkpoint: Pat
     assert tokenizer.decode(expected, skip_special_tokens=True) == "the old tree"
 
 
-def test_nothing_but_progress_is_said(tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]):
+def test_nothing_but_progress_is_said(tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(small_settings(text_folder, max_steps=2, log_every=1), tmp_path / "run")
     load_checkpoint(tmp_path / "run")
     out, err = capfd.readouterr()
@@ -76,7 +76,7 @@ def test_nothing_but_progress_is_said(tmp_path: Path, text_folder: Path, capfd: 
     assert [line.partition("  ")[0] for line in err.splitlines()] == ["step 1/2", "step 2/2"]
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, text_folder: Path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, text_folder: Path) -> None:
     settings = small_settings(text_folder, max_steps=20, save_every=10)
     whole = train(settings, tmp_path / "whole")
     train(settings, tmp_path / "resumed")
@@ -90,7 +90,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, text_folder: 
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=0, msg=name)
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path, text_folder: Path):
+def test_two_processes_train_as_one_does(tmp_path: Path, text_folder: Path) -> None:
     """Data-parallel over gloo: the same global batch gives the same losses, within float tolerance."""
     settings = small_settings(text_folder, max_steps=10, log_every=1)
     one = train(settings, tmp_path / "one")
@@ -102,7 +102,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, text_folder: Path):
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-4)
 
 
-def test_who_may_read_a_checkpoint_is_for_the_umask_to_say(tmp_path: Path, text_folder: Path):
+def test_who_may_read_a_checkpoint_is_for_the_umask_to_say(tmp_path: Path, text_folder: Path) -> None:
     before = os.umask(0o077)
     try:
         train(small_settings(text_folder, max_steps=1), tmp_path / "run")
@@ -113,7 +113,7 @@ def test_who_may_read_a_checkpoint_is_for_the_umask_to_say(tmp_path: Path, text_
     assert all(path.stat().st_mode & 0o077 == 0 for path in files)
 
 
-def test_every_sample_is_a_function_of_seed_and_number(text_folder: Path):
+def test_every_sample_is_a_function_of_seed_and_number(text_folder: Path) -> None:
     stream = np.arange(5000, dtype=np.int32)
     first, again = (WindowDataset(stream, small_settings(text_folder)) for _ in range(2))
     other = WindowDataset(stream, small_settings(text_folder, seed=1))
@@ -122,7 +122,7 @@ def test_every_sample_is_a_function_of_seed_and_number(text_folder: Path):
     assert torch.equal(first[7]["input_ids"], first[7]["labels"])
 
 
-def test_offsets_are_uniform_below_the_limit(text_folder: Path):
+def test_offsets_are_uniform_below_the_limit(text_folder: Path) -> None:
     settings = small_settings(text_folder, position_offset=16)
     dataset = WindowDataset(np.arange(5000, dtype=np.int32), settings)
     offsets = np.array([int(dataset[index]["position_ids"][0]) for index in range(480)])
@@ -132,18 +132,18 @@ def test_offsets_are_uniform_below_the_limit(text_folder: Path):
     assert abs(offsets.mean() / limit - 0.5) < 0.06
 
 
-def test_offset_zero_is_the_papers_form(text_folder: Path):
+def test_offset_zero_is_the_papers_form(text_folder: Path) -> None:
     settings = small_settings(text_folder, position_offset=0)
     dataset = WindowDataset(np.arange(5000, dtype=np.int32), settings)
     assert all(torch.equal(dataset[i]["position_ids"], torch.arange(settings.training_length)) for i in range(20))
 
 
-def test_refuses_text_shorter_than_a_sequence(text_folder: Path):
+def test_refuses_text_shorter_than_a_sequence(text_folder: Path) -> None:
     with pytest.raises(CorpusError, match="the training text has 10 tokens, less than one sequence of 32"):
         WindowDataset(np.arange(10, dtype=np.int32), small_settings(text_folder))
 
 
-def test_refuses_offsets_beyond_the_encodings_reach(tmp_path: Path, text_folder: Path):
+def test_refuses_offsets_beyond_the_encodings_reach(tmp_path: Path, text_folder: Path) -> None:
     settings = small_settings(
         text_folder, positional="exqpe", positional_parameters={"limbs": 2, "dims": 16}, position_offset=100
     )
@@ -152,7 +152,7 @@ def test_refuses_offsets_beyond_the_encodings_reach(tmp_path: Path, text_folder:
     assert not (tmp_path / "out").exists()
 
 
-def test_sizes_that_have_defaults_may_be_given(tmp_path: Path, text_folder: Path):
+def test_sizes_that_have_defaults_may_be_given(tmp_path: Path, text_folder: Path) -> None:
     sizes = {"intermediate_size": 40, "max_position_embeddings": 96}
     settings = small_settings(text_folder, position_offset=2, max_steps=1, **sizes)
     train(settings, tmp_path / "out")
@@ -164,7 +164,7 @@ def test_sizes_that_have_defaults_may_be_given(tmp_path: Path, text_folder: Path
         train(dataclasses.replace(settings, max_position_embeddings=128), tmp_path / "out", resume=True)
 
 
-def test_the_way_out_of_inexact_positions_is_one(tmp_path: Path, text_folder: Path):
+def test_the_way_out_of_inexact_positions_is_one(tmp_path: Path, text_folder: Path) -> None:
     """As the refusal says, before anything is made; a sequence must still fit."""
     paper = {"where": "query_key", "start": 1.0}
     settings = small_settings(text_folder, positional_parameters=paper, position_offset=0, max_steps=1)
@@ -195,7 +195,7 @@ def test_the_way_out_of_inexact_positions_is_one(tmp_path: Path, text_folder: Pa
 )
 def test_what_export_would_refuse_is_said_before_training(
     tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
-):
+) -> None:
     train(small_settings(text_folder, max_steps=1, **changes), tmp_path / "out")
     assert message in capsys.readouterr().err.splitlines()
     with pytest.raises(ExportError) as caught:
@@ -206,7 +206,7 @@ def test_what_export_would_refuse_is_said_before_training(
 
 def test_a_vocabulary_smaller_than_asked_for_is_said(
     tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     settings = small_settings(text_folder, max_steps=1, vocab_size=5000)
     train(settings, tmp_path / "out")
     size = json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"]
@@ -217,7 +217,7 @@ def test_a_vocabulary_smaller_than_asked_for_is_said(
     )
 
 
-def test_refuses_to_replace_or_resume_what_it_should_not(tmp_path: Path, checkpoint: Path, text_folder: Path):
+def test_refuses_to_replace_or_resume_what_it_should_not(tmp_path: Path, checkpoint: Path, text_folder: Path) -> None:
     settings = small_settings(text_folder)
     before = (checkpoint / "model.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="exists; use `force` to replace it, `resume` to continue it"):
