@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_INSTALLED := $(VENV)/.installed-demo
 VENV5 ?= .venv-transformers5
+VENV_LOWEST ?= .venv-lowest
+# The oldest Python that the project runs on, where there is one.
+PYTHON_LOWEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
 OUT ?= demo
 
-.PHONY: demo demo-formats demo-cache demo-naive test test-transformers5 lint types fuzz chaos bench docs clean
+.PHONY: demo demo-formats demo-cache demo-naive test test-transformers5 test-lowest lint types fuzz chaos bench docs clean
 
 # The demo needs no more than this; what the tests need besides takes minutes to install.
 $(DEMO_INSTALLED): EXTRA = export
@@ -21,7 +24,12 @@ $(DEMO_INSTALLED) $(INSTALLED): pyproject.toml constraints.txt constraints-trans
 $(VENV5)/.installed: pyproject.toml constraints.txt constraints-transformers5.txt
 	$(PYTHON) -m venv $(VENV5)
 	$(VENV5)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-transformers5.txt \
-		--editable '.[dev]'
+		--editable '.[dev,genai]'
+	touch $@
+
+$(VENV_LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON_LOWEST) -m venv $(VENV_LOWEST)
+	$(VENV_LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,optimum]'
 	touch $@
 
 # Train, export several ways and the naive way, generate, compare: the table and plot of the README.
@@ -58,6 +66,10 @@ test: $(INSTALLED)
 test-transformers5: $(VENV5)/.installed
 	$(VENV5)/bin/python -m pytest --numprocesses 2 --dist loadfile -rs
 
+# The same with the oldest of every range in pyproject.toml, and lists what an old onnxruntime has no kernels for.
+test-lowest: $(VENV_LOWEST)/.installed
+	$(VENV_LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile -rs
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,4 +100,4 @@ docs: $(INSTALLED)
 	$(BIN)/python -m docs.generate
 
 clean:
-	rm -rf $(VENV) $(VENV5) build dist *.egg-info $(OUT)
+	rm -rf $(VENV) $(VENV5) $(VENV_LOWEST) build dist *.egg-info $(OUT)

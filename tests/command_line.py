@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from expe_edge.cli.main import main
+from tests.small import command_runner
 
 #: A run of a second on any text.
 QUICK = (
@@ -29,7 +30,7 @@ PROGRESS = re.compile(
 
 def invoke(*arguments: object, stdin: bytes = b"") -> Result:
     """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+    return command_runner().invoke(main, [str(argument) for argument in arguments], input=stdin)
 
 
 def succeed(*arguments: object, stdin: bytes = b"") -> Result:

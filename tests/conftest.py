@@ -10,11 +10,14 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a hub
 
+import onnxruntime as ort
 import torch
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from expe_edge.export.exporter import export
+from expe_edge.export.plan import SINCE_INT8_CACHE
+from expe_edge.package.manifest import release
 from expe_edge.training.run import train
 from tests.small import small_settings, write_documents
 
@@ -23,6 +26,11 @@ hypothesis_settings.register_profile("ci", deadline=None, suppress_health_check=
 hypothesis_settings.load_profile("ci")
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight")
+HAS_INT8_CACHE = release(ort.__version__) >= release(SINCE_INT8_CACHE)
+#: Marks what goes through an int8 cache, which expe-edge refuses by the same comparison.
+needs_int8_cache = pytest.mark.skipif(
+    not HAS_INT8_CACHE, reason=f"onnxruntime has kernels for an int8 cache since {SINCE_INT8_CACHE}"
+)
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from click.testing import CliRunner
-
 from expe_edge.cli.main import main as command_line
 from expe_edge.errors import ExPEEdgeError
 from expe_edge.export.exporter import export
 from expe_edge.quant.recipe import Recipe
 from expe_edge.training import run as training
-from tests.small import small_settings, write_documents
+from tests.small import command_runner, small_settings, write_documents
 
 #: The packages of `Materials`.
 PACKAGES = ("float32", "int8-static", "float32-portable")
@@ -98,7 +96,7 @@ class Trial:
         texts = [str(argument).replace("\0", "") for argument in arguments]  # no process can be given NUL
         self.given["arguments"] = texts
         before = sorted(self.folder.rglob("*"))
-        result = CliRunner().invoke(command_line, texts, input=stdin)
+        result = command_runner().invoke(command_line, texts, input=stdin)
         if result.exit_code == 0:
             return
         if not isinstance(result.exception, SystemExit):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, __version__
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -213,7 +213,7 @@ def check_keywords(keywords: Mapping[str, Any]) -> None:
 
 
 class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers publishes no types
-    """Decoder-only language model; `generate`, `save_pretrained` and `from_pretrained` are transformers' own."""
+    """Decoder-only language model; `generate` and `save_pretrained` are transformers' own."""
 
     config_class = ExPEConfig
     base_model_prefix = ""
@@ -231,6 +231,14 @@ class ExPEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **settings: Any) -> ExPEForCausalLM:
+        """Do as transformers does; `dtype`, which it knows since 4.56, is `torch_dtype` before that."""
+        if "dtype" in settings and tuple(map(int, __version__.split(".")[:2])) < (4, 56):
+            settings["torch_dtype"] = settings.pop("dtype")
+        model: ExPEForCausalLM = super().from_pretrained(*arguments, **settings)
+        return model
 
     def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
         """Initialize `module`, which may be a `Block`.

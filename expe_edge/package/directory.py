@@ -24,6 +24,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 #: Ends the name of a package that is moved aside for the one that replaces it.
 OLD = "-old"
+#: The word by which a graph of ONNX says that a weight is in another file.
+ELSEWHERE = b"location"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def read_package(path: Path) -> Package:
     """Read the manifest of `path` and verify its format version and the hash of every file.
 
     Raises:
-        PackageError: no package there, a newer format, or a file that is missing or was changed.
+        PackageError: no package there, a newer format, a file that is missing or was changed, or a graph whose weights
+            are in other files.
     """
     if not path.is_dir():
         raise PackageError(f"{path}: no such package directory")
@@ -77,7 +80,24 @@ def read_package(path: Path) -> Package:
             raise PackageError(f"{path}: {name} is missing; the package is incomplete, export it again")
         if file_hash(file) != expected:
             raise PackageError(f"{path}: {name} differs from its hash in {MANIFEST_FILE}; export the package again")
-    return Package(path, manifest)
+    package = Package(path, manifest)
+    _require_own_weights(package.model_path)
+    return package
+
+
+def _require_own_weights(model: Path) -> None:
+    """Raise `PackageError` where a graph names other files: before 1.24, onnxruntime reads any file for it.
+
+    Protobuf stores strings in one piece, so a graph without the word names none. That weights spell it by chance takes
+    2^64 bytes of them.
+    """
+    end = b""
+    with model.open("rb") as file:
+        while block := file.read(1 << 20):
+            block = end + block
+            if ELSEWHERE in block:
+                raise PackageError(f"{model} keeps weights in other files, as no package does; export it again")
+            end = block[1 - len(ELSEWHERE) :]
 
 
 def clear_leftovers(path: Path) -> None:

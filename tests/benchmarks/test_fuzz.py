@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from benchmarks.fuzz import __main__ as fuzz
 from benchmarks.fuzz.trial import Materials, Trial
 from expe_edge.errors import PackageError
+from tests.small import command_runner
 
 PLANTED: dict[str, tuple[Callable[[Trial], object], str]] = {
     "another exception": (lambda _: json.loads("{}")["x"], "KeyError"),
@@ -72,7 +72,7 @@ def test_the_command_reports_and_ends_by_what_is_lost(
 ) -> None:
     monkeypatch.setattr(fuzz, "TARGETS", {"planted": target})
     monkeypatch.setattr(Materials, "make", lambda root: Materials(root))
-    result = CliRunner().invoke(fuzz.main, ["--cases", "3", "--json", str(tmp_path / "result.json")])
+    result = command_runner().invoke(fuzz.main, ["--cases", "3", "--json", str(tmp_path / "result.json")])
     written = json.loads((tmp_path / "result.json").read_text())
 
     assert result.exit_code == code, result.output

@@ -24,7 +24,7 @@ from expe_edge.package.directory import MODEL_FILE, read_package
 from expe_edge.quant.recipe import Recipe
 from expe_edge.training.run import train
 from tests.command_line import names, refused, succeed, write_text
-from tests.conftest import PRECISIONS
+from tests.conftest import HAS_INT8_CACHE, PRECISIONS, needs_int8_cache
 from tests.graphs import arrays_of, random_weights
 from tests.manifests import edit_manifest, read_manifest
 from tests.small import small_settings
@@ -33,7 +33,8 @@ from tests.strategies import small_config
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 #: Everything that a recipe may change beside the precision.
-RICH = Recipe("int8-static", embedding="int4", cache="int8", smoothing=True, reduce_range=True)
+CACHE = "int8" if HAS_INT8_CACHE else "float32"
+RICH = Recipe("int8-static", embedding="int4", cache=CACHE, smoothing=True, reduce_range=True)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,11 @@ def test_a_package_of_rounded_weights_is_refused(packages: Path, precision: str)
     )
 
 
-@pytest.mark.parametrize("recipe", [Recipe(embedding="int8"), Recipe(cache="int8")], ids=["embedding", "cache"])
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(embedding="int8"), pytest.param(Recipe(cache="int8"), marks=needs_int8_cache)],
+    ids=["embedding", "cache"],
+)
 def test_a_float32_package_with_another_part_rounded_is_refused(packages: Path, tmp_path: Path, recipe: Recipe) -> None:
     (package,) = export(packages / "float32", tmp_path / "rounded", [recipe])
     with pytest.raises(ExportError, match=r"; quantize the checkpoint or a float32 package$"):
@@ -313,6 +318,7 @@ def test_rounding_to_the_nearest_needs_no_calibration_text(packages: Path) -> No
     assert read_package(Path("out/int8-weight")).manifest.calibration is None
 
 
+@needs_int8_cache
 def test_a_cache_of_values_that_carry_positions_has_no_int8_range(text_folder: Path, tmp_path: Path) -> None:
     """Their size grows with the text."""
     settings = small_settings(text_folder, max_steps=1, positional_parameters={"where": "query_key_value"})
@@ -352,7 +358,7 @@ def test_the_parts_add_up_to_the_file_and_name_every_weight(quantized: Path, nam
         stored = [tensor for tensor in model.graph.initializer if tensor.name.startswith(f"{linear}.")]
         assert sizes[linear] == sum(numpy_helper.to_array(tensor).nbytes for tensor in stored)
     assert {"positions", "norms", "graph"} <= found.keys()
-    assert ("cache scales" in found) is (name == RICH.name)
+    assert ("cache scales" in found) is (name == RICH.name and HAS_INT8_CACHE)
 
 
 @pytest.mark.parametrize("name", [*PRECISIONS, RICH.name])

@@ -27,11 +27,13 @@ from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.cache import SharedCache
 from expe_edge.runtime.session import Step
+from tests.conftest import needs_int8_cache
 from tests.export.test_clients import genai_tokens, optimum_model, our_tokens
 from tests.graphs import CONFIG, normal, open_session, plain_graph, random_weights, run_text, token_stream
 from tests.reference import softmax
 from tests.strategies import seeds, small_config
 
+pytestmark = needs_int8_cache
 NAMES = ("float32-int8-cache", "int8-static-int8-cache", "int4-weight-int8-cache")
 
 
