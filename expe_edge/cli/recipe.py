@@ -90,6 +90,7 @@ _OPTIONS = (
     click.option("--ranges-from", type=PATH, metavar="PACKAGE", help="Use the ranges of a package of this model."),
     click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet."),
     click.option("--seed", default=0, show_default=True, help="Which windows calibrate."),
+    click.option("--names", is_flag=True, help="Readable names of tensors, for graph viewers; some kilobytes."),
     click.option("--force", is_flag=True, help="Replace packages that exist."),
     click.option("--json", "json_file", type=PATH, help="Write sizes and parity figures there."),
 )
@@ -115,6 +116,7 @@ def make_packages(
     ranges_from: Path | None,
     text_field: str,
     seed: int,
+    names: bool,
     force: bool,
     json_file: Path | None,
     **formats: Any,
@@ -136,6 +138,7 @@ def make_packages(
         calibration_data=calibration_data,
         text_field=text_field,
         ranges_from=ranges_from,
+        names=names,
         force=force,
         progress=lambda line: click.echo(line, err=True),
     )

@@ -30,6 +30,7 @@ from expe_edge.export.plan import Plan, oldest_onnxruntime
 from expe_edge.export.portable import require_portable
 from expe_edge.export.source import Source, open_source
 from expe_edge.graph.linears import LINEAR_FORMATS
+from expe_edge.graph.names import name_tensors
 from expe_edge.graph.run import DECODED
 from expe_edge.graph.sizes import measure_parts
 from expe_edge.package.directory import (
@@ -90,6 +91,7 @@ def export(
     calibration_data: Sequence[str] = (),
     text_field: str = "text",
     ranges_from: Path | None = None,
+    names: bool = False,
     force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[ExportedPackage]:
@@ -100,6 +102,7 @@ def export(
         positions: `folded` out of the products, or left `inline`, as an exporter would that knows nothing of ExPE.
         calibration_data: sources of text for calibration and for the validation; the training text by default.
         ranges_from: a package of the same model whose static ranges are used again.
+        names: call the graphs' tensors after what they are, see `name_tensors`, not by numbers, which take fewer bytes.
         progress: called with a line before each stage.
 
     Raises:
@@ -122,7 +125,7 @@ def export(
     wanted = [recipe.settled(exporter.source.rounding) for recipe in wanted]
     for recipe in wanted:
         exporter.refuse(recipe)  # before anything is written
-    return [exporter.write(recipe, out / recipe.name, force=force) for recipe in wanted]
+    return [exporter.write(recipe, out / recipe.name, names=names, force=force) for recipe in wanted]
 
 
 def open_exporter(
@@ -248,13 +251,13 @@ class Exporter:
         count = tokens // (lengths[0] * self.config.training_length)
         return self.text.beginnings(lengths, max(count, LEAST_TEXTS))
 
-    def write(self, recipe: Recipe, path: Path, *, force: bool) -> ExportedPackage:
+    def write(self, recipe: Recipe, path: Path, *, names: bool = False, force: bool) -> ExportedPackage:
         """Choose formats, build, verify, validate and write one package; it appears at `path` when all is well."""
         plan = self.plan(recipe)
         expected = self._expected
         with write_package(path, force=force) as directory:
             self.progress(f"{recipe.name}: building")
-            contents = _save(plan, directory / MODEL_FILE)
+            contents = _save(plan, directory / MODEL_FILE, names=names)
             kernels = optimized_operators(directory / MODEL_FILE)
             require_kernels(kernels, plan.linears)
             self.progress(f"{recipe.name}: validating against {self.source.origin}")
@@ -326,9 +329,11 @@ class Exporter:
         seal_package(directory, manifest)
 
 
-def _save(plan: Plan, path: Path) -> Contents:
+def _save(plan: Plan, path: Path, *, names: bool) -> Contents:
     """Build a graph into a file. It is gone from memory then: what follows runs what the package will hold."""
     model = plan.build().model
+    if names:
+        name_tensors(model)
     onnx.save(model, path)
     operators = Counter(node.op_type for node in model.graph.node)
     return Contents(measure_parts(model, plan.linears, plan.embedding), operators)

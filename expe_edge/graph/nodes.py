@@ -1,7 +1,7 @@
 """A thin builder of ONNX graphs: nodes in order, constants stored once, node names that say where they are.
 
-A tensor between two nodes is called t0, t1, …: its maker's name says enough, and in a small model long names would be
-a noticeable part of the file.
+A tensor between two nodes is called t0, t1, …: in a small model long names would be a noticeable part of the file.
+`names.py` gives them, where they are asked for.
 """
 
 from __future__ import annotations

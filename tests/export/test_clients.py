@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from expe_edge.runtime import Generator
+from expe_edge.runtime import Generator, PackageSession
 from expe_edge.training.checkpoint import load_checkpoint
 from tests.conftest import PRECISIONS
 
 PROMPT = "The old tree grows"
 NEW_TOKENS = 256
+PAGE = (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
 
 
 def our_tokens(package: Path, prompt: list[int]) -> list[int]:
@@ -111,3 +113,37 @@ def test_genai_reads_the_tokenizer_of_the_package(packages: Path, prompt: list[i
     ours = Generator.load(packages / "float32").tokenizer
     assert tokenizer.decode(np.array(prompt[1:], dtype=np.int32)) == ours.decode(prompt[1:])
     assert list(tokenizer.encode(PROMPT))[-(len(prompt) - 1) :] == prompt[1:]
+
+
+def test_genai_goes_on_after_what_it_generated_once_rewound(packages: Path, prompt: list[int]) -> None:
+    """Without rewinding, the last token is missing from its cache."""
+    og, session, more = genai(), PackageSession.load(packages / "float32"), prompt[1:]
+
+    def logits(*, rewound: bool) -> np.ndarray:
+        model = og.Model(str(packages / "float32"))
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(do_sample=False, max_length=64)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.array([prompt], dtype=np.int32))
+        generator.generate_next_token()
+        sequence = [int(token) for token in generator.get_sequence(0)]
+        if rewound:
+            generator.rewind_to(len(sequence) - 1)
+        generator.append_tokens(np.array([[*sequence[-1:], *more] if rewound else more], dtype=np.int32))
+        last: np.ndarray = np.asarray(generator.get_logits())[0, -1]
+        return last
+
+    tokens = np.array([*prompt, *our_tokens(packages / "float32", prompt)[:1], *more], dtype=np.int64)
+    expected = session.forward([tokens])[0][-1]
+    np.testing.assert_allclose(logits(rewound=True), expected, atol=1e-4)
+    assert np.abs(logits(rewound=False) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("client", ["onnxruntime_genai", "optimum.onnxruntime"])
+def test_the_examples_of_the_page_on_clients_run(
+    packages: Path, capsys: pytest.CaptureFixture[str], client: str
+) -> None:
+    pytest.importorskip(client, reason="needs another onnxruntime or transformers")
+    (example,) = (text for text in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL) if client in text)
+    exec(example.replace("demo/package/int8-dynamic", str(packages / "int8-dynamic")), {})  # noqa: S102
+    assert capsys.readouterr().out.strip()

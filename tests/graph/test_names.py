@@ -1,0 +1,31 @@
+"""Tensors called after the nodes that make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from expe_edge.graph.build import build_graph, graph_contract
+from expe_edge.graph.linears import DynamicInt8, Float32, LinearFormat
+from expe_edge.graph.names import name_tensors
+from tests.graphs import CONFIG, random_weights, run_text, token_stream
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("linear", [Float32(), DynamicInt8()], ids=lambda kind: type(kind).__name__)
+def test_the_graph_computes_the_same_and_no_tensor_is_a_number(linear: LinearFormat[Any], portable: bool) -> None:
+    model = build_graph(random_weights(), linear, portable=portable).model
+    named = onnx.ModelProto()
+    named.CopyFrom(model)
+    name_tensors(named)
+    onnx.checker.check_model(named)  # every tensor is made once, before it is read
+    made = [name for node in named.graph.node for name in node.output]
+    assert len(set(made)) == len(made)
+    assert {"layers.0.attention.qkv", "layers.1.feed_forward.residual", "logits"} <= set(made)
+    assert not any(name[0] == "t" and name[1:].isdigit() for name in made)
+    contract, tokens = graph_contract(CONFIG, portable=portable), token_stream(40)
+    before, after = (run_text(each, contract, tokens)[0] for each in (model, named))
+    np.testing.assert_array_equal(after, before)
