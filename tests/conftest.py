@@ -16,7 +16,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from expe_edge.export.exporter import export
-from expe_edge.export.plan import SINCE_INT8_CACHE
+from expe_edge.graph.attention import SINCE_INT8_CACHE
 from expe_edge.package.manifest import release
 from expe_edge.training.run import train
 from tests.small import small_settings, write_documents

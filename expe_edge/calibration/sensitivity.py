@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 
 from expe_edge.calibration.evidence import Evidence
 from expe_edge.divergence import log_divergence, log_softmax
+from expe_edge.graph.attention import SINCE_INT8_CACHE
 from expe_edge.graph.build import BuiltGraph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.run import logits_of, open_graph
 from expe_edge.graph.sizes import measure_parts
+from expe_edge.package.manifest import release
 from expe_edge.quant.formats import CACHE, EMBEDDING, Formats
 from expe_edge.quant.recipe import Recipe
 from expe_edge.spool import Spool
@@ -152,4 +155,5 @@ def default_candidates(evidence: Evidence, precisions: Sequence[str]) -> dict[st
     """Return the formats of each weight as packages of `precisions` have them, and an int8 cache where there is one."""
     embeddings = list(dict.fromkeys(LINEAR_FORMATS[precision].embedding for precision in precisions))
     candidates = {weight: embeddings if weight == EMBEDDING else [*precisions] for weight in weights_of(evidence)}
-    return candidates if evidence.portable_only else {**candidates, CACHE: ["int8"]}
+    has_cache = not evidence.portable_only and release(ort.__version__) >= release(SINCE_INT8_CACHE)
+    return {**candidates, CACHE: ["int8"]} if has_cache else candidates

@@ -8,15 +8,13 @@ from typing import Any
 from expe_edge.calibration.auto import Choice
 from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import cache_scales
+from expe_edge.graph.attention import SINCE_BIAS, SINCE_INT8_CACHE
 from expe_edge.graph.build import HEAD, BuiltGraph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.manifest import release
 from expe_edge.quant.formats import FLOAT32, Formats
 from expe_edge.quant.recipe import DEFAULT_SOLVER, Recipe
-
-#: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.
-SINCE_BIAS, SINCE_INT8_CACHE = "1.22", "1.27"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from expe_edge.quant.channels import CacheScales
 
 #: What is added to the score of a key that a query does not see. Finite: a row of padding alone sees none.
 HIDDEN = float(np.finfo(np.float32).min)
+#: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.
+SINCE_BIAS, SINCE_INT8_CACHE = "1.22", "1.27"
 
 
 @dataclass
