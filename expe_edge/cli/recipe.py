@@ -125,7 +125,7 @@ def make_packages(
     require_writable(json_file)
     size = parse_size(max_size)
     recipes = [Recipe(precision, max_size=size, **formats) for precision in dict.fromkeys(precisions)]
-    require_used(recipes, ranges_from=ranges_from is not None)
+    require_used(recipes, ranges_from=ranges_from is not None)  # as `export` does, after seconds of imports
     from expe_edge.calibration.observations import Calibration
     from expe_edge.export.exporter import export
 

@@ -108,7 +108,7 @@ def sensitivity(
     )
     recipes = [dataclasses.replace(recipe, portable=exporter.evidence.portable_only) for recipe in recipes]
     for recipe in recipes:
-        exporter.refuse(recipe)
+        exporter.require_possible(recipe)
     texts = exporter.text.beginnings((length,), documents)
     candidates = default_candidates(exporter.evidence, formats)
     results = exporter.measure_weights(recipes[0], candidates, texts)

@@ -48,7 +48,7 @@ from expe_edge.package.manifest import Manifest, release
 from expe_edge.progress import counted
 from expe_edge.quant.channels import Range
 from expe_edge.quant.formats import Formats
-from expe_edge.quant.recipe import Recipe
+from expe_edge.quant.recipe import Recipe, require_used
 from expe_edge.spool import Spool
 from expe_edge.text.corpus import load_corpus
 
@@ -109,6 +109,7 @@ def export(
         ExportError, CheckpointError, CorpusError, ConfigError: nothing of the package at fault is written then.
     """
     wanted = [Recipe(recipe) if isinstance(recipe, str) else recipe for recipe in recipes]
+    require_used(wanted, ranges_from=ranges_from is not None)
     for recipe in wanted:
         clear_leftovers(out / recipe.name)
         require_absent(out / recipe.name, force=force)
@@ -124,7 +125,7 @@ def export(
         exporter.take_ranges(ranges_from)
     wanted = [recipe.settled(exporter.source.rounding) for recipe in wanted]
     for recipe in wanted:
-        exporter.refuse(recipe)  # before anything is written
+        exporter.require_possible(recipe)  # before anything is written
     return [exporter.write(recipe, out / recipe.name, names=names, force=force) for recipe in wanted]
 
 
@@ -183,7 +184,7 @@ class Exporter:
             raise ExportError(f"`ranges_from` {package}: no finite range of {missing[0]}; measure them anew")
         self.evidence.given_ranges = ranges
 
-    def refuse(self, recipe: Recipe) -> None:
+    def require_possible(self, recipe: Recipe) -> None:
         """Raise `ExportError` for a recipe that cannot be made of this model."""
         if not recipe.portable and self.config.needs_portable is not None:
             raise ExportError(self.config.needs_portable)
@@ -194,12 +195,12 @@ class Exporter:
             )
         if recipe.embedding is not None and self.config.tie_word_embeddings:
             raise ExportError("this model's head is its embedding, stored once in the head's format; drop `embedding`")
-        self._refuse_onnxruntime(recipe)
+        self._require_onnxruntime(recipe)
         if recipe.smoothing and self.evidence.given_ranges is not None:
             raise ExportError("`smoothing` changes what the ranges of `ranges_from` were measured on; drop one of them")
-        self._refuse_text(recipe)
+        self._require_text(recipe)
 
-    def _refuse_text(self, recipe: Recipe) -> None:
+    def _require_text(self, recipe: Recipe) -> None:
         """Raise `CorpusError` or `ExportError` where there is too little text to calibrate on."""
         formats = _possible(recipe)
         ranges = any(LINEAR_FORMATS[name].calibrated for name in formats) and self.evidence.given_ranges is None
@@ -213,7 +214,7 @@ class Exporter:
             self.evidence.require_moments()
 
     @staticmethod
-    def _refuse_onnxruntime(recipe: Recipe) -> None:
+    def _require_onnxruntime(recipe: Recipe) -> None:
         """Raise `ExportError` where this onnxruntime has no kernels for `recipe`, to validate it with."""
         needed = oldest_onnxruntime(recipe, _possible(recipe))
         if release(ort.__version__) < release(needed):
@@ -253,16 +254,20 @@ class Exporter:
 
     def write(self, recipe: Recipe, path: Path, *, names: bool = False, force: bool) -> ExportedPackage:
         """Choose formats, build, verify, validate and write one package; it appears at `path` when all is well."""
-        plan = self.plan(recipe)
-        expected = self._expected
+        plan = self.plan(recipe)  # a format for every weight, by what calibration shows
+        expected = self._expected  # what the source computes
         with write_package(path, force=force) as directory:
             self.progress(f"{recipe.name}: building")
+            # The graph: weights rounded and stored, nodes, one file.
             contents = _save(plan, directory / MODEL_FILE, names=names)
+            # What onnxruntime makes of it: an integer kernel for every linear that should have one.
             kernels = optimized_operators(directory / MODEL_FILE)
             require_kernels(kernels, plan.linears)
+            # What it computes, token by token, against the source.
             self.progress(f"{recipe.name}: validating against {self.source.origin}")
             parity = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
             self._require_valid(plan, parity, directory / MODEL_FILE)
+            # What it is, with the hash of every file.
             manifest = self._manifest(plan, contents, parity, kernels)
             self._fill(directory, manifest)
         size = Package(path, manifest).size

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from expe_edge.cli.recipe import parse_size
 from expe_edge.errors import ConfigError, ExportError
+from expe_edge.export.exporter import export
 from expe_edge.graph.linears import LINEAR_FORMATS, BlockWeight, ChannelInt8
 from expe_edge.graph.matrices import EMBEDDING_FORMATS
 from expe_edge.quant.blocks import BLOCK_SIZE
@@ -126,6 +128,8 @@ def test_a_setting_that_no_package_uses_is_refused(settings: dict[str, Any], nam
 
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         require_used(recipes)
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        export(Path("none"), Path("none"), recipes)
     require_used([*recipes, Recipe("int4-weight", **settings)])
 
 
