@@ -123,5 +123,7 @@ def test_an_ordinary_package_is_refused_before_anything_is_made(nines: Path) -> 
         assert refused("export", nines, "--out", "out", *options) == message
     with pytest.raises(ExportError) as caught:
         export(nines, Path("out"), [Recipe(portable=True), "float32"])
+    for name in ("portable", "num_attention_heads", "hidden_size"):
+        message = message.replace(f"--{name.replace('_', '-')}", f"`{name}`")
     assert str(caught.value) == message
     assert not Path("out").exists()

@@ -180,7 +180,7 @@ def test_a_linear_that_does_not_fuse_is_noticed() -> None:
         require_kernels(operators, dict.fromkeys(LINEARS, "int8-dynamic"))
     assert str(raised.value) == (
         f"onnxruntime {ort.__version__} runs 8 linears as DynamicQuantizeMatMul, not 9; others would run in float32. "
-        "Choose another --precision, or another onnxruntime"
+        "Choose another `precision`, or another onnxruntime"
     )
 
 

@@ -22,7 +22,7 @@ def test_path_decides_the_backend(checkpoint: Path, packages: Path) -> None:
         (
             ["config.json"],
             CheckpointError,
-            "{path}: no model.safetensors in it, so not a finished checkpoint; run train, or --resume it",
+            "{path}: no model.safetensors in it, so not a finished checkpoint; run train, or `resume` it",
         ),
         (
             ["expe_edge.json"],
