@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,15 +77,22 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "expe_edge", *(str(argument) for argument in arguments)]
 
 
-def start_two_processes(port: int, *arguments: object) -> subprocess.Popen[str]:
+def start_two_processes(*arguments: object) -> subprocess.Popen[str]:
     """Start a command under torch's launcher on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    return _start([*launcher, f"--master-port={port}", *command(*arguments)[1:]])
+    return _start([*launcher, f"--master-port={_free_port()}", *command(*arguments)[1:]])
 
 
-def on_two_processes(port: int, *arguments: object) -> None:
+def _free_port() -> int:
+    """A port that nothing listens at: processes of two runs that meet at one would train together."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def on_two_processes(*arguments: object) -> None:
     """Run such a command and check that all is well."""
-    process = start_two_processes(port, *arguments)
+    process = start_two_processes(*arguments)
     said = process.communicate()[1]
     assert process.returncode == 0, said
 

@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_the_same_batches_on_another_number_of_processes(
 ) -> None:
     """From one process to two, and back to one."""
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
-    on_two_processes(29518, "train", "--resume", "--out", run, "--max-steps", STEPS + 4)
+    on_two_processes("train", "--resume", "--out", run, "--max-steps", STEPS + 4)
     assert json.loads((run / "training.json").read_text())["processes"] == 2
 
     for steps in (STEPS + 4, STEPS + 8):
@@ -216,7 +216,7 @@ def test_ctrl_c_that_reaches_one_of_two_processes_stops_both_behind_a_checkpoint
     asked = settings(text_folder, max_steps=4000, save_every=100000, log_every=20)
     given = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
     config.write_text(json.dumps(given), encoding="utf-8")
-    process = start_two_processes(29519, "train", "--config", config, "--out", run)
+    process = start_two_processes("train", "--config", config, "--out", run)
     said = list(lines_until(process.stderr, "step 400/4000"))
     assert "step 400/4000" in said[-1], said
 

@@ -96,7 +96,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, text_folder: Path) -> N
     one = train(settings, tmp_path / "one")
     config = tmp_path / "settings.yaml"
     config.write_text(json.dumps(stored_settings(tmp_path / "one")), encoding="utf-8")
-    on_two_processes(29517, "train", "--config", config, "--out", tmp_path / "two")
+    on_two_processes("train", "--config", config, "--out", tmp_path / "two")
     two = json.loads((tmp_path / "two" / "training.json").read_text())
     assert two["processes"] == 2
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-4)
