@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
-import weakref
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,8 @@ from tokenizers import Tokenizer
 from expe_edge.errors import ExPEEdgeError, GenerationError, PackageError
 from expe_edge.package.directory import read_package, seal_package
 from expe_edge.package.manifest import MANIFEST_FILE
-from expe_edge.runtime import Completion, Generator, PackageSession, Sampling, Stream
-from expe_edge.runtime.cache import Cache, SharedCache
+from expe_edge.runtime import Generator, PackageSession, Sampling
+from expe_edge.runtime.cache import SharedCache
 from expe_edge.runtime.session import Step
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
@@ -37,18 +34,6 @@ PROMPTS = ["The old tree grows", "a", "Document 3.\nthe river runs under the bri
 @pytest.fixture(scope="module")
 def torch_side(checkpoint: Path) -> Checkpoint:
     return load_checkpoint(checkpoint)
-
-
-@pytest.fixture(scope="module", params=PRECISIONS)
-def any_generator(request: pytest.FixtureRequest, packages: Path) -> Generator:
-    """A generator of each precision."""
-    return Generator.load(packages / request.param)
-
-
-@pytest.fixture(scope="module")
-def generator(packages: Path) -> Generator:
-    """The float32 generator, whose sums are the same whatever the batch and the chunks."""
-    return Generator.load(packages / "float32")
 
 
 @pytest.fixture(scope="module")
@@ -366,103 +351,6 @@ def test_ends_at_end_of_text(packages: Path, tmp_path: Path) -> None:
     for found in (stream.completion, *generator.generate(["the tree"], max_new_tokens=40)):
         assert found.finish_reason == "end_of_text"
         assert found.tokens == whole.tokens[: whole.tokens.index(closing) + 1]
-
-
-# Streams
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every run so far."""
-    counted: list[int] = []
-    run = Step.run
-
-    def counting(step: Step, tokens: np.ndarray) -> np.ndarray:
-        counted.append(step.tokens)
-        return run(step, tokens)
-
-    monkeypatch.setattr(Step, "run", counting)
-    return counted
-
-
-def test_nothing_is_decoded_before_it_is_asked_for(generator: Generator, runs: list[int]) -> None:
-    stream = generator.stream([5, 6, 7], max_new_tokens=20)
-    assert runs == []
-    assert stream.completion == Completion(prompt_tokens=3)
-
-    for _ in stream:
-        assert runs == [3, *[1] * (len(stream.completion.tokens) - 1)]
-
-    assert runs == [3, *[1] * 19]
-    assert stream.completion.finish_reason == "length"
-
-
-@pytest.mark.parametrize("count", [0, 1, 7])
-def test_completion_of_a_stream_that_is_left_early(any_generator: Generator, count: int) -> None:
-    (whole,) = any_generator.generate(["the tree"], max_new_tokens=40)
-    stream = any_generator.stream("the tree", max_new_tokens=40)
-
-    pieces = list(itertools.islice(stream, count))
-
-    found = stream.completion
-    assert len(pieces) == count
-    assert found.text == "".join(pieces) == any_generator.tokenizer.decode(found.tokens)
-    assert found.tokens == whole.tokens[: len(found.tokens)]
-    assert found.prompt_tokens == whole.prompt_tokens
-    assert found.finish_reason is None
-    assert "".join([*pieces, *stream]) == found.text == whole.text  # it can be taken up again
-    assert found.finish_reason == "length"
-
-
-def test_closed_stream_ends(generator: Generator, runs: list[int]) -> None:
-    stream = generator.stream("the tree", max_new_tokens=40)
-    next(stream)
-    kept, count = dataclasses.replace(stream.completion), len(runs)
-
-    stream.close()
-
-    assert list(stream) == []
-    assert stream.completion == kept
-    assert len(runs) == count
-
-
-@pytest.mark.parametrize("end", [list, Stream.close], ids=["read to its end", "closed"])
-def test_stream_that_has_ended_holds_no_cache(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch, end: Callable[[Stream], object]
-) -> None:
-    caches = []
-    new_cache = PackageSession.new_cache
-
-    def remembered(session: PackageSession, batch: int, capacity: int) -> Cache:
-        cache = new_cache(session, batch, capacity)
-        caches.append(weakref.ref(cache))
-        return cache
-
-    monkeypatch.setattr(PackageSession, "new_cache", remembered)
-    stream = generator.stream("the tree", max_new_tokens=4)
-    next(stream)
-    assert caches[0]() is not None
-
-    end(stream)
-
-    assert caches[0]() is None
-
-
-@pytest.mark.parametrize("stop", [(), ["the", " and"]], ids=["length", "stop"])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=4)], ids=["greedy", "sampled"])
-def test_streams_and_batches_give_the_same_completions(
-    generator: Generator, sampling: Sampling, stop: Sequence[str]
-) -> None:
-    together = generator.generate(PROMPTS, max_new_tokens=40, sampling=sampling, stop=stop)
-
-    for index, (prompt, expected) in enumerate(zip(PROMPTS, together, strict=True)):
-        seeded = dataclasses.replace(sampling, seed=None if sampling.seed is None else sampling.seed + index)
-        for _ in (stream := generator.stream(prompt, max_new_tokens=40, sampling=seeded, stop=stop)):
-            pass
-        found = stream.completion
-        assert found == dataclasses.replace(
-            expected, prefill_seconds=found.prefill_seconds, decode_seconds=found.decode_seconds
-        )
 
 
 # Refusals
