@@ -48,14 +48,16 @@ demo: $(DEMO_INSTALLED)
 demo-formats demo-cache demo-naive: export OMP_NUM_THREADS = 1
 demo-formats demo-cache demo-naive: export TERM = dumb
 
-demo-formats: $(DEMO_INSTALLED)
+demo-formats demo-cache demo-naive: $(DEMO_INSTALLED)
+
+demo-formats:
 	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force \
 		--precision float32 --precision int8-dynamic --precision int8-static --precision int4-weight
 
-demo-cache: $(DEMO_INSTALLED)
+demo-cache:
 	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force --precision int8-dynamic --cache int8
 
-demo-naive: $(DEMO_INSTALLED)
+demo-naive:
 	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/inline --positions inline --force \
 		--precision int8-dynamic --precision int8-static
 

@@ -32,11 +32,6 @@ def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:
     )
 
 
-def foldable(model: ExPEForCausalLM) -> bool:
-    """Tell whether positions enter the model's products, where `folded` takes them out."""
-    return isinstance(model.positional, ExPE) and model.positional.spec.foldable
-
-
 def _relative_table(positional: Relative) -> Float:
     """Unroll the buckets into one row for each distance up to the farthest."""
     distances = torch.arange(positional.spec.max_distance + 1)

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from expe_edge.errors import ExportError, PackageError
-from expe_edge.export.fold import extract_weights, foldable
+from expe_edge.export.fold import extract_weights
 from expe_edge.graph.run import check_contract, logits_of, parts_of
 from expe_edge.graph.weights import ModelWeights, read_weights
 from expe_edge.model.config import ExPEConfig
@@ -70,7 +70,7 @@ def _from_checkpoint(path: Path, *, folded: bool) -> Source:
         checkpoint.sources,
         _TorchReference(path),
         "PyTorch",
-        checkpoint.rounding if folded or not foldable(checkpoint.model) else None,
+        checkpoint.rounding if folded or not checkpoint.config.encoding_parameters.foldable else None,
     )
 
 

@@ -136,8 +136,9 @@ class _Decoder:
         if all(hidden != linear.input for linear in self.linears.values()):
             self.graph.describe(hidden, weight.shape[0])
         self.linears[name] = Linear(hidden, weight, peaked)
-        matrix = tied or self._format(name).store(name, weight)
-        return self._format(name).emit(self.graph, name, hidden, matrix, peaked=peaked)
+        linear_format = self._format(name)
+        matrix = tied or linear_format.store(name, weight)
+        return linear_format.emit(self.graph, name, hidden, matrix, peaked=peaked)
 
     def _block(self, name: str, index: int, hidden: str, weights: LayerWeights) -> str:
         graph = self.graph

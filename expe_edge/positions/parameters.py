@@ -49,10 +49,13 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
 }
 
 
-def require_kinds(settings: Any) -> None:
-    """Raise `ConfigError` unless every field of a dataclass holds what its annotation says; others are left alone."""
+def require_kinds(settings: Any, change: str = "") -> None:
+    """Raise `ConfigError` unless every field of a dataclass holds what its annotation says; others are left alone.
+
+    change: what the message says at its end, of the field `{name}`.
+    """
     for field in dataclasses.fields(settings):
-        require_kind(field.name, getattr(settings, field.name), str(field.type))
+        require_kind(field.name, getattr(settings, field.name), str(field.type), change.format(name=field.name))
 
 
 def require_kind(name: str, value: object, annotation: str, change: str = "") -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from expe_edge.errors import CheckpointError, ConfigError, unknown_name
-from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters, require_kind
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters, require_kinds
 from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -111,8 +111,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, str) else self.data
         object.__setattr__(self, "data", tuple(data) if isinstance(data, list) else data)
-        for one in dataclasses.fields(self):
-            require_kind(one.name, getattr(self, one.name), str(one.type), f"; change `{one.name}`")
+        require_kinds(self, "; change `{name}`")
         for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0; change `{name}`")

@@ -46,13 +46,19 @@ def genai() -> Any:
     return pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai needs a newer onnxruntime")
 
 
-def genai_tokens(package: Path, prompt: list[int]) -> list[int]:
+def genai_generator(package: Path, prompt: list[int]) -> Any:
+    """A greedy generator that has been given the prompt."""
     og = genai()
     model = og.Model(str(package))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(do_sample=False, max_length=len(prompt) + NEW_TOKENS)
     generator = og.Generator(model, parameters)
     generator.append_tokens(np.array([prompt], dtype=np.int32))
+    return generator
+
+
+def genai_tokens(package: Path, prompt: list[int]) -> list[int]:
+    generator = genai_generator(package, prompt)
     while not generator.is_done():
         generator.generate_next_token()
     return list(generator.get_sequence(0)[len(prompt) :])
@@ -117,14 +123,10 @@ def test_genai_reads_the_tokenizer_of_the_package(packages: Path, prompt: list[i
 
 def test_genai_goes_on_after_what_it_generated_once_rewound(packages: Path, prompt: list[int]) -> None:
     """Without rewinding, the last token is missing from its cache."""
-    og, session, more = genai(), PackageSession.load(packages / "float32"), prompt[1:]
+    session, more = PackageSession.load(packages / "float32"), prompt[1:]
 
     def logits(*, rewound: bool) -> np.ndarray:
-        model = og.Model(str(packages / "float32"))
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(do_sample=False, max_length=64)
-        generator = og.Generator(model, parameters)
-        generator.append_tokens(np.array([prompt], dtype=np.int32))
+        generator = genai_generator(packages / "float32", prompt)
         generator.generate_next_token()
         sequence = [int(token) for token in generator.get_sequence(0)]
         if rewound:
