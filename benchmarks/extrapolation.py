@@ -74,15 +74,15 @@ def train(out: Path, variant: str, seed: int, extra: Sequence[str] = ()) -> Path
     return directory
 
 
-def score(directory: Path, lengths: Sequence[int], documents: int) -> Double:
+def score(directory: Path, lengths: Sequence[int], documents: int, texts: Sequence[str] = ()) -> Double:
     """Return the mean loss of every document and bucket, (documents, buckets), nats per token; kept beside the run."""
-    wanted, kept = {"lengths": list(lengths), "documents": documents}, directory / SCORES_FILE
+    wanted, kept = {"lengths": list(lengths), "documents": documents, "texts": list(texts)}, directory / SCORES_FILE
     if kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
-        if found["asked"] == wanted:
+        if {"texts": [], **found["asked"]} == wanted:
             return np.array(found["losses"])
     command = ["benchmarks.extrapolation_scores", str(directory), ",".join(map(str, lengths)), str(documents)]
-    run_alone(command, directory / "scoring.log")
+    run_alone([*command, *texts], directory / "scoring.log")
     return np.array(json.loads(kept.read_text(encoding="utf-8"))["losses"])
 
 
@@ -152,6 +152,7 @@ def report(losses: Mapping[str, Double], against: str, ends: Sequence[int], seed
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--lengths", default="1,2,4,8,16,32,64", show_default=True)
 @click.option("--documents", default=12, show_default=True, help="At most so many, of the last length and more.")
+@click.option("--text", "texts", multiple=True, help="Score these texts, not the held-out part of the training text.")
 @click.option("--jobs", default=os.cpu_count(), show_default=True)
 @click.argument("extra", nargs=-1)
 def main(
@@ -161,6 +162,7 @@ def main(
     seeds: str,
     lengths: str,
     documents: int,
+    texts: tuple[str, ...],
     jobs: int,
     extra: tuple[str, ...],
 ) -> None:
@@ -174,7 +176,7 @@ def main(
     def losses_of(run: tuple[int, str]) -> Double:
         directory = train(out, run[1], run[0], extra)
         click.echo(f"{directory}: trained", err=True)
-        return score(directory, ends, documents)
+        return score(directory, ends, documents, texts)
 
     runs = [(seed, variant) for seed in numbers for variant in chosen]
     with ThreadPoolExecutor(jobs) as pool:

@@ -1,6 +1,6 @@
 """Scores one checkpoint of `benchmarks.extrapolation`: the loss of every held-out document by length.
 
-python -m benchmarks.extrapolation_scores RUN 1,2,4 12
+python -m benchmarks.extrapolation_scores RUN 1,2,4 12 [TEXT…]
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ def losses_by_length(scorer: Scorer, document: Ids, ends: Sequence[int]) -> list
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("lengths")
 @click.argument("documents", type=int)
-def main(run: Path, lengths: str, documents: int) -> None:
-    """Write the losses of RUN, up to LENGTHS times its training length, on so many DOCUMENTS."""
+@click.argument("texts", nargs=-1)
+def main(run: Path, lengths: str, documents: int, texts: tuple[str, ...]) -> None:
+    """Write the losses of RUN, up to LENGTHS times its training length, on so many DOCUMENTS.
+
+    They are of TEXTS, or else of what was held out of the training text.
+    """
     units, scorer = [int(end) for end in lengths.split(",")], open_scorer(run)
     ends = [unit * scorer.training_length for unit in units]
-    chosen, _ = long_documents(scorer, (), "text", ends[-1] + 1, documents)
+    chosen, _ = long_documents(scorer, texts, "text", ends[-1] + 1, documents)
     losses = [losses_by_length(scorer, document, ends) for document in chosen]
-    record = {"asked": {"lengths": units, "documents": documents}, "losses": losses}
+    record = {"asked": {"lengths": units, "documents": documents, "texts": list(texts)}, "losses": losses}
     partial = run / f".{SCORES_FILE}"
     partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
     partial.replace(run / SCORES_FILE)

@@ -32,7 +32,8 @@ from expe_edge.export.fold import extract_weights
 from expe_edge.graph.build import build_graph
 from expe_edge.graph.linears import Float32
 from expe_edge.graph.run import graph_feeds
-from expe_edge.model.decoder import Attention, ExPEForCausalLM
+from expe_edge.model.attention import Attention
+from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.model.encodings import ExPE, Heads
 from expe_edge.package.contract import GraphContract
 from expe_edge.positions.parameters import ExPEParameters

@@ -17,20 +17,21 @@ from expe_edge.export.fold import extract_weights
 from expe_edge.graph.build import build_graph, graph_contract
 from expe_edge.graph.linears import Float32
 from expe_edge.graph.run import run_graph
-from expe_edge.model import decoder as modeling
+from expe_edge.model import attention
+from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.text.tokenization import encode_documents
 from expe_edge.training.checkpoint import load_checkpoint
 
 
-def torch_logits(model: modeling.ExPEForCausalLM, tokens: np.ndarray, block: int) -> np.ndarray:
+def torch_logits(model: ExPEForCausalLM, tokens: np.ndarray, block: int) -> np.ndarray:
     """Logits (T, V) of one forward pass with queries in blocks of `block`."""
-    before, modeling.QUERY_BLOCK = modeling.QUERY_BLOCK, block
+    before, attention.QUERY_BLOCK = attention.QUERY_BLOCK, block
     try:
         with torch.inference_mode():
             logits: torch.Tensor = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits
         return logits[0].numpy()
     finally:
-        modeling.QUERY_BLOCK = before
+        attention.QUERY_BLOCK = before
 
 
 @click.command()
@@ -50,7 +51,7 @@ def main(checkpoint: Path, lengths: str) -> None:
     }
     for length in (int(part) * opened.config.training_length for part in lengths.split(",")):
         tokens = stream[:length]
-        exact = torch_logits(model.double(), tokens, modeling.QUERY_BLOCK)
+        exact = torch_logits(model.double(), tokens, attention.QUERY_BLOCK)
         model.float()
         found = {
             "torch, blocks of 256": torch_logits(model, tokens, 256),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,145 +20,9 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from expe_edge.errors import unknown_name
+from expe_edge.model.attention import Attention, AttentionContext, mask_positions
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.encodings import PositionalEncoding, make_encoding
-
-
-class Attention(nn.Module):
-    """Causal attention with grouped key/value heads; the cache holds keys as the encoding leaves them."""
-
-    def __init__(self, config: ExPEConfig, layer: int, positional: PositionalEncoding) -> None:
-        super().__init__()
-        self.layer, self.heads = layer, positional.heads
-        self.qkv = nn.Linear(config.hidden_size, self.heads.rows, bias=False)
-        self.out = nn.Linear(self.heads.query_rows, config.hidden_size, bias=False)
-
-    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        positional = context.positional
-        query, key, value, slopes = positional.project(self.qkv.weight, hidden, context.query_positions)
-        query = positional.rotate(query, context.query_positions)
-        key = positional.rotate(key, context.query_positions)
-        if context.cache is not None:
-            key, value = context.cache.update(key, value, self.layer)
-        # Scores are taken in float32 or wider whatever the autocast: positions must not pass through a half-precision
-        # product.
-        wide = torch.promote_types(query.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            states = context.attend(query.to(wide), key.to(wide), value.to(wide), slopes)
-        written: Tensor = self.out(states.transpose(1, 2).flatten(2).to(hidden.dtype))
-        return written
-
-
-#: Queries per block. Within a block, keys are counted from its first query, so that a slope is multiplied by small
-#: numbers where precision matters; with 2048 queries in one block, float32 logits lose a digit and more.
-QUERY_BLOCK = 256
-
-
-class QueryBlock(NamedTuple):
-    """Consecutive queries [begin, end), which see the first `keys` keys.
-
-    mask: what is added to the scores, (B or 1, H or 1, end−begin, keys), or None for plain causal attention.
-    codes: the keys' codes less that of the first query, (B, 1, keys, G), or None without a linear bias.
-    """
-
-    begin: int
-    end: int
-    keys: int
-    mask: Tensor | None
-    codes: Tensor | None
-
-
-class AttentionContext:
-    """What all layers share in one forward pass: positions, masks, biases and the cache."""
-
-    def __init__(
-        self,
-        positional: PositionalEncoding,
-        query_positions: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-    ) -> None:
-        self.positional, self.query_positions, self.cache = positional, query_positions, cache
-        self.past = cache.get_seq_length() if cache is not None else 0
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        self.padding = attention_mask if padded else None
-        self.key_positions = self._key_positions()  # (B, S)
-        length = query_positions.shape[1]
-        self.spans = [(begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK)]
-        self.blocks: dict[int, QueryBlock] = {}
-
-    def _key_positions(self) -> Tensor:
-        if self.past == 0:
-            return self.query_positions
-        if self.padding is not None:
-            return mask_positions(self.padding)
-        total = self.past + self.query_positions.shape[1]
-        return torch.arange(total, device=self.query_positions.device).expand(len(self.query_positions), -1)
-
-    def block(self, begin: int, end: int) -> QueryBlock:
-        """Return one block of the queries.
-
-        All blocks together grow with the square of the length. Where gradients are taken they are kept, as the backward
-        pass needs them anyway; else only the last, and the others are made again for every layer.
-        """
-        if begin not in self.blocks:
-            if not torch.is_grad_enabled():
-                self.blocks.clear()
-            self.blocks[begin] = self._block(begin, end)
-        return self.blocks[begin]
-
-    def _block(self, begin: int, end: int) -> QueryBlock:
-        keys, codes = self.past + end, None
-        queries = self.query_positions[:, begin:end]
-        if self.positional.linear_bias:
-            reference = self.positional.limbs(queries[:, :1])
-            codes = (self.positional.limbs(self.key_positions[:, :keys]) - reference).unsqueeze(1)
-        bias = self.positional.bias(queries, self.key_positions[:, :keys])
-        return QueryBlock(begin, end, keys, self._mask(begin, end, bias), codes)
-
-    def _mask(self, begin: int, end: int, bias: Tensor | None) -> Tensor | None:
-        first = self.past + begin
-        if bias is None and self.padding is None and (first == 0 or end - begin == 1):
-            return None
-        device = self.query_positions.device
-        rows = torch.arange(first, self.past + end, device=device)[:, None]
-        visible = torch.arange(self.past + end, device=device) <= rows  # (T, S)
-        if self.padding is not None:
-            visible = visible & self.padding[:, None, None, : self.past + end].bool()
-        blocked = torch.zeros(visible.shape, device=device).masked_fill(~visible, torch.finfo(torch.float32).min)
-        return blocked if bias is None else blocked + bias
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None) -> Tensor:
-        """Softmax attention over (B, H, T, D) and (B, Hkv, S, D) with the linear bias of `slopes` (B, H, T, G).
-
-        A bias linear in the key's code is a few more dimensions of the inner product, so that no (T, S) tensor is
-        made: q·κ_j + Σ_g slope_g·code_g(j) = [q ; slope]·[κ_j ; code(j)].
-        """
-        groups, size = query.shape[1] // key.shape[1], query.shape[-1]
-        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        if slopes is not None:
-            query = torch.cat([query, slopes], dim=-1)
-            value = F.pad(value, (0, slopes.shape[-1]))  # the fused kernels want one head size
-        query = query / math.sqrt(size)
-        mixed = [self._attend_block(self.block(*span), query, key, value) for span in self.spans]
-        return torch.cat(mixed, dim=2)[..., :size]
-
-    def _attend_block(self, block: QueryBlock, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (
-            query[:, :, block.begin : block.end],
-            key[:, :, : block.keys],
-            value[:, :, : block.keys],
-        )
-        if block.codes is not None:
-            key = torch.cat([key, block.codes.to(key.dtype).expand(*key.shape[:3], -1)], dim=-1)
-        mask = None if block.mask is None else block.mask.to(query.dtype)
-        causal = mask is None and query.shape[2] > 1
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)
-
-
-def mask_positions(attention_mask: Tensor) -> Tensor:
-    """Return the positions (B, S) of the tokens of a mask (B, S), padding not counted."""
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 class FeedForward(nn.Module):

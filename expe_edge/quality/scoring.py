@@ -40,10 +40,12 @@ class Scorer(Protocol):
 
 
 class CheckpointScorer:
-    """A checkpoint in PyTorch, float32, with a cache."""
+    """A checkpoint in PyTorch, float32, with a cache; on a GPU where there is one."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.path = checkpoint, checkpoint.path
+        import torch
+
+        self.model, self.path = checkpoint.model.to("cuda" if torch.cuda.is_available() else "cpu"), checkpoint.path
         self.training_length: int = checkpoint.config.training_length
         self.corpus = checkpoint.sources
 
@@ -53,10 +55,10 @@ class CheckpointScorer:
 
         cache = DynamicCache()
         for begin in range(0, len(tokens), PREFILL_CHUNK):
-            part = torch.from_numpy(tokens[begin : begin + PREFILL_CHUNK])[None]
+            part = torch.from_numpy(tokens[begin : begin + PREFILL_CHUNK])[None].to(self.model.device)
             with torch.inference_mode():
-                output = self.checkpoint.model(input_ids=part, past_key_values=cache, use_cache=True)
-            yield output.logits[0].float().numpy()
+                output = self.model(input_ids=part, past_key_values=cache, use_cache=True)
+            yield output.logits[0].float().cpu().numpy()
 
 
 class PackageScorer:

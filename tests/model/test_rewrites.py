@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expe_edge.export.fold import fold_positions
+from expe_edge.model.attention import AttentionContext
 from expe_edge.model.config import ExPEConfig
-from expe_edge.model.decoder import AttentionContext, ExPEForCausalLM
+from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.model.encodings import ExPE, Projected
 from tests import reference, strategies
 from tests.strategies import (

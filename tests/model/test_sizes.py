@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers.cache_utils import Cache
 
-import expe_edge.model.decoder
+import expe_edge.model.attention
+from expe_edge.model.attention import AttentionContext
 from expe_edge.model.config import LARGEST_GRAPH, ExPEConfig
-from expe_edge.model.decoder import AttentionContext, ExPEForCausalLM
+from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.model.encodings import PositionalEncoding
 from tests.strategies import random_model, random_tokens, small_config
 
@@ -35,7 +36,7 @@ def test_a_model_is_too_large_when_its_graph_is() -> None:
 
 @pytest.mark.parametrize("positional", ["expe", "alibi", "relative"])
 def test_without_gradients_one_mask_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch, positional: str) -> None:
-    monkeypatch.setattr(expe_edge.model.decoder, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(expe_edge.model.attention, "QUERY_BLOCK", 16)
     contexts: list[AttentionContext] = []
     create = AttentionContext.__init__
 
