@@ -14,6 +14,8 @@ from contextvars import ContextVar
 
 #: Characters of a value that a message quotes.
 WIDEST_VALUE = 200
+#: Characters of a library's message that one of ours repeats.
+LONGEST_REASON = 300
 #: What becomes of a message where it is shown: as it is, but that the command line names its options in it.
 wording: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
 
@@ -56,6 +58,11 @@ def one_line(text: str) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what a library's error says, on one line and not beyond `LONGEST_REASON` characters."""
+    return one_line(" ".join(str(error).split()))[:LONGEST_REASON] or type(error).__name__
 
 
 def shown(value: object) -> str:

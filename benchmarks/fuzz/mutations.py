@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from collections.abc import Iterator
 from random import Random
 from typing import Any
@@ -114,7 +115,8 @@ def _tweaked(value: Any, random: Random) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int | float):
-        return random.choice((value + 1, value - 1, -value, value * 2, value * 10**6, value / 3, float(value), 0))
+        near = (value + 1, value - 1, -value, value * 2, value * 10**6, value // 3, 0)
+        return random.choice(near if abs(value) > sys.float_info.max else (*near, value / 3, float(value)))
     if isinstance(value, str):
         return bytes_changed(value.encode(errors="replace"), random).decode(errors="replace")
     if isinstance(value, list):

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -21,7 +21,7 @@ from expe_edge.cli.inspect import inspect
 from expe_edge.cli.quantize import quantize
 from expe_edge.cli.sensitivity import sensitivity
 from expe_edge.cli.train import train
-from expe_edge.errors import ExPEEdgeError, one_line, wording
+from expe_edge.errors import ExPEEdgeError, one_line, reason_of, wording
 
 #: Exit codes: a fault of ours, bad input, and Ctrl-C (128 + SIGINT).
 INTERNAL = 1
@@ -29,12 +29,23 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 #: Set to anything, it lets a fault of ours end in its traceback.
 DEBUG = "EXPE_EDGE_DEBUG"
-#: Characters of its message that one line shows otherwise.
-LONGEST_REASON = 300
 
 
 class CleanGroup(click.Group):
     """A group whose commands turn the project's errors into one line on standard error."""
+
+    def main(self, args: Any = None, *others: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Do as click does, but say of Ctrl-C while click itself is at work what is said of it later."""
+        if not standalone_mode:
+            return super().main(args, *others, standalone_mode=False, **options)  # type: ignore[call-overload]
+        try:
+            code = super().main(args, *others, standalone_mode=False, **options)  # type: ignore[call-overload]
+        except click.Abort:
+            _interrupted()
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        sys.exit(code or 0)
 
     def invoke(self, ctx: click.Context) -> object:
         before = wording.set(lambda message: with_flags(message, self.commands, ctx.invoked_subcommand))
@@ -51,18 +62,14 @@ class CleanGroup(click.Group):
                 self._fail("no space left on the device; free some or change --out")
             self._fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(INTERRUPTED)
+            _interrupted()
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
             if os.environ.get(DEBUG):
                 raise
-            reason = one_line(" ".join(str(error).split()))[:LONGEST_REASON]
-            click.echo(
-                f"Error: {type(error).__name__}: {reason}; a fault of expe-edge, {DEBUG}=1 shows where",
-                err=True,
-            )
+            fault = f"{type(error).__name__}: {reason_of(error)}; a fault of expe-edge, {DEBUG}=1 shows where"
+            click.echo(f"Error: {fault}", err=True)
             sys.exit(INTERNAL)
         finally:
             wording.reset(before)
@@ -70,6 +77,11 @@ class CleanGroup(click.Group):
     def _fail(self, message: str) -> NoReturn:
         click.echo(f"Error: {one_line(message)}", err=True)
         sys.exit(BAD_INPUT)
+
+
+def _interrupted() -> NoReturn:
+    click.echo("interrupted", err=True)
+    sys.exit(INTERRUPTED)
 
 
 def _extra_for(ctx: click.Context, error: ModuleNotFoundError) -> str:

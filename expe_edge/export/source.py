@@ -14,7 +14,7 @@ import onnxruntime as ort
 import torch
 from tokenizers import Tokenizer
 
-from expe_edge.errors import ExportError, PackageError
+from expe_edge.errors import ExportError, PackageError, reason_of
 from expe_edge.export.fold import extract_weights
 from expe_edge.graph.run import check_contract, logits_of, parts_of
 from expe_edge.graph.weights import ModelWeights, read_weights
@@ -118,8 +118,7 @@ def _load_graph(package: Package) -> onnx.ModelProto:
     try:
         return onnx.load(package.model_path)
     except Exception as error:  # protobuf's exceptions and onnx's share no narrower base
-        reason = " ".join(str(error).split())[:200]
-        raise PackageError(f"{package.model_path}: not a graph that onnx can read ({reason})") from error
+        raise PackageError(f"{package.model_path}: not a graph that onnx can read ({reason_of(error)})") from error
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,13 @@ class Attention(nn.Module):
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer)
         # Scores are taken in float32 or wider whatever the autocast: positions must not pass through a half-precision
-        # product.
+        # product. Where training takes them in bfloat16, on a GPU, positions go in as parts that are exact in it.
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            states = context.attend(query.to(wide), key.to(wide), value.to(wide), slopes)
+            if context.half is None:
+                states = context.attend(query.to(wide), key.to(wide), value.to(wide), slopes)
+            else:
+                states = context.attend_in_half(query.to(wide), key, value, slopes)
         written: Tensor = self.out(states.transpose(1, 2).flatten(2).to(hidden.dtype))
         return written
 
@@ -76,10 +79,19 @@ class AttentionContext:
         self.past = cache.get_seq_length() if cache is not None else 0
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.padding = attention_mask if padded else None
+        self.half = self._half()
         self.key_positions = self._key_positions()  # (B, S)
         length = query_positions.shape[1]
         self.spans = [(begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK)]
         self.blocks: dict[int, QueryBlock] = {}
+
+    def _half(self) -> torch.dtype | None:
+        """Return the half precision that scores are taken in: of whole texts under autocast on a GPU, else None."""
+        device = self.query_positions.device.type
+        if device != "cuda" or not torch.is_autocast_enabled(device):
+            return None
+        plain = self.cache is None and self.padding is None and not self.positional.table_bias
+        return torch.get_autocast_dtype(device) if plain else None
 
     def _key_positions(self) -> Tensor:
         if self.past == 0:
@@ -149,10 +161,51 @@ class AttentionContext:
         causal = mask is None and query.shape[2] > 1
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)
 
+    def attend_in_half(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None) -> Tensor:
+        """Do as `attend` in the precision of `half`, all queries in one fused kernel, which sums in float32."""
+        assert self.half is not None
+        groups, size = query.shape[1] // key.shape[1], query.shape[-1]
+        key, value = (states.to(self.half).repeat_interleave(groups, dim=1) for states in (key, value))
+        query = (query / math.sqrt(size)).to(self.half)
+        if slopes is not None:
+            ours, theirs = self._bias_in_half(slopes / math.sqrt(size), self.half)
+            query, key = torch.cat([query, ours], dim=-1), torch.cat([key, theirs.expand(*key.shape[:3], -1)], dim=-1)
+            value = F.pad(value, (0, ours.shape[-1]))
+        query, key, value = aligned(query), aligned(key), aligned(value)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)[..., :size]
+
+    def _bias_in_half(self, slopes: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what a bias of `slopes` (B, H, T, G) adds to the dimensions of queries and of keys.
+
+        Σ_g slope_g·(code_g(j) − code_g(i)), of which code(j) is cut into limbs that the type holds exactly, and slope
+        the sum of two of its numbers, the second alone with a gradient: it is off by the square of the type's unit
+        roundoff, 2^-18 of itself in bfloat16. What −code(i) adds to all scores of a query changes no attention, and may
+        be rounded. The gradient needs it: in half precision the gradients of a query's scores do not quite add up to 0,
+        and what is left would be multiplied by the position, where it should be by the distance.
+        """
+        codes = self.block(0, slopes.shape[2]).codes
+        assert codes is not None
+        parts = exact_limbs(codes)
+        scaled = torch.cat([slopes * unit for unit, _ in parts], dim=-1)
+        coarse = scaled.detach().to(half)
+        own = -(slopes * codes).sum(dim=-1, keepdim=True).to(half)
+        limbs = torch.cat([limb for _, limb in parts], dim=-1).to(half)
+        queries = torch.cat([coarse, (scaled - coarse).to(half), own], dim=-1)
+        return queries, torch.cat([limbs, limbs, torch.ones_like(limbs[..., :1])], dim=-1)
+
+
+def exact_limbs(codes: Tensor) -> list[tuple[int, Tensor]]:
+    """Return what adds up to integer codes (…) within ± 2^24: units and their multiples, which bfloat16 holds exactly.
+
+    All have the sign of the code: large ones that cancel each other would lose their gradients.
+    """
+    size, sign = codes.abs(), codes.sign()
+    return [(1, sign * (size & 255)), (256, sign * (size >> 8 & 255)), (65536, sign * (size >> 16))]
+
 
 def aligned(states: Tensor) -> Tensor:
     """Return (…, D) with zeros up to a multiple of 16 bytes on a GPU, whose fused kernels take no other head size."""
-    return F.pad(states, (0, -states.shape[-1] % 4)) if states.is_cuda else states
+    return F.pad(states, (0, -states.shape[-1] % (16 // states.element_size()))) if states.is_cuda else states
 
 
 def mask_positions(attention_mask: Tensor) -> Tensor:

@@ -96,11 +96,13 @@ class Heads:
 class PositionalEncoding(nn.Module):
     """No encoding at all, and the interface of the others.
 
-    `code` is the integer code of positions; `linear_bias` says whether the scores get a bias linear in it.
+    `code` is the integer code of positions; `linear_bias` says whether the scores get a bias linear in it, `table_bias`
+    whether they get one of `bias`.
     """
 
     code: PositionCode | None = None
     linear_bias = False
+    table_bias = False
     #: Rounds the weight of the product as an export stores it, in quantization-aware training.
     quantizer: Callable[[Tensor], Tensor] | None = None
 
@@ -173,6 +175,7 @@ class Relative(PositionalEncoding):
     """T5's learned bias for each head and logarithmic bucket of the distance back (Raffel et al., 2020)."""
 
     spec: RelativeParameters
+    table_bias = True
 
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__(config)
@@ -283,7 +286,8 @@ class ExPE(PositionalEncoding):
 
         There W_q·start = a and W_k·step = b, and so the slope is (a + q)·b/√D for a query's content q in it: the spread
         over queries is 1/a of that content's, and what a adds to the scores of contents grows with a. So a is
-        `SLOPE_MARGIN` times the content, whatever the slope, and b makes the slope. Heads that share keys share b.
+        `SLOPE_MARGIN` times the content, whatever the slope, and b makes the slope. Heads that share keys share the
+        steepest's b, and both a and q of the others are smaller, as their slopes are.
 
         Any direction would give the same slopes, but Adam scales each weight's gradient by itself: the slopes' own,
         large since distances multiply it, is kept to one row of a head, and the others learn content undisturbed.
@@ -292,7 +296,8 @@ class ExPE(PositionalEncoding):
         if slopes is None:
             return
         heads, dims = self.heads, self.spec.dims
-        queries = weight[: heads.query_rows, :dims].view(heads.keys, -1, heads.size, dims)  # (Hkv, H/Hkv, D, l)
+        rows = weight[: heads.query_rows].view(heads.keys, -1, heads.size, weight.shape[1])  # (Hkv, H/Hkv, D, C)
+        queries = rows[..., :dims]
         keys = weight[heads.query_rows : heads.query_rows + heads.key_rows, :dims].view(heads.keys, heads.size, dims)
         content = weight[: heads.query_rows].norm(dim=1).mean()  # what a normed vector gives in any dimension
         queries.zero_()
@@ -301,9 +306,11 @@ class ExPE(PositionalEncoding):
             return
         wanted = weight.new_tensor(slopes).view(heads.keys, -1)
         steepest = wanted.abs().amax(dim=1, keepdim=True)
-        own = SLOPE_MARGIN * content * wanted / steepest.where(steepest > 0, 1.0)  # a, (Hkv, H/Hkv)
+        share = wanted / steepest.where(steepest > 0, 1.0)  # (Hkv, H/Hkv)
+        own = SLOPE_MARGIN * content * share  # a
         shared = math.sqrt(heads.size) * steepest / (SLOPE_MARGIN * content)  # b, (Hkv, 1)
         constant, unit = weight.new_tensor(readings[0]), self.unit_reading(weight.new_tensor(readings[1:]))
+        rows[:, :, 0] *= share.abs().where(steepest > 0, 1.0)[..., None]
         queries[:, :, 0] = own[..., None] * constant
         keys[:, 0] = shared * unit
 
@@ -321,7 +328,7 @@ class ExPE(PositionalEncoding):
 
 def inverse_frequencies(width: int, theta: float) -> Tensor:
     """Return theta^(−2i/width) for i in [0, width/2), float32."""
-    return theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return float(theta) ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
 
 
 def relative_buckets(distance: Tensor, parameters: RelativeParameters) -> Tensor:

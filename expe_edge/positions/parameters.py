@@ -20,6 +20,8 @@ from expe_edge.positions.codes import FLOAT32_EXACT, INT8_LIMIT, WHOLE, Position
 WHERE = ("key", "query_key", "query_key_value", "embedding")
 #: How: `override` replaces the first dimensions, as in the paper; `add` adds to them.
 HOW = ("override", "add")
+#: Buckets of `relative`, each of which has a row of its table.
+MOST_BUCKETS = 2**16
 #: How the slopes of the heads begin: as ALiBi's, at zero, or as the random weights give them.
 SLOPES = ("alibi", "zero", "random")
 
@@ -159,6 +161,11 @@ class RelativeParameters(EncodingParameters):
             raise ConfigError(
                 f"relative: buckets={self.buckets}, max_distance={self.max_distance}; "
                 "needs buckets >= 2 and max_distance > buckets / 2"
+            )
+        if self.max_distance > FLOAT32_EXACT or self.buckets > MOST_BUCKETS:
+            raise ConfigError(
+                f"relative: buckets={shown(self.buckets)}, max_distance={shown(self.max_distance)}; at most "
+                f"{MOST_BUCKETS} and {FLOAT32_EXACT}"
             )
 
 

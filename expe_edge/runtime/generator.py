@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from expe_edge.errors import GenerationError, PackageError
+from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.tokenizer import open_tokenizer
 from expe_edge.runtime.decoding import Completion, Row, Stream, decode
 from expe_edge.runtime.sampling import Sampler, Sampling
@@ -143,7 +143,7 @@ def _load_tokenizer(session: PackageSession) -> Tokenizer:
     try:
         tokenizer: Tokenizer = open_tokenizer(path, Tokenizer.from_file)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise PackageError(f"{path}: not a tokenizer ({error})") from error
+        raise PackageError(f"{path}: not a tokenizer ({reason_of(error)})") from error
     if tokenizer.get_vocab_size() != session.contract.vocab_size:
         raise PackageError(
             f"{path} has {tokenizer.get_vocab_size()} tokens, the model's vocabulary {session.contract.vocab_size}; "

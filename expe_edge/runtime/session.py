@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from expe_edge.errors import GenerationError, PackageError
+from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import Package, read_package
 from expe_edge.package.manifest import release
@@ -170,7 +170,7 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     try:
         session = ort.InferenceSession(str(package.model_path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no narrower base
-        reason = _reason(error)
+        reason = reason_of(error)
         raise PackageError(f"{package.model_path}: onnxruntime {ort.__version__} cannot open it ({reason})") from error
     if session.get_providers()[0] != provider:
         raise GenerationError(f"`device` {device}: {provider} found no device; use `device` cpu")
@@ -178,9 +178,4 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
 
 
 def _run_failed(path: Path, error: Exception) -> PackageError:
-    return PackageError(f"{path}: onnxruntime cannot run it ({_reason(error)})")
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of a message of onnxruntime's."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return PackageError(f"{path}: onnxruntime cannot run it ({reason_of(error)})")

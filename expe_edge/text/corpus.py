@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expe_edge.errors import CorpusError
+from expe_edge.errors import CorpusError, reason_of, shown
 from expe_edge.text.documents import Document, Skipped, json_name, read_file, read_folder
 
 #: The built-in text: the standard library's modules, without or with its tests.
@@ -73,6 +73,8 @@ def load_corpus(
             read = list(read_source(source, text_field))
         except CorpusError as error:
             raise CorpusError(f"`sources` {error}") from error
+        except OSError as error:  # a name that no file system takes
+            raise CorpusError(f"`sources` {shown(source)}: {error.strerror}") from error
         skipped += (one for one in read if isinstance(one, Skipped))
         found = [one for one in read if isinstance(one, Document) and len(one.text) >= SHORTEST_DOCUMENT]
         if not found:
@@ -152,8 +154,7 @@ def _hub_dataset(source: str, text_field: str) -> Iterator[Document]:
     try:
         dataset = datasets.load_dataset(name, config or None, split="train")
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CorpusError(f"{source}: no such file, and not a dataset within reach ({reason})") from error
+        raise CorpusError(f"{source}: no such file, and not a dataset within reach ({reason_of(error)})") from error
     if text_field not in dataset.column_names:
         raise CorpusError(f"{source}: no column {text_field!r}, there are {', '.join(dataset.column_names)}")
     for row, text in enumerate(dataset[text_field]):

@@ -225,7 +225,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # names of columns may be no text
         raise CorpusError(f"{path}: not a parquet file") from error
     schema = file.schema_arrow
     if text_field not in schema.names:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.errors import CheckpointError, ConfigError, reason_of
 from expe_edge.package.directory import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from expe_edge.package.tokenizer import open_tokenizer
 from expe_edge.progress import interruptible
@@ -94,7 +94,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     try:
         tokenizer: Tokenizer = open_tokenizer(path, Tokenizer.from_file)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+        raise CheckpointError(f"{path}: not a tokenizer ({reason_of(error)})") from error
     vocabulary = tokenizer.get_vocab()
     if END_OF_TEXT not in vocabulary or set(vocabulary.values()) != set(range(len(vocabulary))):
         raise CheckpointError(f"{path}: not a tokenizer of train: no {END_OF_TEXT}, or ids that are not 0, 1, 2, …")

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.errors import CheckpointError, ConfigError, reason_of, shown
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.package.checks import MAPPING, TEXT, list_of, optional, record, whole
@@ -78,7 +78,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except ConfigError as error:
         raise CheckpointError(f"{path}: damaged {TRAINING_FILE} ({error})") from error
     if values.get("model_type") != ExPEConfig.model_type:
-        raise CheckpointError(f"{path}: model_type is {values.get('model_type')!r}, not 'expe'; not made by expe-edge")
+        raise CheckpointError(
+            f"{path}: model_type is {shown(values.get('model_type'))}, not 'expe'; not made by expe-edge"
+        )
     config = ExPEConfig.from_plain(values)
     model = _load_model(path, config)
     tokenizer = load_tokenizer(path, config.vocab_size)
@@ -140,6 +142,5 @@ def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:
             model.load_state_dict(weights, strict=False, assign=True)
             model.tie_weights()
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: {WEIGHTS_FILE} is damaged or truncated ({reason})") from error
+        raise CheckpointError(f"{path}: {WEIGHTS_FILE} is damaged or truncated ({reason_of(error)})") from error
     return model

@@ -25,7 +25,7 @@ MODEL_SETTINGS = (
     *("training_length", "max_position_embeddings"),
 )
 #: What a run starts from, what its weights are rounded to, and what they learn.
-START_SETTINGS = ("from_checkpoint", "quantization_aware", "block_size", "distillation")
+START_SETTINGS = ("from_checkpoint", "tokenizer", "quantization_aware", "block_size", "distillation")
 #: What its sequences are. The rest may change when it goes on: rates, decay, steps, intervals.
 STREAM_SETTINGS = ("data", "text_field", "position_offset", "batch_size", "seed")
 #: What is read of Trainer's state.
@@ -37,15 +37,19 @@ TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 def explicit(settings: TrainSettings) -> TrainSettings:
     """Return settings that mean the same wherever and by whatever release they are read again."""
     rounding = explicit_rounding(settings.rounding)
-    start = settings.from_checkpoint
     parameters = encoding_parameters(settings.positional, settings.positional_parameters, settings.training_length)
     return dataclasses.replace(
         settings,
         positional_parameters=parameters.to_dict(),
         data=tuple(map(absolute_source, settings.data)),
-        from_checkpoint=None if start is None else str(Path(start).absolute()),
+        from_checkpoint=_absolute(settings.from_checkpoint),
+        tokenizer=_absolute(settings.tokenizer),
         block_size=None if rounding is None else rounding.block_size,
     )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
 
 
 def require_same(settings: TrainSettings, run: Path, names: Sequence[str], setting: str) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.progress import note, quiet_transformers
+from expe_edge.progress import interruptible, note, quiet_transformers
 from expe_edge.text.corpus import Corpus, describe_skipped, load_corpus
 from expe_edge.text.tokenization import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
 from expe_edge.training.callbacks import SaveOnInterrupt, SettingsWin, TrainingProgress
@@ -71,18 +71,19 @@ def train(settings: TrainSettings, out: Path, *, resume: bool = False, force: bo
     state = PartialState(cpu=not torch.cuda.is_available())
     arguments = training_arguments(settings, out, state.num_processes)
     start = _open_start(settings, out)
+    given = None if resume else start.tokenizer if start else _open_tokenizer(settings)
     config = start.config if start else ExPEConfig(**{name: getattr(settings, name) for name in MODEL_SETTINGS})
     _require_reach(settings, config)
     last = _open_last(settings, out) if resume else None
     if state.is_main_process:  # alone: the others may come to see what it has made
         _require_place(settings, out, resume=resume, force=force)
-    corpus = load_corpus(settings.data, settings.text_field)
+    corpus = interruptible("reading the text", lambda: load_corpus(settings.data, settings.text_field))
     if state.is_main_process:
         note(*describe_skipped(corpus.skipped))
         note(*filter(None, (config.too_large, config.needs_portable, config.needs_inline)))
     kept = kept_until_complete(out) if state.is_main_process else nullcontext()
     with quiet_transformers(), no_memory_is_an_error(), kept:
-        return _run(settings, arguments, config, corpus, start, last, state)
+        return _run(settings, arguments, config, corpus, start, given, last, state)
 
 
 def _run(
@@ -91,6 +92,7 @@ def _run(
     config: ExPEConfig,
     corpus: Corpus,
     start: Checkpoint | None,
+    given: Tokenizer | None,
     last: Path | None,
     state: PartialState,
 ) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def _run(
     out = Path(arguments.output_dir).parent
     fresh = state.is_main_process and last is None
     with state.main_process_first():
-        tokenizer, dataset = _prepare(corpus, settings, out, start, fresh=fresh)
+        tokenizer, dataset = _prepare(corpus, settings, out, given, fresh=fresh)
     if last is not None:
         require_same_stream(dataset.digest, out)
     set_seed(settings.seed)
@@ -148,6 +150,16 @@ def _open_start(settings: TrainSettings, out: Path) -> Checkpoint | None:
     return start
 
 
+def _open_tokenizer(settings: TrainSettings) -> Tokenizer | None:
+    """Load the tokenizer that is to be used, if one is named."""
+    if settings.tokenizer is None:
+        return None
+    try:
+        return load_tokenizer(Path(settings.tokenizer))
+    except CheckpointError as error:
+        raise CheckpointError(f"`tokenizer` {error}") from error
+
+
 def _require_place(settings: TrainSettings, out: Path, *, resume: bool, force: bool) -> None:
     """Raise `ConfigError` where the run cannot be written to `out`, or would delete its own text there."""
     if resume:
@@ -195,23 +207,33 @@ def _corpus_record(corpus: Corpus, dataset: WindowDataset) -> dict[str, Any]:
 
 
 def _prepare(
-    corpus: Corpus, settings: TrainSettings, out: Path, start: Checkpoint | None, *, fresh: bool
+    corpus: Corpus, settings: TrainSettings, out: Path, given: Tokenizer | None, *, fresh: bool
 ) -> tuple[Tokenizer, WindowDataset]:
-    """Return tokenizer and sequences; where the run is `fresh`, make `out` anew once nothing is left to refuse."""
-    if fresh:
-        tokenizer = start.tokenizer if start else train_tokenizer(corpus.training, settings.vocab_size)
-    else:
+    """Return tokenizer and sequences; where the run is `fresh`, make `out` anew once nothing is left to refuse.
+
+    given: the tokenizer of a fresh run, where it is not to be trained.
+    """
+    if not fresh:
         tokenizer = load_tokenizer(out)
-    dataset = WindowDataset(np.concatenate(encode_documents(tokenizer, corpus.training)), settings)
+    else:
+        tokenizer = _new_tokenizer(corpus, settings.vocab_size) if given is None else given
+    encoded = interruptible("encoding the text", lambda: encode_documents(tokenizer, corpus.training))
+    dataset = WindowDataset(np.concatenate(encoded), settings)
     if fresh:
-        if start is None and tokenizer.get_vocab_size() < settings.vocab_size:
-            note(
-                f"the text holds {tokenizer.get_vocab_size()} tokens to learn, fewer than `vocab_size` "
-                f"{settings.vocab_size}; the model's vocabulary is of {tokenizer.get_vocab_size()}"
-            )
         with disk_full_is_an_error(out):
             _make_directory(out, tokenizer, settings, dataset.digest)
     return tokenizer, dataset
+
+
+def _new_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    tokenizer = train_tokenizer(corpus.training, vocab_size)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        note(
+            f"the text holds {found} tokens to learn, fewer than `vocab_size` {vocab_size}; the model's vocabulary is "
+            f"of {found}"
+        )
+    return tokenizer
 
 
 def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, stream: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from expe_edge.errors import CheckpointError, ConfigError, unknown_name
+from expe_edge.errors import CheckpointError, ConfigError, reason_of, unknown_name
 from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters, require_kinds
 from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
@@ -46,6 +46,7 @@ FINE_TUNING: dict[str, Any] = {
     "warmup_steps": 10,
     "quantization_aware": None,
     "block_size": None,
+    "tokenizer": None,
 }
 #: The learning rate of fine-tuning for 8 bits, a level of which is a sixteenth of one of 4.
 EIGHT_BIT_LEARNING_RATE = 1e-5
@@ -67,6 +68,9 @@ class TrainSettings:
     data: tuple[str, ...] = _setting((), "Text: file, folder, glob, .jsonl, .json, .parquet or dataset; repeatable.")
     text_field: str = _setting("text", "Field that holds the text in rows and datasets.")
     vocab_size: int = _setting(512, "Size of the byte-level BPE vocabulary; 257 is plain bytes.")
+    tokenizer: str | None = _setting(
+        None, "Use the tokenizer of this checkpoint or package, of whatever size, in place of a new one.", kind=str
+    )
     training_length: int = _setting(128, "N, tokens per training sequence.")
     position_offset: int = _setting(0, "Start every sequence at a random position below this many N.")
     positional: str = _setting("expe", f"Positional encoding: {', '.join(POSITIONAL_PARAMETERS)}.")
@@ -126,6 +130,8 @@ class TrainSettings:
         if self.dtype not in DTYPES:
             raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change `dtype`")
         encoding_parameters(self.positional, self.positional_parameters)
+        if self.tokenizer is not None and self.from_checkpoint is not None:
+            raise ConfigError("`tokenizer` has no meaning with `from_checkpoint`, which has one; drop it")
         rounding = self.rounding
         if rounding is not None and self.from_checkpoint is None:
             raise ConfigError(
@@ -223,8 +229,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"`config_file` {path}: nested too deeply") from error
     except Exception as error:  # of a value that its tag does not allow PyYAML raises whatever Python does
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"`config_file` {path}: not readable as YAML ({reason})") from error
+        raise ConfigError(f"`config_file` {path}: not readable as YAML ({reason_of(error)})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"`config_file` {path}: expected a mapping of settings, got {type(values).__name__}")
     return values

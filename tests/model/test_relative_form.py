@@ -155,6 +155,21 @@ def test_a_new_model_penalizes_distance_as_alibi_does_however_far(name: str) -> 
     np.testing.assert_allclose(bias, np.outer(alibi_slopes(4), distances), rtol=1e-5)
 
 
+def test_heads_that_share_keys_begin_with_slopes_near_their_own() -> None:
+    """A shallow head beside a steep one too: contents move no slope by more than half of itself, give or take."""
+    config = small_config(num_attention_heads=8, num_key_value_heads=2, hidden_size=64)
+    model = ExPEForCausalLM(config)
+    hidden = torch.nn.functional.rms_norm(torch.randn(1, 500, 64), (64,))
+    positions = torch.arange(500)[None]
+    projected = model.positional.project(model.blocks[0].attention.qkv.weight, hidden, positions)
+    assert projected.slopes is not None
+    slopes = projected.slopes[0, :, :, 0] / math.sqrt(model.positional.heads.size)  # (H, T)
+    expected = torch.tensor(alibi_slopes(8))
+    assert ((slopes.std(dim=1) / expected) < 0.3).all()
+    assert ((slopes.std(dim=1) / expected) > 0.05).all()
+    assert torch.allclose(slopes.mean(dim=1), expected, rtol=0.1)
+
+
 def test_the_papers_form_with_alibis_slopes_has_none_that_drift_at_first() -> None:
     config = small_config(positional_parameters={"where": "query_key", "slopes": "alibi"})
     model = random_model(config)

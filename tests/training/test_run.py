@@ -22,9 +22,9 @@ from expe_edge.export.exporter import export
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.text.corpus import load_corpus
 from expe_edge.text.tokenization import encode_documents, load_tokenizer
-from expe_edge.training.checkpoint import load_checkpoint
+from expe_edge.training.checkpoint import load_checkpoint, starting_settings
 from expe_edge.training.run import train
-from expe_edge.training.settings import stored_settings
+from expe_edge.training.settings import make_settings, stored_settings
 from expe_edge.training.trainer import WindowDataset
 from tests.command_line import on_two_processes
 from tests.small import small_settings
@@ -66,6 +66,29 @@ def test_releases_4_and_5_of_transformers_read_what_a_run_writes(checkpoint: Pat
     assert rows["input_ids"][0] == expected
     assert rows["attention_mask"][1].count(0) == len(expected) - 2
     assert tokenizer.decode(expected, skip_special_tokens=True) == "the old tree"
+
+
+def test_a_tokenizer_may_be_given(tmp_path: Path, text_folder: Path, checkpoint: Path) -> None:
+    """Of whatever size; a resumed run has its own, and fine-tuning the checkpoint's."""
+    settings = small_settings(text_folder, max_steps=1, tokenizer=str(checkpoint), vocab_size=257)
+    train(settings, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+    assert load_checkpoint(tmp_path / "run").config.vocab_size == load_checkpoint(checkpoint).config.vocab_size > 257
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    lost = dataclasses.replace(settings, tokenizer=str(tmp_path / "moved"))
+    train(lost, tmp_path / "again")
+    shutil.rmtree(tmp_path / "moved")
+    train(dataclasses.replace(lost, max_steps=2), tmp_path / "again", resume=True)
+    train(make_settings(flags={"max_steps": 1}, stored=starting_settings(tmp_path / "again")), tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("tokenizer", ["nowhere", "."])
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path, text_folder: Path, tokenizer: str) -> None:
+    with pytest.raises(CheckpointError, match=r"`tokenizer` .*no tokenizer\.json in it"):
+        train(small_settings(text_folder, tokenizer=str(tmp_path / tokenizer)), tmp_path / "run")
+    with pytest.raises(ConfigError, match="drop it"):
+        small_settings(text_folder, tokenizer=tokenizer, from_checkpoint=tokenizer)
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_but_progress_is_said(tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
