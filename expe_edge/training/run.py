@@ -214,26 +214,19 @@ def _prepare(
     given: the tokenizer of a fresh run, where it is not to be trained.
     """
     if not fresh:
-        tokenizer = load_tokenizer(out)
-    else:
-        tokenizer = _new_tokenizer(corpus, settings.vocab_size) if given is None else given
+        given = load_tokenizer(out)
+    tokenizer = given or train_tokenizer(corpus.training, settings.vocab_size)
     encoded = interruptible("encoding the text", lambda: encode_documents(tokenizer, corpus.training))
     dataset = WindowDataset(np.concatenate(encoded), settings)
+    if given is None and tokenizer.get_vocab_size() < settings.vocab_size:
+        note(
+            f"the text holds {tokenizer.get_vocab_size()} tokens to learn, fewer than `vocab_size` "
+            f"{settings.vocab_size}; the model's vocabulary is of {tokenizer.get_vocab_size()}"
+        )
     if fresh:
         with disk_full_is_an_error(out):
             _make_directory(out, tokenizer, settings, dataset.digest)
     return tokenizer, dataset
-
-
-def _new_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
-    tokenizer = train_tokenizer(corpus.training, vocab_size)
-    found = tokenizer.get_vocab_size()
-    if found < vocab_size:
-        note(
-            f"the text holds {found} tokens to learn, fewer than `vocab_size` {vocab_size}; the model's vocabulary is "
-            f"of {found}"
-        )
-    return tokenizer
 
 
 def _make_directory(out: Path, tokenizer: Tokenizer, settings: TrainSettings, stream: str) -> None:
