@@ -14,9 +14,12 @@ from tokenizers import Tokenizer
 from expe_edge.calibration.observations import Calibration, sample_windows
 from expe_edge.errors import CorpusError
 from expe_edge.text.corpus import Corpus
+from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import encode_documents
 
 Ids = npt.NDArray[np.int64]
+#: Characters of the training text that windows are taken from: to encode all of a long one takes minutes.
+MOST_CHARACTERS = 2**25
 
 
 @dataclass
@@ -30,13 +33,22 @@ class CalibrationText:
 
     @cached_property
     def windows(self) -> list[Ids]:
-        """Random windows (N,) of the training text.
+        """Random windows (N,) of the training text, or of a sample of its documents where it is long.
 
         Raises:
             CorpusError: less text than one window.
         """
-        stream = np.concatenate(encode_documents(self.tokenizer, self.corpus.training))
+        stream = np.concatenate(encode_documents(self.tokenizer, self._sample()))
         return sample_windows(stream, self.training_length, self.calibration)
+
+    def _sample(self) -> Sequence[Document]:
+        """Return the documents of the training text, of a long one only `MOST_CHARACTERS` or so."""
+        sizes = [len(document.text) for document in self.corpus.training]
+        if sum(sizes) <= MOST_CHARACTERS:
+            return self.corpus.training
+        shuffled = np.random.default_rng(self.calibration.seed).permutation(len(sizes))
+        needed = int(np.searchsorted(np.cumsum(np.array(sizes)[shuffled]), MOST_CHARACTERS)) + 1
+        return [self.corpus.training[index] for index in shuffled[:needed]]
 
     def beginnings(self, lengths: Sequence[int], count: int) -> list[Ids]:
         """Return the beginnings of up to `count` random documents of the training text.

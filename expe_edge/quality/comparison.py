@@ -256,15 +256,20 @@ def long_documents(
     # A token is at least one byte, so shorter texts need not be encoded.
     worth = [document for document in candidates if len(document.text.encode()) >= tokens - 1]
     worth.sort(key=lambda document: document.digest)
-    encoded = [ids.astype(np.int64) for ids in encode_documents(tokenizer, worth)]
-    chosen = [ids for ids in encoded if len(ids) >= tokens][:most]
+    chosen: list[Ids] = []
+    longest = 0
+    for begin in range(0, len(worth), most):
+        encoded = [ids.astype(np.int64) for ids in encode_documents(tokenizer, worth[begin : begin + most])]
+        longest = max(longest, *map(len, encoded))
+        chosen += [ids for ids in encoded if len(ids) >= tokens]
+        if len(chosen) >= most:
+            break
     if not chosen:
-        longest = max((len(ids) for ids in encoded), default=0)
         raise CorpusError(
             f"no document of {tokens} tokens (the longest has {longest or 'fewer'}); lower `lengths`, or give longer "
             "text with `sources`"
         )
-    return chosen, token_byte_lengths(tokenizer)
+    return chosen[:most], token_byte_lengths(tokenizer)
 
 
 def require_same_vocabulary(scorers: Sequence[Scorer]) -> None:
