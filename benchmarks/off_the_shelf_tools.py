@@ -34,7 +34,8 @@ from expe_edge.graph.linears import Float32
 from expe_edge.graph.run import graph_feeds
 from expe_edge.model.attention import Attention
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.model.encodings import ExPE, Heads
+from expe_edge.model.encoding import Heads
+from expe_edge.model.expe import ExPE
 from expe_edge.package.contract import GraphContract
 from expe_edge.positions.parameters import ExPEParameters
 from expe_edge.quant.blocks import BLOCK_SIZE

@@ -13,7 +13,7 @@ from expe_edge.graph.linears import FormatOptions, make_format
 from expe_edge.graph.matrices import EMBEDDING_FORMATS
 from expe_edge.graph.weights import ModelWeights
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.model.encodings import ExPE
+from expe_edge.model.expe import ExPE
 from expe_edge.quant.recipe import WeightRounding
 from expe_edge.quant.solvers import WeightQuantizer
 from expe_edge.training.rounding import round_weights

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.model.encodings import ExPE
+from expe_edge.model.expe import ExPE
 from expe_edge.positions.codes import FLOAT32_EXACT, PositionCode
 from expe_edge.positions.parameters import HOW, WHERE, ExPEParameters
 

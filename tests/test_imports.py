@@ -33,9 +33,10 @@ HEAVY = {
 }
 SOURCES = sorted(ROOT.rglob("*.py"))
 #: What every folder may import, and what it may of the others. docs/design.md draws it.
-GROUND = ("errors", "progress", "divergence", "spool", "__version__")
+GROUND = ("errors", "kinds", "progress", "divergence", "spool", "__version__")
 MAY_IMPORT = {
     "errors": (),
+    "kinds": (),
     "progress": (),
     "divergence": (),
     "spool": (),
@@ -56,6 +57,7 @@ MAY_IMPORT = {
 #: Folders that the base install must be able to run, or that must stay arithmetic; what they may import of others.
 LIGHT = {
     "errors": set[str](),
+    "kinds": set[str](),
     "package": set[str](),
     "positions": {"numpy"},
     "quant": {"numpy"},

@@ -9,7 +9,8 @@ from torch import Tensor
 from expe_edge.errors import ExportError
 from expe_edge.graph.weights import Float, FoldedPositions, LayerWeights, ModelWeights
 from expe_edge.model.decoder import Block, ExPEForCausalLM
-from expe_edge.model.encodings import ExPE, Relative, relative_buckets
+from expe_edge.model.encodings import Relative, relative_buckets
+from expe_edge.model.expe import ExPE
 
 
 def extract_weights(model: ExPEForCausalLM, *, folded: bool) -> ModelWeights:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from expe_edge.model.config import ExPEConfig
-from expe_edge.model.encodings import PositionalEncoding
+from expe_edge.model.encoding import PositionalEncoding
 
 
 class Attention(nn.Module):

@@ -8,15 +8,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from expe_edge.errors import ConfigError, unknown_name
+from expe_edge.kinds import require_choice, require_kind, require_positive
 from expe_edge.package.checks import Check, whole
 from expe_edge.package.contract import BOUNDS, LONGEST, WIDEST
-from expe_edge.positions.parameters import (
-    EncodingParameters,
-    encoding_parameters,
-    require_choice,
-    require_kind,
-    require_positive,
-)
+from expe_edge.positions.parameters import EncodingParameters, encoding_parameters
 
 ACTIVATIONS = ("swiglu", "gelu")
 #: Head sizes that onnxruntime's attention operator takes are multiples of this; those of portable graphs may be any.

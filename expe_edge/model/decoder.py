@@ -22,7 +22,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from expe_edge.errors import unknown_name
 from expe_edge.model.attention import Attention, AttentionContext, mask_positions
 from expe_edge.model.config import ExPEConfig
-from expe_edge.model.encodings import PositionalEncoding, make_encoding
+from expe_edge.model.encoding import PositionalEncoding
+from expe_edge.model.encodings import make_encoding
 
 
 class FeedForward(nn.Module):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from expe_edge.errors import CheckpointError, ConfigError, reason_of, unknown_name
-from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters, require_kinds
+from expe_edge.kinds import require_kinds
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters
 from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
 DTYPES = ("auto", "float32", "bfloat16")

@@ -19,7 +19,8 @@ from expe_edge.export.fold import fold_positions
 from expe_edge.model.attention import AttentionContext
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.model.encodings import ExPE, Projected
+from expe_edge.model.encoding import Projected
+from expe_edge.model.expe import ExPE
 from tests import reference, strategies
 from tests.strategies import (
     expe_of,

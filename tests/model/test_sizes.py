@@ -10,7 +10,7 @@ import expe_edge.model.attention
 from expe_edge.model.attention import AttentionContext
 from expe_edge.model.config import LARGEST_GRAPH, ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.model.encodings import PositionalEncoding
+from expe_edge.model.encoding import PositionalEncoding
 from tests.strategies import random_model, random_tokens, small_config
 
 
