@@ -23,9 +23,9 @@ def divergence(reference: Float, other: Float) -> Double:
     return log_divergence(log_softmax(reference), log_softmax(other))
 
 
-def log_divergence(expected: Double, found: Double) -> Double:
+def log_divergence(expected: Double, actual: Double) -> Double:
     """Return KL(expected ‖ found) for log probabilities (…, V), in nats, (…)."""
-    total: Double = (np.exp(expected) * (expected - found)).sum(axis=-1)
+    total: Double = (np.exp(expected) * (expected - actual)).sum(axis=-1)
     return total
 
 

@@ -101,9 +101,9 @@ def choose(evidence: Evidence, recipe: Recipe, measured: Sequence[Sensitivity], 
 
     def measure(chosen: Sequence[Sensitivity]) -> Choice:
         graph = evidence.build(recipe, Formats.by_weight({one.weight: one.format for one in chosen}, recipe.cache))
-        found = Choice(tuple(chosen), divergence.of(graph.model, int8_cache=int8_cache), graph.model.ByteSize())
-        evidence.progress(f"choosing formats: {found}")
-        return found
+        choice = Choice(tuple(chosen), divergence.of(graph.model, int8_cache=int8_cache), graph.model.ByteSize())
+        evidence.progress(f"choosing formats: {choice}")
+        return choice
 
     if recipe.budget_kl is not None:
         return smallest_within(recipe.budget_kl, options, measure)
@@ -122,14 +122,14 @@ def smallest_within(budget: float, options: Options, measure: Measure) -> Choice
     kept, missed, limit = 0.0, math.inf, budget
     for _ in range(ATTEMPTS):
         chosen = knapsack(options, weight=lambda one: max(one.kl, 0.0), price=lambda one: one.bytes, limit=limit)
-        found = measure(chosen) if chosen else best
-        if found.cost <= budget:
-            kept, best = limit, min(best, found, key=lambda choice: choice.size)
+        choice = measure(chosen) if chosen else best
+        if choice.cost <= budget:
+            kept, best = limit, min(best, choice, key=lambda choice: choice.size)
         else:
             missed = limit
         if missed == math.inf:
             break
-        limit = math.sqrt(kept * missed) if kept else limit * MARGIN * budget / found.cost
+        limit = math.sqrt(kept * missed) if kept else limit * MARGIN * budget / choice.cost
     return shrink(best, budget, options, measure)
 
 
@@ -149,8 +149,8 @@ def shrink(best: Choice, budget: float, options: Options, measure: Measure) -> C
         now = {other.weight: other for other in best.chosen}
         changed = list({**now, one.weight: one}.values())
         if one.bytes < now[one.weight].bytes and sum(other.kl for other in changed) <= budget:
-            found = measure(changed)
-            best = found if found.cost <= budget else best
+            choice = measure(changed)
+            best = choice if choice.cost <= budget else best
     return best
 
 
@@ -169,10 +169,10 @@ def best_within(size: int, options: Options, measure: Measure) -> Choice:
         if not chosen or chosen in tried:
             break
         tried.add(chosen)
-        found = measure(chosen)
-        if found.size <= size and found.loss.kl < best.loss.kl:
-            best = found
-        limit += size - found.size  # nodes take more or less room with other formats
+        choice = measure(chosen)
+        if choice.size <= size and choice.loss.kl < best.loss.kl:
+            best = choice
+        limit += size - choice.size  # nodes take more or less room with other formats
     return best
 
 

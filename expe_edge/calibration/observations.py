@@ -232,13 +232,13 @@ def _fit_range(
     name: str, observed: Observed, weight: Float, make: Callable[[Mapping[str, Range]], LinearFormat[Any]]
 ) -> Range:
     rows = observed.rows
-    wanted = rows @ weight
+    expected = rows @ weight
     widest = float(observed.low.min()), float(observed.high.max())
     restored = make({name: widest}).store(name, weight).restored()
 
     def error(shrunk: float) -> float:
         rounded = make({name: (widest[0] * shrunk, widest[1] * shrunk)}).round_inputs(name, rows)
-        return float(((rounded @ restored - wanted) ** 2).sum())
+        return float(((rounded @ restored - expected) ** 2).sum())
 
     best = min(SHRINKAGE.tolist(), key=error)
     return widest[0] * best, widest[1] * best

@@ -79,7 +79,7 @@ class Divergence:
     def of(self, model: onnx.ModelProto, *, int8_cache: bool = False) -> Loss:
         """Return what `model` loses."""
         expected, runs = iter(self.expected), self._runs(model, int8_cache=int8_cache)
-        lost = [_lost(expected, found, tokens) for found, tokens in zip(runs, self.texts, strict=True)]
+        lost = [_lost(expected, actual, tokens) for actual, tokens in zip(runs, self.texts, strict=True)]
         divergences, rises = zip(*lost, strict=True)
         return Loss(*_mean(divergences), *_mean(rises))
 

@@ -121,7 +121,7 @@ class _Search:
     ) -> Float:
         """Search (inputs/weights)^strength for the least squared error of the output."""
         seen = observed.rows
-        wanted = seen @ weight
+        expected = seen @ weight
         ratio = _floored(inputs) / _floored(weights)
         scales = {strength: _normalized(ratio**strength) for strength in STRENGTHS}
 
@@ -129,8 +129,8 @@ class _Search:
             scale = scales[strength]
             rows, scaled = seen / scale, weight * scale[:, None]
             format_ = self.make(name, (float(rows.min()), float(rows.max())))
-            found = format_.round_inputs(name, rows, peaked=peaked) @ format_.store(name, scaled).restored()
-            return float(((found - wanted) ** 2).sum())
+            actual = format_.round_inputs(name, rows, peaked=peaked) @ format_.store(name, scaled).restored()
+            return float(((actual - expected) ** 2).sum())
 
         self.strengths[name] = min(STRENGTHS, key=error)
         return scales[self.strengths[name]]

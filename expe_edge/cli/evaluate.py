@@ -21,12 +21,12 @@ def evaluate(model: Path, options: tuple[str, ...]) -> None:
     What follows MODEL are the options of `lm-eval run`, as --tasks and --batch_size; `lm-eval run --help` lists them.
     --model_args takes max_length, max_gen_toks and threads for a package, and what `hf` takes for a checkpoint.
     """
-    found = _model_options(model)
+    model_options = _model_options(model)
     from lm_eval.__main__ import cli_evaluate
 
     # lm_eval looks for no plugins: its models are those it lists and those registered in its process, and it reads
     # the process's arguments.
-    sys.argv = ["lm-eval", "run", *found, *options]
+    sys.argv = ["lm-eval", "run", *model_options, *options]
     try:
         cli_evaluate()
     except ValueError as error:  # what it says of a task, an option or a setting that it cannot take

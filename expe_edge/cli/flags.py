@@ -29,7 +29,7 @@ def with_flags(message: str, commands: Mapping[str, click.Command], running: str
     flags: dict[str, str] = {}
     for name in sorted(commands, key=lambda name: name == running):
         flags |= flags_of(commands[name])
-    return NAMED.sub(lambda found: flags.get(found[1], found[0]), message)
+    return NAMED.sub(lambda match: flags.get(match[1], match[0]), message)
 
 
 def flags_of(command: click.Command) -> dict[str, str]:

@@ -85,7 +85,7 @@ def _operators(manifest: Manifest) -> Table:
 
 def _provenance(manifest: Manifest) -> dict[str, str]:
     calibration, parity = manifest.calibration, manifest.parity
-    found = {
+    rows = {
         "made by": manifest.created_by,
         "needs": f"onnxruntime {manifest.requires_onnxruntime} or newer",
         "trained on": ", ".join(map(str, manifest.corpus.get("sources", ()))) or "the standard library of Python",
@@ -93,14 +93,14 @@ def _provenance(manifest: Manifest) -> dict[str, str]:
         f"{max(parity['prefill_max'], parity['decode_max']):.2g}, mean KL {parity['mean_kl']:.2g} nats",
     }
     if calibration:
-        found["calibrated"] = (
+        rows["calibrated"] = (
             f"{calibration['windows']} windows of {calibration['window_tokens']} tokens, {calibration['method']}, on "
             + ", ".join(map(str, calibration["sources"]))
         )
     if calibration and "choice" in calibration:
         choice = calibration["choice"]
-        found["chosen"] = f"by measurement: KL {choice['kl']:.2g} nats, {math.ceil(choice['size'] / 1000)} kB of graph"
-    return found
+        rows["chosen"] = f"by measurement: KL {choice['kl']:.2g} nats, {math.ceil(choice['size'] / 1000)} kB of graph"
+    return rows
 
 
 def _pairs(title: str, values: Mapping[str, str]) -> Table:

@@ -56,9 +56,9 @@ def plot_sensitivity(results: Sequence[Sensitivity], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * len(weights)), layout="constrained")
     height = 0.8 / len(formats)
     for index, name in enumerate(formats):
-        found = [result for result in results if result.format == name]
-        places = [weights.index(result.weight) + (index - (len(formats) - 1) / 2) * height for result in found]
-        axes.barh(places, [result.kl for result in found], height, label=name)
+        matching = [result for result in results if result.format == name]
+        places = [weights.index(result.weight) + (index - (len(formats) - 1) / 2) * height for result in matching]
+        axes.barh(places, [result.kl for result in matching], height, label=name)
     axes.set_yticks(range(len(weights)), weights, fontsize=8)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="KL divergence to float32 with this weight alone quantized, nats per token")

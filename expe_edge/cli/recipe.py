@@ -168,8 +168,8 @@ def parse_size(text: str | None) -> int | None:
     """Parse a number of bytes."""
     if text is None:
         return None
-    found = SIZE.fullmatch(text.strip())
-    size = float(found[1]) * UNITS[found[2].lower()] if found else math.inf
+    match = SIZE.fullmatch(text.strip())
+    size = float(match[1]) * UNITS[match[2].lower()] if match else math.inf
     if not math.isfinite(size):
         raise ExportError(f"--max-size {text}: expected bytes, as 600kB or 1.5MB")
     return int(size)

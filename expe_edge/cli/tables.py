@@ -78,8 +78,8 @@ def sensitivity_table(results: Sequence[Sensitivity]) -> Table:
     for name in formats:
         table.add_column(name, justify="right", no_wrap=True)
     for weight in dict.fromkeys(result.weight for result in results):
-        found = {result.format: result for result in results if result.weight == weight}
-        cells = [_sensitivity_cell(found.get(name)) for name in formats]
+        by_format = {result.format: result for result in results if result.weight == weight}
+        cells = [_sensitivity_cell(by_format.get(name)) for name in formats]
         table.add_row(Text(weight), *cells)
     return table
 

@@ -108,9 +108,9 @@ def export(
     Raises:
         ExportError, CheckpointError, CorpusError, ConfigError: nothing of the package at fault is written then.
     """
-    wanted = [Recipe(recipe) if isinstance(recipe, str) else recipe for recipe in recipes]
-    require_used(wanted, ranges_from=ranges_from is not None)
-    for recipe in wanted:
+    asked = [Recipe(recipe) if isinstance(recipe, str) else recipe for recipe in recipes]
+    require_used(asked, ranges_from=ranges_from is not None)
+    for recipe in asked:
         clear_leftovers(out / recipe.name)
         require_absent(out / recipe.name, force=force)
     exporter = open_exporter(
@@ -123,10 +123,10 @@ def export(
     )
     if ranges_from is not None:
         exporter.take_ranges(ranges_from)
-    wanted = [recipe.settled(exporter.source.rounding) for recipe in wanted]
-    for recipe in wanted:
+    asked = [recipe.resolved(exporter.source.rounding) for recipe in asked]
+    for recipe in asked:
         exporter.require_possible(recipe)  # before anything is written
-    return [exporter.write(recipe, out / recipe.name, names=names, force=force) for recipe in wanted]
+    return [exporter.write(recipe, out / recipe.name, names=names, force=force) for recipe in asked]
 
 
 def open_exporter(

@@ -37,9 +37,9 @@ def require_kernels(operators: Mapping[str, int], linears: Mapping[str, str]) ->
     """
     promised = Counter(LINEAR_FORMATS[name].kernel for name in linears.values())
     for kernel in QUANTIZED_KERNELS:
-        found = operators.get(kernel, 0)
-        if found != promised[kernel]:
+        count = operators.get(kernel, 0)
+        if count != promised[kernel]:
             raise ExportError(
-                f"onnxruntime {ort.__version__} runs {found} linears as {kernel}, not {promised[kernel]}; "
+                f"onnxruntime {ort.__version__} runs {count} linears as {kernel}, not {promised[kernel]}; "
                 "others would run in float32. Choose another `precision`, or another onnxruntime"
             )

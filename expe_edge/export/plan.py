@@ -64,21 +64,21 @@ class Plan:
 
     def measured(self) -> dict[str, Any] | None:
         """Return what was measured on calibration text for this package; None where nothing was."""
-        found: dict[str, Any] = {}
+        record: dict[str, Any] = {}
         if any(LINEAR_FORMATS[name].calibrated for name in self.linears.values()):
-            found["ranges"] = {name: list(bounds) for name, bounds in self.evidence.ranges.items()}
+            record["ranges"] = {name: list(bounds) for name, bounds in self.evidence.ranges.items()}
         if self.evidence.needs_moments(self.recipe, set(self.linears.values())):
-            found["solver"] = self.recipe.solver or DEFAULT_SOLVER
+            record["solver"] = self.recipe.solver or DEFAULT_SOLVER
         if self.recipe.cache == "int8":
-            found["cache_scales"] = [  # the extremes; all of them are in the graph
+            record["cache_scales"] = [  # the extremes; all of them are in the graph
                 {part: [float(scale.min()), float(scale.max())] for part, scale in layer._asdict().items()}
                 for layer in cache_scales(self.evidence.observations.cache)
             ]
         if self.strengths:
-            found["smoothing"] = self.strengths
+            record["smoothing"] = self.strengths
         if self.choice:
-            found["choice"] = self.choice.to_dict()
-        return {"weights": self.evidence.fingerprint, **found} if found else None
+            record["choice"] = self.choice.to_dict()
+        return {"weights": self.evidence.fingerprint, **record} if record else None
 
 
 def oldest_onnxruntime(recipe: Recipe, linears: set[str]) -> str:

@@ -43,12 +43,12 @@ def require_portable(
     require_standard_operators(model)
     text = tokens[: PREFILLED + DECODED]
     runners = ReferenceEvaluator(model), open_graph(model)
-    expected, found = (run_graph(runner, contract, text, DECODED) for runner in runners)
+    expected, actual = (run_graph(runner, contract, text, DECODED) for runner in runners)
     if {LINEAR_FORMATS[name].kernel for name in linears.values()} == {Float32.kernel}:
-        measure, distance = "logits differ by up to", float(np.abs(expected - found).max())
+        measure, distance = "logits differ by up to", float(np.abs(expected - actual).max())
         allowed = float_tolerance(float(np.abs(expected).max()), folded=folded)
     else:
-        measure, distance = "predictions differ by a mean KL divergence of", float(divergence(expected, found).mean())
+        measure, distance = "predictions differ by a mean KL divergence of", float(divergence(expected, actual).mean())
         allowed = LARGEST_KL
     if not distance <= allowed:  # NaN is no agreement
         raise ExportError(

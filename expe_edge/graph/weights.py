@@ -114,12 +114,12 @@ def _require_shapes(weights: ModelWeights) -> None:
         "down": (inner, width),
     }
     outer = {"embedding": (config.vocab_size, width), "norm": (width,), "head": (width, config.vocab_size)}
-    for owner, wanted in ((weights, outer), *((layer, shapes) for layer in weights.layers)):
-        for name, shape in wanted.items():
-            found = getattr(owner, name)
-            if found.dtype != np.float32 or found.shape != shape:
+    for owner, expected in ((weights, outer), *((layer, shapes) for layer in weights.layers)):
+        for name, shape in expected.items():
+            value = getattr(owner, name)
+            if value.dtype != np.float32 or value.shape != shape:
                 raise PackageError(
-                    f"the graph's {name} is {found.dtype} {found.shape}, but float32 {shape} by its manifest; export "
+                    f"the graph's {name} is {value.dtype} {value.shape}, but float32 {shape} by its manifest; export "
                     "the package again"
                 )
 

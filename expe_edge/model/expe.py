@@ -150,9 +150,9 @@ class ExPE(PositionalEncoding):
         keys.zero_()
         if readings is None or not any(slopes):
             return
-        wanted = weight.new_tensor(slopes).view(heads.keys, -1)
-        steepest = wanted.abs().amax(dim=1, keepdim=True)
-        share = wanted / steepest.where(steepest > 0, 1.0)  # (Hkv, H/Hkv)
+        asked = weight.new_tensor(slopes).view(heads.keys, -1)
+        steepest = asked.abs().amax(dim=1, keepdim=True)
+        share = asked / steepest.where(steepest > 0, 1.0)  # (Hkv, H/Hkv)
         own = SLOPE_MARGIN * content * share  # a
         shared = math.sqrt(heads.size) * steepest / (SLOPE_MARGIN * content)  # b, (Hkv, 1)
         constant, unit = weight.new_tensor(readings[0]), self.unit_reading(weight.new_tensor(readings[1:]))

@@ -119,10 +119,10 @@ class GraphContract:
         )
 
 
-def _difference(kind: str, found: Sequence[Node], agreed: Sequence[TensorSpec]) -> str | None:
-    if len(found) != len(agreed):
-        return f"it has {len(found)} {kind}s, not {len(agreed)}"
-    for node, spec in zip(found, agreed, strict=True):
+def _difference(kind: str, actual: Sequence[Node], agreed: Sequence[TensorSpec]) -> str | None:
+    if len(actual) != len(agreed):
+        return f"it has {len(actual)} {kind}s, not {len(agreed)}"
+    for node, spec in zip(actual, agreed, strict=True):
         if node.name != spec.name:
             return f"{kind} {node.name!r} stands where {spec.name!r} should"
         if node.type != ORT_TYPES[spec.dtype]:

@@ -194,5 +194,5 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def release(version: str) -> tuple[int, int]:
     """Return major and minor number of a version, for comparing: (1, 23) of 1.23rc1 and of 1.23.0+cpu."""
-    found = re.match(r"(\d+)(?:\.(\d+))?", version)
-    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+    match = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)

@@ -128,7 +128,7 @@ class Recipe:
             return self.solver or DEFAULT_SOLVER, self.block_size
         return self.solver or "rtn", trained.block_size
 
-    def settled(self, trained: WeightRounding | None) -> Recipe:
+    def resolved(self, trained: WeightRounding | None) -> Recipe:
         """Return the recipe with what it leaves open filled in for weights that were `trained` for its precision."""
         if trained is None or not self._leaves_to(trained, self.precision):
             return self
@@ -159,8 +159,8 @@ def require_used(recipes: Sequence[Recipe], *, ranges_from: bool = False) -> Non
     }
     for name, (given, served) in users.items():
         if given and precisions.isdisjoint(served):
-            wanted = f"`{name}` is for `precision` {' and '.join(served)}"
-            raise ExportError(f"{wanted}; add such a precision, or drop the option")
+            purpose = f"`{name}` is for `precision` {' and '.join(served)}"
+            raise ExportError(f"{purpose}; add such a precision, or drop the option")
 
 
 def require_block_size(size: int | None) -> None:

@@ -53,19 +53,19 @@ def refit_scales(matrix: Float, solved: BlockCodes, moments: Double) -> BlockCod
     levels = _levels(solved)
     rows, blocks = solved.scale.shape
     target: Double = matrix.astype(np.float64) @ moments
-    products = np.empty((rows, blocks, blocks))
-    wanted = np.empty((rows, blocks, 1))
+    left = np.empty((rows, blocks, blocks))
+    right = np.empty((rows, blocks, 1))
     starts = range(0, solved.columns, solved.block_size)
     for index, begin in enumerate(starts):
         block = slice(begin, begin + solved.block_size)
-        products[:, index] = np.add.reduceat(levels[:, block] @ moments[block] * levels, starts, axis=1)
-        wanted[:, index, 0] = (levels[:, block] * target[:, block]).sum(axis=1)
-    products += np.eye(blocks) * np.finfo(np.float32).tiny  # blocks of zeros alone
-    found = np.linalg.solve(products, wanted)[..., 0]
-    change = found / solved.scale
+        left[:, index] = np.add.reduceat(levels[:, block] @ moments[block] * levels, starts, axis=1)
+        right[:, index, 0] = (levels[:, block] * target[:, block]).sum(axis=1)
+    left += np.eye(blocks) * np.finfo(np.float32).tiny  # blocks of zeros alone
+    solution = np.linalg.solve(left, right)[..., 0]
+    change = solution / solved.scale
     near = (change >= NARROWEST) & (change <= WIDEST)
-    refitted = storable(np.where(near, found, solved.scale))
-    slope = products @ (refitted + solved.scale)[..., None] - 2 * wanted  # of the error, on the way to the new scales
+    refitted = storable(np.where(near, solution, solved.scale))
+    slope = left @ (refitted + solved.scale)[..., None] - 2 * right  # of the error, on the way to the new scales
     change_of_error = ((refitted - solved.scale) * slope[..., 0]).sum(axis=1, keepdims=True)
     return solved._replace(scale=np.where(change_of_error < 0, refitted, solved.scale))
 

@@ -46,10 +46,10 @@ class TextStream:
         if not self.stop:
             return piece
         text = self.held + piece
-        found = [index for index in (text.find(stop) for stop in self.stop) if index >= 0]
-        if found:
+        places = [index for index in (text.find(stop) for stop in self.stop) if index >= 0]
+        if places:
             self.stopped, self.held = True, ""
-            return text[: min(found)]
+            return text[: min(places)]
         keep = max((_overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -75,12 +75,14 @@ def load_corpus(
             raise CorpusError(f"`sources` {error}") from error
         except OSError as error:  # a name that no file system takes
             raise CorpusError(f"`sources` {shown(source)}: {error.strerror}") from error
-        skipped += (one for one in read if isinstance(one, Skipped))
-        found = [one for one in read if isinstance(one, Document) and len(one.text) >= SHORTEST_DOCUMENT]
-        if not found:
+        skipped += (item for item in read if isinstance(item, Skipped))
+        texts = [item for item in read if isinstance(item, Document) and len(item.text) >= SHORTEST_DOCUMENT]
+        if not texts:
             nothing = f"`sources` {source}: no text of at least {SHORTEST_DOCUMENT} characters in it"
-            raise CorpusError("; ".join([nothing, *describe_skipped(one for one in read if isinstance(one, Skipped))]))
-        for document in found:
+            raise CorpusError(
+                "; ".join([nothing, *describe_skipped(item for item in read if isinstance(item, Skipped))])
+            )
+        for document in texts:
             documents.setdefault(document.text, document)
     training = tuple(document for document in documents.values() if not document.held_out)
     kept = tuple(document for document in documents.values() if document.held_out)
@@ -100,8 +102,8 @@ def _short_digest(document: Document) -> str:
 def describe_skipped(skipped: Iterable[Skipped]) -> list[str]:
     """Return a line for each reason to skip: the first files, and how many more."""
     by_reason: dict[str, list[str]] = {}
-    for one in skipped:
-        by_reason.setdefault(one.reason, []).append(str(one.path))
+    for item in skipped:
+        by_reason.setdefault(item.reason, []).append(str(item.path))
     lines = []
     for reason, names in by_reason.items():
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

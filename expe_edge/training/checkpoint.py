@@ -132,13 +132,13 @@ def _load_model(path: Path, config: ExPEConfig) -> ExPEForCausalLM:
     shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     try:
         with safe_open(path / WEIGHTS_FILE, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
-            wrong = [name for name in {**shapes, **found} if name not in tied and shapes.get(name) != found.get(name)]
+            stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+            wrong = [name for name in {**shapes, **stored} if name not in tied and shapes.get(name) != stored.get(name)]
             if wrong:
                 raise CheckpointError(
                     f"{path}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} (first difference: {wrong[0]})"
                 )
-            weights = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in found}  # else a view of it
+            weights = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in stored}  # else a view of it
             model.load_state_dict(weights, strict=False, assign=True)
             model.tie_weights()
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:

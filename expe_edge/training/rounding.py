@@ -127,5 +127,5 @@ def explicit_rounding(rounding: WeightRounding | None) -> WeightRounding | None:
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(teacher ‖ student), nats per token, of logits (B, T, V) (Hinton et al., arXiv 1503.02531)."""
-    predicted, wanted = (F.log_softmax(logits.float(), dim=-1).flatten(0, 1) for logits in (student, teacher))
-    return F.kl_div(predicted, wanted, reduction="batchmean", log_target=True)
+    predicted, targets = (F.log_softmax(logits.float(), dim=-1).flatten(0, 1) for logits in (student, teacher))
+    return F.kl_div(predicted, targets, reduction="batchmean", log_target=True)

@@ -78,8 +78,8 @@ class WindowTrainer(Trainer):  # type: ignore[misc]  # transformers publishes no
             return super().compute_loss(model, inputs, *arguments, **options)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad(), self.accelerator.autocast():
-            wanted = self.teacher(**inputs, use_cache=False).logits
-        return distillation_loss(model(**inputs).logits, wanted)
+            targets = self.teacher(**inputs, use_cache=False).logits
+        return distillation_loss(model(**inputs).logits, targets)
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         loss: Tensor = super().training_step(*arguments, **options)

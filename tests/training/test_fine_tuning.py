@@ -193,7 +193,7 @@ def test_positions_left_inside_are_not_what_was_trained(fine_tuned: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("recipe", "settled"),
+    ("recipe", "resolved"),
     [
         (Recipe("int4-weight"), Recipe("int4-weight", solver="rtn", block_size=32)),
         (Recipe("int4-weight", block_size=32), Recipe("int4-weight", solver="rtn", block_size=32)),
@@ -205,18 +205,18 @@ def test_positions_left_inside_are_not_what_was_trained(fine_tuned: Path) -> Non
     ],
     ids=str,
 )
-def test_a_recipe_takes_from_training_what_it_leaves_open(recipe: Recipe, settled: Recipe) -> None:
-    assert recipe.settled(WeightRounding("int4-weight", 32)) == settled
-    assert recipe.settled(None) == recipe
+def test_a_recipe_takes_from_training_what_it_leaves_open(recipe: Recipe, resolved: Recipe) -> None:
+    assert recipe.resolved(WeightRounding("int4-weight", 32)) == resolved
+    assert recipe.resolved(None) == recipe
 
 
 @pytest.mark.parametrize("precision", PER_CHANNEL)
 def test_weights_trained_for_one_int8_product_serve_the_other(precision: str) -> None:
     for trained in PER_CHANNEL:
-        assert Recipe(precision).settled(WeightRounding(trained)) == Recipe(precision, solver="rtn")
-    assert Recipe("int8-weight").settled(WeightRounding(precision)) == Recipe("int8-weight")
+        assert Recipe(precision).resolved(WeightRounding(trained)) == Recipe(precision, solver="rtn")
+    assert Recipe("int8-weight").resolved(WeightRounding(precision)) == Recipe("int8-weight")
     seven_bits = Recipe(precision, reduce_range=True)  # a grid that the weights have not learned
-    assert seven_bits.settled(WeightRounding(precision)) == seven_bits
+    assert seven_bits.resolved(WeightRounding(precision)) == seven_bits
     assert seven_bits.solver_for(precision, WeightRounding(precision)) == ("gptq", None)
 
 
