@@ -12,24 +12,25 @@ OUT ?= demo
 
 .PHONY: demo demo-formats demo-cache demo-naive test test-transformers5 test-lowest lint types fuzz chaos bench docs clean
 
+# Nothing is compiled ahead: most of what the libraries bring is never imported.
 # The demo needs no more than this; what the tests need besides takes minutes to install.
 $(DEMO_INSTALLED): EXTRA = export
 $(INSTALLED): EXTRA = all
 $(DEMO_INSTALLED) $(INSTALLED): pyproject.toml constraints.txt constraints-transformers4.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-transformers4.txt \
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --constraint constraints-transformers4.txt \
 		--editable '.[$(EXTRA)]'
 	touch $@
 
 $(VENV5)/.installed: pyproject.toml constraints.txt constraints-transformers5.txt
 	$(PYTHON) -m venv $(VENV5)
-	$(VENV5)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-transformers5.txt \
+	$(VENV5)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --constraint constraints-transformers5.txt \
 		--editable '.[dev,genai]'
 	touch $@
 
 $(VENV_LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON_LOWEST) -m venv $(VENV_LOWEST)
-	$(VENV_LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,optimum]'
+	$(VENV_LOWEST)/bin/python -m pip install --quiet --no-compile --constraint constraints-lowest.txt --editable '.[dev,optimum]'
 	touch $@
 
 # Train, export several ways and the naive way, generate, compare: the table and plot of the README.

@@ -128,7 +128,7 @@ def test_files_that_nothing_of_ours_reads_do_no_harm(own_checkpoint: Path, conte
 
 
 def test_what_transformers_writes_into_a_config_is_not_looked_at(own_checkpoint: Path) -> None:
-    set_json("config.json", id2label=[], pruned_heads=5, torch_dtype="x", problem_type=[])(own_checkpoint)
+    set_json("config.json", id2label=[], chunk_size_feed_forward="5", torch_dtype="x", problem_type=[])(own_checkpoint)
 
     load_checkpoint(own_checkpoint)
 
