@@ -68,8 +68,17 @@ def compare(
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Parse comma-separated integers."""
+    """Parse the value of --lengths."""
+    return parse_integers("--lengths", text, "1,2,4,8,16")
+
+
+def parse_integers(flag: str, text: str, example: str) -> list[int]:
+    """Parse comma-separated integers, the value of an option.
+
+    Raises:
+        ConfigError: they are not.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"--lengths {text}: expected comma-separated integers, such as 1,2,4,8,16") from error
+        raise ConfigError(f"{flag} {text}: expected comma-separated integers, such as {example}") from error

@@ -18,6 +18,7 @@ from expe_edge.cli.export import export
 from expe_edge.cli.flags import with_flags
 from expe_edge.cli.generate import generate
 from expe_edge.cli.inspect import inspect
+from expe_edge.cli.probe import probe
 from expe_edge.cli.quantize import quantize
 from expe_edge.cli.sensitivity import sensitivity
 from expe_edge.cli.train import train
@@ -108,5 +109,5 @@ def main() -> None:
     prepare_streams()
 
 
-for command in (train, export, quantize, sensitivity, inspect, generate, compare, evaluate):
+for command in (train, export, quantize, sensitivity, inspect, generate, compare, probe, evaluate):
     main.add_command(command)

@@ -1,0 +1,103 @@
+"""Results of `probe` as a plot in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expe_edge.cli.plots import drawing
+from expe_edge.quality.definitions import CODE_DEFINITION
+from expe_edge.quality.probing import ProbeReport
+from expe_edge.quality.recall import Recall
+
+#: Inches of a panel.
+WIDTH, HEIGHT = 4.2, 3.4
+
+
+def plot_probes(report: ProbeReport, path: Path) -> None:
+    """Draw into `path` curves by length in a row, and below a heat map of recall for each model and probe."""
+    pyplot = drawing()
+    curves = [draw for draw, results in _curves(report) if results]
+    probes = [probe for probe in dict.fromkeys(r.probe for r in report.recall) if probe != CODE_DEFINITION]
+    rows = bool(curves) + len(report.models) * bool(probes)
+    columns = max(len(curves), len(probes))
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained", squeeze=False
+    )
+    for axes, draw in zip(panels[0], curves, strict=False):
+        draw(report, axes)
+    for row, model in zip(panels[bool(curves) :], report.models, strict=False):
+        for axes, probe in zip(row, probes, strict=False):
+            matching = [r for r in report.recall if (r.model, r.probe) == (model, probe)]
+            _draw_heat_map(matching, report.training_length, f"{probe}, {model}", axes)
+    for axes in panels.flat:
+        axes.set_visible(axes.has_data())
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _curves(report: ProbeReport) -> list[tuple[Any, Sequence[Any]]]:
+    """Return what draws each kind of curve, and the results that it draws."""
+    return [
+        (_draw_context_use, report.context_use),
+        (_draw_losses, report.loss_by_position),
+        (_draw_definitions, [r for r in report.recall if r.probe == CODE_DEFINITION]),
+    ]
+
+
+def _draw_context_use(report: ProbeReport, axes: Any) -> None:
+    for model in report.models:
+        points = [(r.length, r.gained, r.gained_stderr) for r in report.context_use if r.model == model]
+        _draw_curve(points, model, axes)
+    axes.axhline(0, color="grey", linewidth=1)
+    _label(report, "context use: gained by far text", "length, tokens", axes)
+
+
+def _draw_losses(report: ProbeReport, axes: Any) -> None:
+    for model in report.models:
+        points = [(r.bin_end, r.loss, r.loss_stderr) for r in report.loss_by_position if r.model == model]
+        _draw_curve(points, model, axes)
+    _label(report, "loss by position", "position, tokens", axes)
+
+
+def _draw_definitions(report: ProbeReport, axes: Any) -> None:
+    matching = [r for r in report.recall if r.probe == CODE_DEFINITION]
+    for model in report.models:
+        _draw_curve([(r.length, r.gained, r.gained_stderr) for r in matching if r.model == model], model, axes)
+    axes.axhline(0, color="grey", linewidth=1)
+    _label(report, f"{CODE_DEFINITION}: gained by the definition", "distance at most, tokens", axes)
+
+
+def _draw_curve(points: Sequence[tuple[float, float, float]], model: str, axes: Any) -> None:
+    places, values, errors = zip(*points, strict=True)
+    axes.errorbar(places, values, np.nan_to_num(errors), marker="o", capsize=3, label=model)
+
+
+def _label(report: ProbeReport, title: str, across: str, axes: Any) -> None:
+    axes.set(title=title, xlabel=across, ylabel="nats per token")
+    axes.set_xscale("log", base=2)
+    axes.axvline(report.training_length, color="grey", linewidth=1, linestyle=":")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _draw_heat_map(results: Sequence[Recall], training_length: int, title: str, axes: Any) -> None:
+    """Draw exact match as colour and nats gained as text, depths downwards, lengths to the right."""
+    if not results:
+        return
+    depths, lengths = (
+        list(dict.fromkeys(values)) for values in zip(*((r.depth, r.length) for r in results), strict=True)
+    )
+    shares = np.full((len(depths), len(lengths)), np.nan)
+    for r in results:
+        row, column = depths.index(r.depth), lengths.index(r.length)
+        shares[row, column] = r.exact_match
+        colour = "black" if r.exact_match > 0.5 else "white"
+        axes.text(column, row, f"{r.gained:+.1f}", color=colour, ha="center", va="center", fontsize=8)
+    axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{length // training_length} N" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_title(f"{title}\ncolour: exact match, text: nats gained", fontsize=9)
