@@ -29,10 +29,11 @@ def plot_probes(report: ProbeReport, path: Path) -> None:
     )
     for axes, draw in zip(panels[0], curves, strict=False):
         draw(report, axes)
-    for row, model in zip(panels[bool(curves) :], report.models, strict=False):
-        for axes, probe in zip(row, probes, strict=False):
-            matching = [r for r in report.recall if (r.model, r.probe) == (model, probe)]
-            _draw_heat_map(matching, report.training_length, f"{probe}, {model}", axes)
+    for column, probe in enumerate(probes):
+        of_probe = [r for r in report.recall if r.probe == probe]
+        most = max(1e-3, *(r.gained for r in of_probe))  # one scale for all models
+        for axes, model in zip(panels[bool(curves) :, column], report.models, strict=True):
+            _draw_heat_map([r for r in of_probe if r.model == model], most, report.training_length, axes)
     for axes in panels.flat:
         axes.set_visible(axes.has_data())
     figure.savefig(path, dpi=120)
@@ -84,20 +85,19 @@ def _label(report: ProbeReport, title: str, across: str, axes: Any) -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_heat_map(results: Sequence[Recall], training_length: int, title: str, axes: Any) -> None:
-    """Draw exact match as colour and nats gained as text, depths downwards, lengths to the right."""
-    if not results:
-        return
+def _draw_heat_map(results: Sequence[Recall], most: float, training_length: int, axes: Any) -> None:
+    """Draw nats gained as colour, up to `most`, and both figures as text; depths downwards, lengths to the right."""
     depths, lengths = (
         list(dict.fromkeys(values)) for values in zip(*((r.depth, r.length) for r in results), strict=True)
     )
-    shares = np.full((len(depths), len(lengths)), np.nan)
+    gained = np.full((len(depths), len(lengths)), np.nan)
     for r in results:
         row, column = depths.index(r.depth), lengths.index(r.length)
-        shares[row, column] = r.exact_match
-        colour = "black" if r.exact_match > 0.5 else "white"
-        axes.text(column, row, f"{r.gained:+.1f}", color=colour, ha="center", va="center", fontsize=8)
-    axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        gained[row, column] = r.gained
+        colour = "black" if r.gained > most / 2 else "white"
+        text = f"{r.gained:+.1f}\n{r.exact_match:.0%}"
+        axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=8)
+    axes.imshow(gained, vmin=0, vmax=most, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length // training_length} N" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set_title(f"{title}\ncolour: exact match, text: nats gained", fontsize=9)
+    axes.set_title(f"{results[0].probe}, {results[0].model}\nnats gained per token; exact match", fontsize=9)

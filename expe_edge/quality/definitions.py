@@ -94,18 +94,23 @@ def definition_cases(
         documents: token ids (T,), opened by the separator. lengths: in tokens, rising.
         seed: of the sample, where there are more cases.
     """
-    texts = [code for code in (read_code(tokenizer, ids) for ids in documents) if code is not None]
-    candidates = [(index, reference) for index, code in enumerate(texts) for reference in references(code.text)]
-    names = sorted({reference.name for _, reference in candidates})
+    texts = [read_code(tokenizer, ids) for ids in documents]
+    candidates = [
+        (index, code, reference)
+        for index, code in enumerate(texts)
+        if code is not None
+        for reference in references(code.text)
+    ]
+    names = sorted({reference.name for _, _, reference in candidates})
     random = np.random.default_rng(seed)
     chosen: dict[int, list[Case]] = {length: [] for length in lengths}
     for candidate in random.permutation(len(candidates)):
-        index, reference = candidates[candidate]
-        case = _case(index, texts[index], reference, lengths)
+        index, code, reference = candidates[candidate]
+        case = _case(index, code, reference, lengths)
         if case is None or len(chosen[case.length]) == cases:
             continue
         others = [names[other] for other in random.permutation(len(names))]
-        if _rename(case, texts[index], reference, others, tokenizer):
+        if _rename(case, code, reference, others, tokenizer):
             chosen[case.length].append(case)
     return [case for length in lengths for case in chosen[length]]
 

@@ -141,16 +141,17 @@ def _recall(panel: Panel, documents: Sequence[Ids], settings: ProbeSettings) -> 
     results: tuple[Recall, ...] = ()
     if grid.probes:
         with counted("asking for needles", grid.tokens) as advance:
-            results = recall(panel, needle_cases(grid, documents, tokenizer), advance)
+            results = recall(panel, needle_cases(grid, documents, tokenizer, advance), advance)
     if CODE_DEFINITION not in settings.probes:
         return results
     cases = definition_cases(documents, tokenizer, grid.lengths, settings.cases, settings.seed)
     if not cases:
         missing = (
-            f"{CODE_DEFINITION}: no name is defined and later referred to in the text; `sources` may give Python code"
+            f"{CODE_DEFINITION}: the text has no name that is defined and referred to within {grid.lengths[-1]} tokens"
         )
         if settings.probes == (CODE_DEFINITION,):
-            raise CorpusError(missing)
+            raise CorpusError(f"{missing}; give Python code with `sources`, or raise `lengths`")
         note(missing)
+        return results
     with counted("asking for definitions", sum(2 * len(case.tokens) for case in cases)) as advance:
         return results + recall(panel, cases, advance)

@@ -84,7 +84,9 @@ def require_depths(depths: Sequence[float]) -> None:
         raise ConfigError(f"`depths` {given}: expected rising percentages from 0 to 100, as 0,25,50,75,100")
 
 
-def needle_cases(grid: Grid, documents: Sequence[Ids], tokenizer: Any) -> Iterator[Case]:
+def needle_cases(
+    grid: Grid, documents: Sequence[Ids], tokenizer: Any, skipped: Callable[[int], None] = lambda _: None
+) -> Iterator[Case]:
     """Yield the cases of all cells; those that differ in depth alone follow one another.
 
     Case i is made of document i mod `len(documents)`, its numbers and names of the seed and i alone: they are the same
@@ -92,6 +94,7 @@ def needle_cases(grid: Grid, documents: Sequence[Ids], tokenizer: Any) -> Iterat
 
     Args:
         documents: token ids (T,), each at least `CUE` + `COPIED` tokens longer than the longest of the grid's lengths.
+        skipped: called with the tokens of texts that are left out.
     """
     for probe in grid.probes:
         puzzles = {
@@ -99,7 +102,9 @@ def needle_cases(grid: Grid, documents: Sequence[Ids], tokenizer: Any) -> Iterat
             for case in range(grid.cases)
             for depth in grid.depths
         }
-        for length in _lengths_that_fit(grid.lengths, probe, list(puzzles.values())):
+        lengths = _lengths_that_fit(grid.lengths, probe, list(puzzles.values()))
+        skipped(2 * len(puzzles) * (sum(grid.lengths) - sum(lengths)))
+        for length in lengths:
             for (case, depth), puzzle in puzzles.items():
                 document = case % len(documents)
                 yield place(probe, puzzle, documents[document][:length], depth, document)

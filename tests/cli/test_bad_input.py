@@ -282,6 +282,44 @@ def test_sensitivity_options_out_of_range(packages: Path, options: list[str], me
     assert refused("sensitivity", packages / "float32", *options, *outputs) == message
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "2,2"], "--lengths 2,2: expected rising positive integers, as 1,2,4,8,16"),
+        (["--lengths", "1,b"], "--lengths 1,b: expected comma-separated integers, such as 1,2,4,8,16"),
+        (
+            ["--lengths", "1"],
+            "--lengths 1: context use is measured from 2 on; add such a length, or choose another --probe",
+        ),
+        (["--depths", "50,101"], "--depths 50,101: expected rising percentages from 0 to 100, as 0,25,50,75,100"),
+        (["--depths", "half"], "--depths half: expected comma-separated integers, such as 0,50,100"),
+        (["--documents", "0"], "--documents is 0; at least 1"),
+        (["--cases", "0"], "--cases is 0; at least 1"),
+        (["--seed", "-1"], "--seed is -1; at least 0"),
+        (["--threads", "0"], "--threads is 0; at least 1"),
+        (["--data", "gone.txt"], "--data gone.txt: no such file or folder"),
+        (
+            ["--probe", "key"],
+            "unknown --probe 'key'; did you mean 'keys'? available: code-definition, context-use, copying, "
+            "first-definition, keys, last-definition, loss-by-position, passkey",
+        ),
+    ],
+)
+def test_probe_options_out_of_range(packages: Path, options: list[str], message: str) -> None:
+    outputs = ["--json", "figures.json", "--plot", "plot.png"]
+
+    assert refused("probe", packages / "float32", packages / "int8-static", *options, *outputs) == message
+
+
+def test_probe_needs_text_as_long_as_asked_and_models_that_differ(packages: Path) -> None:
+    path = packages / "float32"
+
+    assert refused("probe", path, path) == "the same model is given twice"
+    assert refused("probe", path, "--lengths", "2,400", "--json", "figures.json") == (
+        "no document of 12840 tokens (the longest has fewer); lower --lengths, or give longer text with --data"
+    )
+
+
 def test_evaluate_takes_a_package_or_a_checkpoint() -> None:
     Path("empty").mkdir()
     assert refused("evaluate", "empty", "--tasks", "any") == (

@@ -204,6 +204,45 @@ def test_compare_takes_other_text(packages: Path) -> None:
     assert [result["documents"] for result in json.loads(Path("figures.json").read_text())["results"]] == [1, 1]
 
 
+def test_probe_writes_figures_and_plot(checkpoint: Path, packages: Path, tmp_path: Path) -> None:
+    result = succeed(
+        *("probe", checkpoint, packages / "int8-static", "--lengths", "2,8", "--depths", "0,100", "--documents", "2"),
+        *("--cases", "2", "--threads", "1", "--json", "figures.json", "--plot", "plot.png"),
+    )
+
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [(r["model"], r["length"], r["tokens"]) for r in figures["context_use"]] == [
+        (model, length, 32) for model in ("model", "int8-static") for length in (64, 256)
+    ]
+    assert {(r["probe"], r["length"], r["depth"]) for r in figures["recall"]} >= {
+        ("passkey", 256, 0.0), ("passkey", 256, 1.0), ("copying", 256, 1.0),
+    }  # fmt: skip
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "gained by far text" in result.stdout
+    assert "it is left out of texts of 64" in result.stderr
+
+
+def test_probe_is_the_same_again(packages: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        succeed(
+            *(
+                "probe",
+                packages / "float32",
+                "--lengths",
+                "8",
+                "--probe",
+                "keys",
+                "--probe",
+                "copying",
+                "--depths",
+                "50",
+            ),
+            *("--documents", "2", "--cases", "2", "--seed", "7", "--threads", "1", "--json", name),
+        )
+
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 # Ctrl-C, in real processes
 
 

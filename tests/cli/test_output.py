@@ -77,6 +77,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "quantize": (("{package}", "--out", "out"), ("--out", "--json")),
     "sensitivity": (("{package}",), ("--json", "--plot")),
     "compare": (("{package}",), ("--json", "--plot")),
+    "probe": (("{package}",), ("--json", "--plot")),
     "inspect": (("{package}",), ("--json",)),
     "generate": (("{package}",), ()),
     "evaluate": (("{package}",), ()),  # lm_eval has them
