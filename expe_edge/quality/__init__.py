@@ -1,4 +1,4 @@
-"""Quality by length, of packages and checkpoints.
+"""Quality by length and the use of far text, of packages and checkpoints.
 
 from expe_edge.quality import compare_by_length, open_scorer
 scorers = [open_scorer(Path("package", name)) for name in ("float32", "int8-dynamic")]

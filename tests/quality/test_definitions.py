@@ -76,8 +76,9 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def documents(tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Of rising gaps between the definition and the first reference."""
+    """Of rising gaps between the definition and the first reference; the last has a name of more tokens than others."""
     texts = [Document("m", module(number, gap)) for number, gap in enumerate((1, 2, 10, 20, 40))]
+    texts.append(Document("m", module(5, 3).replace("tree", "quizzically")))
     return [ids.astype(np.int64) for ids in encode_documents(tokenizer.tokenizer, texts)]
 
 
