@@ -63,15 +63,15 @@ demo-naive:
 		--precision int8-dynamic --precision int8-static
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # The same beside transformers 5; lists the tests skipped for want of Optimum.
 test-transformers5: $(VENV5)/.installed
-	$(VENV5)/bin/python -m pytest --numprocesses 2 --dist loadfile -rs
+	$(VENV5)/bin/python -m pytest --numprocesses 2 --dist worksteal -rs
 
 # The same with the oldest of every range in pyproject.toml, and lists what an old onnxruntime has no kernels for.
 test-lowest: $(VENV_LOWEST)/.installed
-	$(VENV_LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile -rs
+	$(VENV_LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -rs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

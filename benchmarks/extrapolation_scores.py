@@ -1,13 +1,16 @@
 """Scores one checkpoint of `benchmarks.extrapolation`: the loss of every held-out document by length.
 
-python -m benchmarks.extrapolation_scores RUN 1,2,4 12 [TEXT…]
+    python -m benchmarks.extrapolation_scores RUN 1,2,4 12 [TEXT…]
+
+Goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -43,11 +46,22 @@ def main(run: Path, lengths: str, documents: int, texts: tuple[str, ...]) -> Non
     units, scorer = [int(end) for end in lengths.split(",")], open_scorer(run)
     ends = [unit * scorer.training_length for unit in units]
     chosen, _ = long_documents(scorer, texts, "text", ends[-1] + 1, documents)
-    losses = [losses_by_length(scorer, document, ends) for document in chosen]
-    record = {"asked": {"lengths": units, "documents": documents, "texts": list(texts)}, "losses": losses}
+    asked = {"lengths": units, "documents": documents, "texts": list(texts)}
     partial = run / f".{SCORES_FILE}"
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    losses = read_losses(partial, asked)
+    for document in chosen[len(losses) :]:
+        losses.append(losses_by_length(scorer, document, ends))
+        partial.write_text(json.dumps({"asked": asked, "losses": losses}) + "\n", encoding="utf-8")
     partial.replace(run / SCORES_FILE)
+
+
+def read_losses(partial: Path, asked: Mapping[str, Any]) -> list[list[float]]:
+    """Return the losses of the documents that an interrupted run of the same kind has scored."""
+    try:
+        record = json.loads(partial.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it was being written
+        return []
+    return list(record["losses"]) if record["asked"] == asked else []
 
 
 if __name__ == "__main__":

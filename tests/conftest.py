@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 
 from expe_edge.export.exporter import export
 from expe_edge.graph.attention import SINCE_INT8_CACHE
+from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.package.manifest import release
 from expe_edge.training.run import train
 from tests.small import small_settings, write_documents
@@ -26,6 +27,10 @@ hypothesis_settings.register_profile("ci", deadline=None, suppress_health_check=
 hypothesis_settings.load_profile("ci")
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight")
+#: Those that can be exported as portable packages with this onnxruntime.
+PORTABLE_PRECISIONS = tuple(
+    name for name in PRECISIONS if release(LINEAR_FORMATS[name].fused_since) <= release(ort.__version__)
+)
 HAS_INT8_CACHE = release(ort.__version__) >= release(SINCE_INT8_CACHE)
 #: Marks what goes through an int8 cache, which expe-edge refuses by the same comparison.
 needs_int8_cache = pytest.mark.skipif(

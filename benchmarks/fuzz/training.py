@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -68,8 +69,10 @@ def rehearsal(settings: TrainSettings, arguments: Any, config: ExPEConfig, *_: A
 
 def text_at_hand(sources: Sequence[str], text_field: str) -> Corpus:
     """Do as `load_corpus`, but take no folder of the machine itself: to read all of it takes what it takes."""
-    if any(len(Path(source).resolve().parts) < FEWEST_PARTS for source in sources if "\0" not in source):
-        raise CorpusError("not at hand")
+    for source in sources:
+        with suppress(OSError, ValueError):  # of a name that no file system takes
+            if len(Path(source).resolve().parts) < FEWEST_PARTS:
+                raise CorpusError("not at hand")
     return load_corpus(sources, text_field)
 
 

@@ -26,7 +26,7 @@ from expe_edge.errors import ExportError, unknown_name
 from expe_edge.export.clients import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
 from expe_edge.export.parity import Parity, measure_parity, require_parity
-from expe_edge.export.plan import Plan, oldest_onnxruntime
+from expe_edge.export.plan import Plan, oldest_to_export
 from expe_edge.export.portable import require_portable
 from expe_edge.export.source import Source, open_source
 from expe_edge.graph.linears import LINEAR_FORMATS
@@ -216,7 +216,7 @@ class Exporter:
     @staticmethod
     def _require_onnxruntime(recipe: Recipe) -> None:
         """Raise `ExportError` where this onnxruntime has no kernels for `recipe`, to validate it with."""
-        needed = oldest_onnxruntime(recipe, _possible(recipe))
+        needed = oldest_to_export(recipe, _possible(recipe))
         if release(ort.__version__) < release(needed):
             raise ExportError(
                 f"{recipe.name} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it, or choose "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from expe_edge.errors import ExportError
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32
@@ -19,14 +20,23 @@ QUANTIZED_KERNELS = sorted({kind.kernel for kind in LINEAR_FORMATS.values()} - {
 
 def optimized_operators(model: Path) -> Counter[str]:
     """Return how often each operator occurs in the graph that onnxruntime makes of the one in a file."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns that an optimised graph is for this machine alone
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "optimized.onnx")
-        options.optimized_model_filepath = str(path)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-        ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        try:
+            _optimize(model, path, weights_apart=True)
+        except Fail:  # onnxruntime 1.22 cannot write apart what it has fused
+            _optimize(model, path, weights_apart=False)
         return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def _optimize(model: Path, path: Path, *, weights_apart: bool) -> None:
+    """Have onnxruntime write the graph that it would run."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns that an optimised graph is for this machine alone
+    options.optimized_model_filepath = str(path)
+    if weights_apart:  # they are not looked at
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+    ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
 def require_kernels(operators: Mapping[str, int], linears: Mapping[str, str]) -> None:

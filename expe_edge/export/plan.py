@@ -81,6 +81,12 @@ class Plan:
         return {"weights": self.evidence.fingerprint, **record} if record else None
 
 
+def oldest_to_export(recipe: Recipe, linears: set[str]) -> str:
+    """Return the oldest onnxruntime that shows the kernels of `recipe`, as an export verifies them."""
+    fused = [LINEAR_FORMATS[name].fused_since for name in linears] if recipe.portable else []
+    return max([oldest_onnxruntime(recipe, linears), *fused], key=release)
+
+
 def oldest_onnxruntime(recipe: Recipe, linears: set[str]) -> str:
     """Return the oldest onnxruntime with the kernels of `recipe` for linears of these formats."""
     kinds = [LINEAR_FORMATS[name] for name in linears]

@@ -54,9 +54,11 @@ class LinearFormat(ABC, Generic[Matrix]):
     calibrated: ClassVar[bool] = False
     #: The embedding's format where nothing else is asked for.
     embedding: ClassVar[str] = "float32"
-    #: The oldest onnxruntime with the kernel on CPUs; of a portable package, that runs it, be it by slower kernels.
+    #: The oldest onnxruntime with the kernel on CPUs; of a portable package, that runs it, be it by slower kernels, and
+    #: that makes one kernel of its operators, as an export verifies.
     since: ClassVar[str] = "1.17"
     portable_since: ClassVar[str] = "1.17"
+    fused_since: ClassVar[str] = "1.17"
 
     @abstractmethod
     def store(self, linear: str, weight: Float) -> Matrix:
@@ -228,7 +230,8 @@ class Int8Weight(BlockWeight):
     name = "int8-weight"
     bits = 8
     since = "1.22"
-    portable_since = "1.20"  # as one kernel since 1.25
+    portable_since = "1.20"
+    fused_since = "1.25"
 
 
 class Int4Weight(BlockWeight):
@@ -238,6 +241,7 @@ class Int4Weight(BlockWeight):
     bits = 4
     since = "1.20"
     portable_since = "1.20"
+    fused_since = "1.20"
 
 
 #: The registry of linear formats.

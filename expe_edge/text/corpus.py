@@ -7,6 +7,7 @@ interpreter's standard library is the text: real, and always there.
 from __future__ import annotations
 
 import glob
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def absolute_source(source: str) -> str:
     """Return a path or glob made absolute, so that it is found again from elsewhere; other sources as they are."""
     if source in (STDLIB, STDLIB_WITH_TESTS):
         return source
-    return str(Path(source).absolute()) if Path(source).exists() or glob.has_magic(source) else source
+    exists = os.path.exists(source)  # noqa: PTH110  # Path.exists raises at a name that no file system takes
+    return str(Path(source).absolute()) if exists or glob.has_magic(source) else source
 
 
 def read_source(source: str, text_field: str) -> Iterator[Document | Skipped]:

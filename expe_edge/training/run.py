@@ -123,14 +123,7 @@ def _run(
         state.wait_for_everyone()  # a launcher ends all processes when the first one ends, so not before all is saved
         raise KeyboardInterrupt
     trainer.require_finite()
-    report = {
-        "settings": dataclasses.asdict(settings),
-        "corpus": _corpus_record(corpus, dataset),
-        "parameters": model.num_parameters(),
-        "processes": state.num_processes,
-        "stream": dataset.digest,
-        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
-    }
+    report = _report(settings, corpus, dataset, trainer, state)
     if state.is_main_process:
         with disk_full_is_an_error(out):
             _finish(model, report, out)
@@ -195,14 +188,24 @@ def _make_models(
     return start.model, teacher
 
 
-def _corpus_record(corpus: Corpus, dataset: WindowDataset) -> dict[str, Any]:
+def _report(
+    settings: TrainSettings, corpus: Corpus, dataset: WindowDataset, trainer: WindowTrainer, state: PartialState
+) -> dict[str, Any]:
+    """Return the content of `training.json`."""
     return {
-        "sources": list(corpus.sources),
-        "training_documents": len(corpus.training),
-        "held_out_documents": len(corpus.held_out),
-        "held_out": corpus.digests(),
-        "skipped_files": len(corpus.skipped),
-        "training_tokens": len(dataset.stream),
+        "settings": dataclasses.asdict(settings),
+        "corpus": {
+            "sources": list(corpus.sources),
+            "training_documents": len(corpus.training),
+            "held_out_documents": len(corpus.held_out),
+            "held_out": corpus.digests(),
+            "skipped_files": len(corpus.skipped),
+            "training_tokens": len(dataset.stream),
+        },
+        "parameters": trainer.model.num_parameters(),
+        "processes": state.num_processes,
+        "stream": dataset.digest,
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
 
 

@@ -130,6 +130,7 @@ def training_arguments(settings: TrainSettings, out: Path, processes: int) -> Tr
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         adam_beta2=0.95,
+        average_tokens_across_devices=processes > 1,  # as transformers does by itself since 4.54
         seed=settings.seed,
         bf16=computes_in_bfloat16() if settings.dtype == "auto" else settings.dtype == "bfloat16",
         logging_first_step=True,

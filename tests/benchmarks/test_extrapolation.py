@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import click
 import numpy as np
 import pytest
 
 from benchmarks.extrapolation import VARIANTS, flags_of, paired_difference
+from benchmarks.extrapolation_scores import read_losses
 from expe_edge.training.settings import make_settings
 
 
@@ -49,3 +53,14 @@ def test_a_variant_can_be_spelled_out() -> None:
     assert flags_of("steep=--positional alibi --seed '3'") == ["--positional", "alibi", "--seed", "3"]
     with pytest.raises(click.BadParameter, match="unknown variant 'albi'; available: expe, "):
         flags_of("albi")
+
+
+def test_interrupted_scores_are_gone_on_with(tmp_path: Path) -> None:
+    asked, losses = {"lengths": [1], "documents": 2, "texts": []}, [[2.5], [2.25]]
+    partial = tmp_path / "losses"
+    assert read_losses(partial, asked) == []
+    partial.write_text(json.dumps({"asked": asked, "losses": losses}))
+    assert read_losses(partial, asked) == losses
+    assert read_losses(partial, {**asked, "documents": 3}) == []
+    partial.write_text(partial.read_text()[:20])
+    assert read_losses(partial, asked) == []

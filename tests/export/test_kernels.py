@@ -24,6 +24,7 @@ from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.quant.channels import Range
 from expe_edge.quant.formats import Formats
 from expe_edge.quant.recipe import CACHES, EMBEDDINGS, Recipe
+from tests.conftest import HAS_INT8_CACHE
 from tests.graphs import CONFIG, LINEARS, operators_of, random_weights, rows_of, token_stream
 from tests.strategies import small_config
 
@@ -43,7 +44,7 @@ RECIPES = [
     *map(Recipe, LINEAR_FORMATS),
     *SEVEN_BIT,
     *(Recipe("int8-static", embedding=embedding) for embedding in EMBEDDINGS),
-    *(Recipe("int4-weight", cache=cache, embedding="int4") for cache in CACHES),
+    *(Recipe("int4-weight", cache=cache, embedding="int4") for cache in CACHES if cache == "float32" or HAS_INT8_CACHE),
 ]
 every_precision = pytest.mark.parametrize("precision", LINEAR_FORMATS)
 every_recipe = pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from tests.command_line import refused
 
 #: Nats that a sum over a few hundred tokens may differ by, float32 in two engines.
 NATS = 1e-4
+#: Of long texts, whose sums float32 no longer holds to that.
+SHARE = 1e-6
 LONG = "The old tree grows under the bright stone. " * 25
 #: Contexts and continuations: none, short, several tokens, one read together with the next, past the prefill chunk.
 PAIRS = [
@@ -79,7 +81,7 @@ def test_continuations_have_the_nats_of_the_checkpoint(
     scores = model.loglikelihood(requests("loglikelihood", PAIRS))
 
     expected = [torch_scores(trained, *pair) for pair in PAIRS]
-    np.testing.assert_allclose([nats for nats, _ in scores], [nats for nats, _ in expected], rtol=0, atol=NATS)
+    np.testing.assert_allclose([nats for nats, _ in scores], [nats for nats, _ in expected], rtol=SHARE, atol=NATS)
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
 
 
@@ -103,7 +105,7 @@ def test_whole_texts_have_the_nats_of_the_checkpoint(trained: Checkpoint, packag
     nats = model.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in TEXTS]))
 
     expected = [torch_scores(trained, "", text)[0] if text else 0.0 for text in TEXTS]
-    np.testing.assert_allclose(nats, expected, rtol=0, atol=NATS)
+    np.testing.assert_allclose(nats, expected, rtol=SHARE, atol=NATS)
 
 
 def test_max_length_reads_texts_in_windows(packages: Path) -> None:
@@ -128,7 +130,7 @@ def test_max_length_cuts_contexts_from_the_left_and_says_so(packages: Path, capf
     cut = short._loglikelihood_tokens([(None, ids[:15], ids[15:]), (None, ids[:3], ids[3:6])])
 
     expected = whole._loglikelihood_tokens([(None, ids[11:15], ids[15:]), (None, ids[:3], ids[3:6])])
-    np.testing.assert_allclose([nats for nats, _ in cut], [nats for nats, _ in expected], rtol=0, atol=NATS)
+    np.testing.assert_allclose([nats for nats, _ in cut], [nats for nats, _ in expected], rtol=SHARE, atol=NATS)
     assert "1 of 2 texts exceed max_length=8 and lose tokens from the left" in capfd.readouterr().err
 
 
@@ -267,7 +269,7 @@ def test_package_and_checkpoint_answer_alike(checkpoint: Path, packages: Path, t
     theirs, their_choices = answers("expe-edge-checkpoint", {"pretrained": str(checkpoint)}, tasks)
 
     assert len(ours) == 4 * 4 + 4
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=NATS)
+    np.testing.assert_allclose(ours, theirs, rtol=SHARE, atol=NATS)
     assert our_choices == their_choices
 
 

@@ -100,8 +100,12 @@ def test_gptq_fits_the_scale_of_a_block_to_the_inputs_that_count(seed: int, bits
 @settings(max_examples=40)
 @given(seeds, widths, bits)
 @example(seed=4355, width=(50, 64), bits=8)  # least squares, rounded to half precision, lose to what was there
+@example(seed=32817, width=(40, 16), bits=4)  # a scale is kept, as the best is too far; the others were fitted to that
 def test_refitted_scales_are_the_best_for_their_codes(seed: int, width: tuple[int, int], bits: int) -> None:
-    """Moving any scale a little either way gains nothing, but what storing it in half precision cost."""
+    """Moving any scale a little either way gains nothing, but what storing it in half precision cost.
+
+    That is for rows whose scales are all refitted, not for those that keep one.
+    """
     columns, block = width
     matrix, moments = normal(seed, 6, columns), correlated_moments(seed + 1, columns)
     solved = round_to_nearest(matrix, bits, block)
@@ -109,13 +113,15 @@ def test_refitted_scales_are_the_best_for_their_codes(seed: int, width: tuple[in
     np.testing.assert_array_equal(found.codes, solved.codes)
     change = found.scale / solved.scale
     assert ((change > 0.999 * NARROWEST) & (change < 1.001 * WIDEST)).all()
+    assert output_error(found, matrix, moments) <= output_error(solved, matrix, moments) * 1.000001
+    refitted = (found.scale != solved.scale).all(axis=1)
+    found, matrix = found._replace(codes=found.codes[refitted], scale=found.scale[refitted]), matrix[refitted]
     least = output_error(found, matrix, moments)
-    assert least <= output_error(solved, matrix, moments) * 1.000001
     for index in range(found.scale.shape[1]):
         for factor in (0.99, 1.01):
             moved = found.scale.copy()
             moved[:, index] *= factor
-            assert output_error(found._replace(scale=moved), matrix, moments) > 0.999 * least
+            assert output_error(found._replace(scale=moved), matrix, moments) >= 0.999 * least
 
 
 @settings(max_examples=40)
