@@ -15,22 +15,16 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.extrapolation import SCORES_FILE, Double
-from expe_edge.divergence import log_softmax
+from benchmarks.extrapolation import SCORES_FILE
 from expe_edge.quality.comparison import long_documents
+from expe_edge.quality.losses import predictions
 from expe_edge.quality.scoring import Ids, Scorer, open_scorer
 
 
 def losses_by_length(scorer: Scorer, document: Ids, ends: Sequence[int]) -> list[float]:
     """Return the mean loss in every bucket that `ends`, in tokens, close, of a document (T,) longer than the last."""
-    tokens, targets, losses = document[: ends[-1]], document[1 : ends[-1] + 1], []
-    begin = 0
-    for logits in scorer.logits(tokens):
-        wanted = targets[begin : begin + len(logits)]
-        losses.append(-log_softmax(logits)[np.arange(len(wanted)), wanted])
-        begin += len(wanted)
-    buckets: list[Double] = np.split(np.concatenate(losses), ends[:-1])
-    return [float(bucket.mean()) for bucket in buckets]
+    losses = predictions(scorer, document[: ends[-1] + 1], 1).nll
+    return [float(bucket.mean()) for bucket in np.split(losses, ends[:-1])]
 
 
 @click.command()

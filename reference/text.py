@@ -77,9 +77,9 @@ def chosen_documents(wheels: Iterable[Path]) -> Iterator[Document]:
     for wheel in wheels:
         taken = 0
         for document in sorted(modules(wheel), key=lambda document: document.digest):
-            lines = telling_lines(document.text)
             if taken + len(document.text) > LARGEST_PACKAGE or not written_by_people(document):
                 continue
+            lines = telling_lines(document.text)
             if share(lines, held_out) > SHARED_WITH_HELD_OUT or share(lines, seen) > SHARED_WITH_OTHERS:
                 continue
             seen.update(lines)

@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 
 from expe_edge.cli.flags import Setting
-from expe_edge.cli.output import PATH, report_written, require_counts, require_plot, require_writable, write_json
+from expe_edge.cli.output import (
+    PATH,
+    TEXT_FIELD,
+    THREADS,
+    report_written,
+    require_counts,
+    require_plot,
+    require_writable,
+    write_json,
+)
 from expe_edge.errors import ConfigError
 
 
@@ -21,10 +30,10 @@ from expe_edge.errors import ConfigError
     metavar="PATH",
     help="Text to score; else the reference's held-out documents.",
 )
-@click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
+@TEXT_FIELD
 @click.option("--lengths", default="1,2,4,8,16", show_default=True, help="Ends of the buckets, in training lengths.")
 @click.option("--documents", default=24, show_default=True, help="Most documents to score.")
-@click.option("--threads", type=int, help="Threads of all packages together.  [default: every core]")
+@THREADS
 @click.option("--json", "json_file", type=PATH, help="Write all figures there.")
 @click.option("--plot", "plot_file", type=PATH, help="Draw perplexity and KL divergence by length there (.png, .svg).")
 def compare(

@@ -1,4 +1,4 @@
-"""What the commands share: paths and counts as options, and JSON written whole or not at all."""
+"""What the commands share: options, paths and counts among them, and JSON written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from expe_edge.package.directory import why_unwritable
 
 #: A path option or argument; whether it exists is for the command to say, in its own words.
 PATH = click.Path(path_type=Path)
+#: The options of commands that read text, and of those that compute several models.
+TEXT_FIELD = click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
+THREADS = click.option("--threads", type=int, help="Threads of all packages together.  [default: every core]")
 #: Formats of `--plot`.
 PLOT_SUFFIXES = (".png", ".svg")
 

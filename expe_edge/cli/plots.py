@@ -22,6 +22,13 @@ def drawing() -> Any:
     return pyplot
 
 
+def scale_by_length(axes: Any, training_length: int) -> None:
+    """Let axes show tokens to the right by octaves, with a line at the training length."""
+    axes.set_xscale("log", base=2)
+    axes.axvline(training_length, color="grey", linewidth=1, linestyle=":")
+    axes.grid(alpha=0.3)
+
+
 def plot_comparison(comparison: Comparison, path: Path) -> None:
     """Draw perplexity and KL divergence against length, with standard errors, into `path`."""
     pyplot = drawing()
@@ -39,10 +46,8 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
     left.set(title="perplexity", ylabel="perplexity per token")
     right.set(title=f"KL divergence to {reference}", ylabel="nats per token", yscale="log")
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
         axes.set_xlabel(f"position, tokens (training length {comparison.training_length})")
-        axes.axvline(comparison.training_length, color="grey", linewidth=1, linestyle=":")
-        axes.grid(alpha=0.3)
+        scale_by_length(axes, comparison.training_length)
     left.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

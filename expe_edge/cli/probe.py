@@ -6,9 +6,18 @@ from pathlib import Path
 
 import click
 
-from expe_edge.cli.compare import parse_integers
+from expe_edge.cli.compare import parse_integers, parse_lengths
 from expe_edge.cli.flags import Setting
-from expe_edge.cli.output import PATH, report_written, require_counts, require_plot, require_writable, write_json
+from expe_edge.cli.output import (
+    PATH,
+    TEXT_FIELD,
+    THREADS,
+    report_written,
+    require_counts,
+    require_plot,
+    require_writable,
+    write_json,
+)
 
 
 @click.command(short_help="Measure whether a model uses far text.")
@@ -21,7 +30,7 @@ from expe_edge.cli.output import PATH, report_written, require_counts, require_p
     metavar="PATH",
     help="Text to read; else the first model's held-out documents.",
 )
-@click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
+@TEXT_FIELD
 @click.option(
     "--probe",
     "probes",
@@ -35,7 +44,7 @@ from expe_edge.cli.output import PATH, report_written, require_counts, require_p
 @click.option("--documents", default=8, show_default=True, help="Most documents to read.")
 @click.option("--cases", default=4, show_default=True, help="Questions for each length and depth.")
 @click.option("--seed", default=0, show_default=True, help="Seed of numbers, names and samples.")
-@click.option("--threads", type=int, help="Threads of all packages together.  [default: every core]")
+@THREADS
 @click.option("--json", "json_file", type=PATH, help="Write all figures there.")
 @click.option("--plot", "plot_file", type=PATH, help="Draw all probes there (.png, .svg).")
 def probe(
@@ -70,7 +79,7 @@ def probe(
     from expe_edge.quality.scoring import open_side_by_side
 
     settings = probing.ProbeSettings(
-        lengths=tuple(parse_integers("--lengths", lengths, "1,2,4,8,16")),
+        lengths=tuple(parse_lengths(lengths)),
         documents=documents,
         probes=tuple(dict.fromkeys(probes)) or probing.PROBES,
         depths=tuple(percent / 100 for percent in parse_integers("--depths", depths, "0,50,100")),

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from expe_edge.cli.plots import drawing
+from expe_edge.cli.plots import drawing, scale_by_length
+from expe_edge.quality.context_use import ContextUse
 from expe_edge.quality.definitions import CODE_DEFINITION
+from expe_edge.quality.loss_by_position import PositionLoss
 from expe_edge.quality.probing import ProbeReport
 from expe_edge.quality.recall import Recall
 
@@ -20,15 +22,15 @@ WIDTH, HEIGHT = 4.2, 3.4
 def plot_probes(report: ProbeReport, path: Path) -> None:
     """Draw into `path` curves by length in a row, and below a heat map of recall for each model and probe."""
     pyplot = drawing()
-    curves = [draw for draw, results in _curves(report) if results]
+    curves = [(draw, results) for draw, results in _curves(report) if results]
     probes = [probe for probe in dict.fromkeys(r.probe for r in report.recall) if probe != CODE_DEFINITION]
     rows = bool(curves) + len(report.models) * bool(probes)
     columns = max(len(curves), len(probes))
     figure, panels = pyplot.subplots(
         rows, columns, figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained", squeeze=False
     )
-    for axes, draw in zip(panels[0], curves, strict=False):
-        draw(report, axes)
+    for axes, (draw, results) in zip(panels[0], curves, strict=False):
+        draw(report, results, axes)
     for column, probe in enumerate(probes):
         of_probe = [r for r in report.recall if r.probe == probe]
         most = max(1e-3, *(r.gained for r in of_probe))  # one scale for all models
@@ -49,27 +51,26 @@ def _curves(report: ProbeReport) -> list[tuple[Any, Sequence[Any]]]:
     ]
 
 
-def _draw_context_use(report: ProbeReport, axes: Any) -> None:
-    for model in report.models:
-        points = [(r.length, r.gained, r.gained_stderr) for r in report.context_use if r.model == model]
-        _draw_curve(points, model, axes)
-    axes.axhline(0, color="grey", linewidth=1)
+def _draw_context_use(report: ProbeReport, results: Sequence[ContextUse], axes: Any) -> None:
+    _draw_gains(report, results, axes)
     _label(report, "context use: gained by far text", "length, tokens", axes)
 
 
-def _draw_losses(report: ProbeReport, axes: Any) -> None:
-    for model in report.models:
-        points = [(r.bin_end, r.loss, r.loss_stderr) for r in report.loss_by_position if r.model == model]
-        _draw_curve(points, model, axes)
-    _label(report, "loss by position", "position, tokens", axes)
-
-
-def _draw_definitions(report: ProbeReport, axes: Any) -> None:
-    matching = [r for r in report.recall if r.probe == CODE_DEFINITION]
-    for model in report.models:
-        _draw_curve([(r.length, r.gained, r.gained_stderr) for r in matching if r.model == model], model, axes)
-    axes.axhline(0, color="grey", linewidth=1)
+def _draw_definitions(report: ProbeReport, results: Sequence[Recall], axes: Any) -> None:
+    _draw_gains(report, results, axes)
     _label(report, f"{CODE_DEFINITION}: gained by the definition", "distance at most, tokens", axes)
+
+
+def _draw_gains(report: ProbeReport, results: Sequence[ContextUse | Recall], axes: Any) -> None:
+    for model in report.models:
+        _draw_curve([(r.length, r.gained, r.gained_stderr) for r in results if r.model == model], model, axes)
+    axes.axhline(0, color="grey", linewidth=1)
+
+
+def _draw_losses(report: ProbeReport, results: Sequence[PositionLoss], axes: Any) -> None:
+    for model in report.models:
+        _draw_curve([(r.bin_end, r.loss, r.loss_stderr) for r in results if r.model == model], model, axes)
+    _label(report, "loss by position", "position, tokens", axes)
 
 
 def _draw_curve(points: Sequence[tuple[float, float, float]], model: str, axes: Any) -> None:
@@ -79,9 +80,7 @@ def _draw_curve(points: Sequence[tuple[float, float, float]], model: str, axes: 
 
 def _label(report: ProbeReport, title: str, across: str, axes: Any) -> None:
     axes.set(title=title, xlabel=across, ylabel="nats per token")
-    axes.set_xscale("log", base=2)
-    axes.axvline(report.training_length, color="grey", linewidth=1, linestyle=":")
-    axes.grid(alpha=0.3)
+    scale_by_length(axes, report.training_length)
     axes.legend(fontsize=8)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from expe_edge.cli.tables import rows_by_name
 from expe_edge.quality.context_use import ContextUse
 from expe_edge.quality.definitions import CODE_DEFINITION
 from expe_edge.quality.probing import ProbeReport
@@ -31,7 +30,7 @@ def context_use_table(report: ProbeReport) -> Table:
     first = report.context_use[0]
     lengths = list(dict.fromkeys(result.length for result in report.context_use))
     n = report.training_length
-    table = _table(
+    table = rows_by_name(
         f"Context use: loss of the last {first.tokens // first.documents} tokens of a length, nats per token, "
         f"N = {n}, {first.documents} documents, ± standard error",
         [f"{length // n} N" for length in lengths],
@@ -56,7 +55,7 @@ def recall_table(report: ProbeReport, results: Sequence[Recall]) -> Table:
         f"{results[0].probe}: exact match, nats gained per token of the answer ± standard error; N = {n}, "
         f"{results[0].cases} cases"
     )
-    table = _table(title, [f"{length // n} N" for length in lengths])
+    table = rows_by_name(title, [f"{length // n} N" for length in lengths])
     for model in report.models:
         table.add_row(Text(model, style="bold"))
         for depth in dict.fromkeys(result.depth for result in results):
@@ -70,7 +69,7 @@ def definition_table(report: ProbeReport, results: Sequence[Recall]) -> Table:
     """Lay the probe of real code out as a row for each model, a column for each range of distances."""
     lengths, n = list(dict.fromkeys(result.length for result in results)), report.training_length
     title = f"{results[0].probe}: exact match, nats gained per token of the name ± standard error; by distance, N = {n}"
-    table = _table(title, [f"to {length // n} N" for length in lengths])
+    table = rows_by_name(title, [f"to {length // n} N" for length in lengths])
     table.add_row("cases", *(str(r.cases) for r in results if r.model == report.models[0]))
     for model in report.models:
         table.add_row(Text(model), *(_recalled(r) for r in results if r.model == model))
@@ -81,21 +80,12 @@ def loss_table(report: ProbeReport) -> Table:
     """Lay loss by position out as a row for each bin, a column for each model."""
     first = report.loss_by_position[0]
     title = f"Loss by position, nats per token, N = {report.training_length}, {first.documents} documents"
-    table = _table(f"{title}, ± standard error", report.models)
+    table = rows_by_name(f"{title}, ± standard error", report.models)
     bins: dict[tuple[int, int], list[str]] = {}
     for r in report.loss_by_position:
         bins.setdefault((r.bin_start, r.bin_end), []).append(f"{r.loss:.3f} ±{r.loss_stderr:.3f}")
     for (start, end), cells in bins.items():
         table.add_row(f"{start}–{end}", *cells)
-    return table
-
-
-def _table(title: str, columns: Sequence[Any]) -> Table:
-    """A table whose first column names rows, all columns as wide as what they hold."""
-    table = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(Text(column), justify="right", no_wrap=True)
     return table
 
 

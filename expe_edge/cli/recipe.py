@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from expe_edge.cli.flags import Setting
-from expe_edge.cli.output import PATH, require_writable, write_json
+from expe_edge.cli.output import PATH, TEXT_FIELD, require_writable, write_json
 from expe_edge.errors import ExportError
 from expe_edge.quant.recipe import (
     BLOCK_SIZES,
@@ -88,7 +88,7 @@ _OPTIONS = (
         help="Texts of one training length.",
     ),
     click.option("--ranges-from", type=PATH, metavar="PACKAGE", help="Use the ranges of a package of this model."),
-    click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet."),
+    TEXT_FIELD,
     click.option("--seed", default=0, show_default=True, help="Which windows calibrate."),
     click.option("--names", is_flag=True, help="Readable names of tensors, for graph viewers; some kilobytes."),
     click.option("--force", is_flag=True, help="Replace packages that exist."),

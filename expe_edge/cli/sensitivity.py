@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 
 from expe_edge.cli.flags import Setting
-from expe_edge.cli.output import PATH, report_written, require_counts, require_plot, require_writable, write_json
+from expe_edge.cli.output import (
+    PATH,
+    TEXT_FIELD,
+    report_written,
+    require_counts,
+    require_plot,
+    require_writable,
+    write_json,
+)
 from expe_edge.quant.recipe import (
     BLOCK_SIZES,
     CALIBRATION_WINDOWS,
@@ -61,7 +69,7 @@ MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"
     metavar="PATH",
     help="Text to calibrate and measure on; else the training text.",
 )
-@click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
+@TEXT_FIELD
 @click.option("--seed", default=0, show_default=True, help="Which texts.")
 @click.option("--json", "json_file", type=PATH, help="Write all figures there.")
 @click.option("--plot", "plot_file", type=PATH, help="Draw a bar for each weight there (.png, .svg).")

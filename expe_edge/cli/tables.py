@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +20,15 @@ def print_whole(table: Table, console: Console) -> None:
     """Print `table` with no name and no figure cut: a terminal that is too narrow breaks its lines instead."""
     console.width = max(console.width, Console(width=10_000).measure(table).maximum)
     console.print(table)
+
+
+def rows_by_name(title: str, columns: Iterable[str]) -> Table:
+    """Return a table whose first column names rows, all columns as wide as what they hold; no text is markup."""
+    table = Table(title=Text(title, style="table.title"), box=box.SIMPLE, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    return table
 
 
 def bucket_name(result: BucketResult, training_length: int) -> str:
@@ -39,13 +47,10 @@ def comparison_table(comparison: Comparison) -> Table:
     title = f"Quality by position, N = {n} tokens, {comparison.results[0].documents} documents, ± standard error"
     if len(comparison.models) > 1:
         title += (
-            f"\nKL divergence and top-1 agreement against {escape(comparison.models[0])}; near-ties are tokens where "
+            f"\nKL divergence and top-1 agreement against {comparison.models[0]}; near-ties are tokens where "
             f"its two best are less than {NEAR_TIE} nats apart"
         )
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for result in comparison.of(comparison.models[0]):
-        table.add_column(bucket_name(result, n), justify="right", no_wrap=True)
+    table = rows_by_name(title, [bucket_name(result, n) for result in comparison.of(comparison.models[0])])
     others = comparison.models[1:]
     sections: list[tuple[str, tuple[str, ...], Callable[[BucketResult], str]]] = [
         ("perplexity", comparison.models, lambda r: f"{r.perplexity:.2f} ±{r.perplexity_stderr:.2f}"),

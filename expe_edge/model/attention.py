@@ -7,6 +7,7 @@ D head size · V vocabulary · G limbs of a position's code.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -183,24 +184,33 @@ class AttentionContext:
         be rounded. The gradient needs it: in half precision the gradients of a query's scores do not quite add up to 0,
         and what is left would be multiplied by the position, where it should be by the distance.
         """
-        codes = self.block(0, slopes.shape[2]).codes
-        assert codes is not None
-        parts = exact_limbs(codes)
-        scaled = torch.cat([slopes * unit for unit, _ in parts], dim=-1)
+        codes, keys = self.codes_in_half
+        scaled = torch.cat([slopes * unit for unit in LIMB_UNITS], dim=-1)
         coarse = scaled.detach().to(half)
         own = -(slopes * codes).sum(dim=-1, keepdim=True).to(half)
-        limbs = torch.cat([limb for _, limb in parts], dim=-1).to(half)
-        queries = torch.cat([coarse, (scaled - coarse).to(half), own], dim=-1)
-        return queries, torch.cat([limbs, limbs, torch.ones_like(limbs[..., :1])], dim=-1)
+        return torch.cat([coarse, (scaled - coarse).to(half), own], dim=-1), keys
+
+    @cached_property
+    def codes_in_half(self) -> tuple[Tensor, Tensor]:
+        """The codes of all keys, (B, 1, T, G), and the dimensions that keys get of them, the same in every layer."""
+        codes = self.block(0, self.query_positions.shape[1]).codes
+        assert codes is not None
+        assert self.half is not None
+        limbs = torch.cat(exact_limbs(codes), dim=-1).to(self.half)
+        return codes, torch.cat([limbs, limbs, torch.ones_like(limbs[..., :1])], dim=-1)
 
 
-def exact_limbs(codes: Tensor) -> list[tuple[int, Tensor]]:
-    """Return what adds up to integer codes (…) within ± 2^24: units and their multiples, which bfloat16 holds exactly.
+#: What a unit of each of `exact_limbs` is worth.
+LIMB_UNITS = (1, 2**8, 2**16)
+
+
+def exact_limbs(codes: Tensor) -> list[Tensor]:
+    """Cut integer codes (…) within ± 2^24 into multiples of `LIMB_UNITS`, which bfloat16 holds exactly.
 
     All have the sign of the code: large ones that cancel each other would lose their gradients.
     """
     size, sign = codes.abs(), codes.sign()
-    return [(1, sign * (size & 255)), (256, sign * (size >> 8 & 255)), (65536, sign * (size >> 16))]
+    return [sign * (size & 255), sign * (size >> 8 & 255), sign * (size >> 16)]
 
 
 def aligned(states: Tensor) -> Tensor:

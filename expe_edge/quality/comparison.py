@@ -24,6 +24,12 @@ from expe_edge.text.tokenization import encode_documents, load_tokenizer, token_
 Double = npt.NDArray[np.float64]
 
 
+def plain(result: Any) -> dict[str, Any]:
+    """Return the fields of a result for JSON: numbers that are not finite as null."""
+    values = dataclasses.asdict(result)
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
+
 @dataclass(frozen=True)
 class BucketResult:
     """One model's quality over the tokens predicted at positions [bucket_start, bucket_end).
@@ -58,8 +64,7 @@ class BucketResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        values = dataclasses.asdict(self)
-        return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        return plain(self)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import numpy as np
 
 from expe_edge.divergence import ratio_of_sums
 from expe_edge.errors import ConfigError
-from expe_edge.quality.losses import Double, Panel, plain
+from expe_edge.quality.comparison import Double, plain
+from expe_edge.quality.losses import Panel
 from expe_edge.quality.scoring import Ids
 
 #: Targets come in strides of N / 8, and so many strides make the targets of one length.

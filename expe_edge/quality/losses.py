@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from expe_edge.divergence import log_softmax
-from expe_edge.quality.comparison import unique_names
+from expe_edge.quality.comparison import Double, unique_names
 from expe_edge.quality.scoring import Ids, Scorer
-
-Double = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -84,9 +79,3 @@ def document_losses(
             losses[model, index] = predicted.nll
         advance(tokens)
     return losses
-
-
-def plain(result: Any) -> dict[str, Any]:
-    """Return the fields of a result for JSON: numbers that are not finite as null."""
-    values = dataclasses.asdict(result)
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}

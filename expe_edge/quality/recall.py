@@ -12,7 +12,8 @@ from expe_edge.divergence import ratio_of_sums
 from expe_edge.errors import ConfigError
 from expe_edge.kinds import require_choice
 from expe_edge.progress import note
-from expe_edge.quality.losses import Panel, Predictions, plain
+from expe_edge.quality.comparison import plain
+from expe_edge.quality.losses import Panel, Predictions
 from expe_edge.quality.needles import PUZZLES, Case, Material, Puzzle, place
 from expe_edge.quality.scoring import Ids
 

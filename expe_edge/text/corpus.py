@@ -76,13 +76,12 @@ def load_corpus(
             raise CorpusError(f"`sources` {error}") from error
         except OSError as error:  # a name that no file system takes
             raise CorpusError(f"`sources` {shown(source)}: {error.strerror}") from error
-        skipped += (item for item in read if isinstance(item, Skipped))
+        unread = [item for item in read if isinstance(item, Skipped)]
+        skipped += unread
         texts = [item for item in read if isinstance(item, Document) and len(item.text) >= SHORTEST_DOCUMENT]
         if not texts:
             nothing = f"`sources` {source}: no text of at least {SHORTEST_DOCUMENT} characters in it"
-            raise CorpusError(
-                "; ".join([nothing, *describe_skipped(item for item in read if isinstance(item, Skipped))])
-            )
+            raise CorpusError("; ".join([nothing, *describe_skipped(unread)]))
         for document in texts:
             documents.setdefault(document.text, document)
     training = tuple(document for document in documents.values() if not document.held_out)

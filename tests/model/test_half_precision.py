@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expe_edge.model.attention import AttentionContext, exact_limbs
+from expe_edge.model.attention import LIMB_UNITS, AttentionContext, exact_limbs
 from tests.strategies import random_model, small_config
 
 TOKENS, HEADS, SIZE = 700, 4, 8
@@ -46,5 +46,5 @@ def test_slopes_over_many_keys_are_exact_in_bfloat16(positional: str, limbs: int
 
 def test_limbs_add_up_and_are_exact() -> None:
     codes = torch.tensor([0, 1, 255, 256, 511, 70_000, 2**24 - 1, -3])
-    parts = [unit * limb.bfloat16().long() for unit, limb in exact_limbs(codes)]
+    parts = [unit * limb.bfloat16().long() for unit, limb in zip(LIMB_UNITS, exact_limbs(codes), strict=True)]
     assert torch.equal(torch.stack(parts).sum(dim=0), codes)
