@@ -35,6 +35,9 @@ def reference_logits(config: ExPEConfig, weights: Weights, tokens: Ids, position
         block = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
         normed = rms_norm(hidden, block["attention_norm.weight"], config.rms_norm_eps)
         mixed = attention(config, weights, block["attention.qkv.weight"], normed, positions)
+        if config.output_gate:
+            opened = 1 / (1 + np.exp(-normed @ block["attention.gate.weight"].T))
+            mixed = mixed * opened.repeat(config.head_dim, axis=1)
         hidden = hidden + mixed @ block["attention.out.weight"].T
         normed = rms_norm(hidden, block["feed_forward_norm.weight"], config.rms_norm_eps)
         hidden = hidden + feed_forward(config, block, normed)
@@ -77,9 +80,54 @@ def attention(config: ExPEConfig, weights: Weights, fused: Double, hidden: Doubl
         query, key = queries[:, own], keys[:, group]
         if config.positional == "rotary":
             query, key = rotate(config, query, positions), rotate(config, key, positions)
-        scores = query @ key.T / math.sqrt(size) + score_bias(config, weights, head, positions)
+        if has_shaped_slopes(config):
+            scores = shaped_scores(config, head, query_input, hidden, query_weight[own], key_weight[group], positions)
+        else:
+            scores = query @ key.T / math.sqrt(size) + score_bias(config, weights, head, positions)
         mixed.append(softmax(scores + hidden_future) @ values[:, group])
     return np.concatenate(mixed, axis=-1)
+
+
+def has_shaped_slopes(config: ExPEConfig) -> bool:
+    parameters = config.positional_parameters
+    return bool(parameters.get("softplus") or parameters.get("content_heads"))
+
+
+def shaped_scores(
+    config: ExPEConfig,
+    head: int,
+    inputs: Double,
+    hidden: Double,
+    query_weight: Double,
+    key_weight: Double,
+    positions: Ids,
+) -> Double:
+    """Scores (T, T) of one head where slopes are more than products: content, and a slope times what codes differ by.
+
+    The key of a position is what its input gives; its part that grows is what the steps alone give.
+    """  # fmt: skip
+    parameters, size, heads = config.positional_parameters, config.head_dim, config.num_attention_heads
+    content_heads = parameters.get("content_heads", 0)
+    queries = inputs @ query_weight.T
+    without = with_vectors(config, hidden, np.zeros(parameters["dims"]))
+    scores = queries @ (without @ key_weight.T).T / math.sqrt(size)
+    if head >= heads - content_heads:
+        seen = np.arange(1, len(positions) + 1)
+        heat: Double = 1 + parameters.get("temperature", 0.0) * np.log(seen / config.training_length)
+        tempered: Double = scores * heat[:, None]
+        return tempered
+    limbs = parameters.get("limbs", 1)
+    codes = np.array([digits(int(n), parameters.get("limb_bits", 24), limbs) for n in positions], dtype=np.float64)
+    steps, group = spread(config, "step", half=1), parameters["dims"] // limbs
+    for limb in range(limbs):
+        own = slice(limb * group, (limb + 1) * group)
+        slope = queries @ (key_weight[:, own] @ steps[own]) / math.sqrt(size)
+        if parameters.get("softplus"):
+            asked = parameters["slopes"]
+            begun = press_slopes(heads - content_heads)[head] if asked == "alibi" else asked[head]
+            slope = np.log1p(np.exp(4 * slope / begun)) * begun / 4
+        scores = scores + slope[:, None] * (codes[None, :, limb] - codes[:, None, limb])
+    return scores
 
 
 def _head(index: int, size: int) -> slice:

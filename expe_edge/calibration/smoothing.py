@@ -62,12 +62,16 @@ def _smooth_layer(search: _Search, name: str, layer: LayerWeights) -> LayerWeigh
 
 
 def _smooth_projection(layer: LayerWeights, scale: Float) -> LayerWeights:
-    """Divide what enters the fused product and the slopes by `scale` (C,)."""
+    """Divide what enters the fused product, the slopes and the gate by `scale` (C,)."""
     positions = layer.positions
     if positions is not None:
         positions = dataclasses.replace(positions, slope_weight=positions.slope_weight * scale[:, None])
     return dataclasses.replace(
-        layer, attention_norm=layer.attention_norm / scale, qkv=layer.qkv * scale[:, None], positions=positions
+        layer,
+        attention_norm=layer.attention_norm / scale,
+        qkv=layer.qkv * scale[:, None],
+        positions=positions,
+        gate=None if layer.gate is None else layer.gate * scale[:, None],
     )
 
 

@@ -167,6 +167,8 @@ class Exporter:
             raise ExportError(self.config.too_large)
         if source.weights.folded and self.config.needs_inline is not None:
             raise ExportError(self.config.needs_inline)
+        if not source.weights.folded and self.config.needs_folding is not None:
+            raise ExportError(self.config.needs_folding)
         self.evidence = Evidence(
             source.weights, text.calibration, lambda: text.windows, rounding=source.rounding, progress=progress
         )

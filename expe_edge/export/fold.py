@@ -49,6 +49,7 @@ def _layer_weights(block: Block, positional: torch.nn.Module | None) -> LayerWei
         attention_norm=_array(block.attention_norm.weight),
         qkv=_array(weight.T),
         positions=positions,
+        gate=None if block.attention.gate is None else _array(block.attention.gate.weight.T),
         out=_array(block.attention.out.weight.T),
         feed_forward_norm=_array(block.feed_forward_norm.weight),
         up=_array(block.feed_forward.up.weight.T),
@@ -63,10 +64,13 @@ def fold_positions(positional: ExPE, weight: Tensor) -> FoldedPositions:
     storage = _over_stored_limbs(positional, beta)  # (G, C_out)
     queries, values = slice(0, heads.query_rows), slice(heads.query_rows + heads.key_rows, None)
 
+    sharpness = torch.tensor(positional.spec.sharpness(heads.queries) or (1.0,) * heads.queries, dtype=weight.dtype)
+    scale = sharpness * torch.tensor(positional.content).logical_not() / heads.size**0.5  # (H,)
+
     def slope(rows: Tensor) -> Tensor:
-        """Queries (n, H·D) to slopes (n, H·Gk), over √D."""
+        """Queries (n, H·D) to slopes (n, H·Gk), over √D, or to what enters their softplus."""
         query = rows.view(-1, heads.queries, heads.size).transpose(0, 1)  # (H, n, D)
-        slopes: Tensor = positional.slopes(query, beta) / heads.size**0.5  # (H, n, Gk)
+        slopes: Tensor = positional.slopes(query, beta) * scale[:, None, None]  # (H, n, Gk)
         return slopes.transpose(0, 1).flatten(1)
 
     in_values, relative = positional.spec.where == "query_key_value", positional.spec.relative

@@ -76,10 +76,12 @@ def build_graph(
         portable: standard operators alone, and so a cache that grows. The formats must be made for it too.
 
     Raises:
-        ExportError: a head size that the attention operator does not take.
+        ExportError: a head size that the attention operator does not take, or slopes that only folded weights have.
     """
     if not portable and weights.config.needs_portable is not None:
         raise ExportError(weights.config.needs_portable)
+    if not weights.folded and weights.config.needs_folding is not None:
+        raise ExportError(weights.config.needs_folding)
     return _Decoder(GraphBuilder(), weights, formats, embedding, cache, portable=portable).build()
 
 
@@ -145,12 +147,24 @@ class _Decoder:
         normed = self._norm(f"{name}.attention.norm", hidden, weights.attention_norm)
         projection = self.positions.project(f"{name}.attention", normed, weights)
         mixed = self.attention.emit(f"{name}.attention.mix", index, projection)
+        if weights.gate is not None:
+            mixed = self._gated(f"{name}.attention", normed, mixed, weights.gate)
         peaked = projection.positioned_values
         written = self.linear(f"{name}.attention.out", mixed, weights.out, peaked=peaked)
         hidden = graph.op("Add", hidden, written, name=f"{name}.attention.residual")
         normed = self._norm(f"{name}.feed_forward.norm", hidden, weights.feed_forward_norm)
         written = self._feed_forward(f"{name}.feed_forward", normed, weights)
         return graph.op("Add", hidden, written, name=f"{name}.feed_forward.residual")
+
+    def _gated(self, name: str, hidden: str, mixed: str, weight: Float) -> str:
+        """Multiply each head's result, of (B, T, H·D), by the sigmoid of its column of the gate, (C, H)."""
+        graph = self.graph
+        opened = graph.op("MatMul", hidden, graph.weight(f"{name}.gate.weight", weight), name=f"{name}.gate")
+        opened = graph.op("Sigmoid", opened, name=f"{name}.gate.opened")
+        opened = graph.op("Unsqueeze", opened, graph.ints(3), name=f"{name}.gate.heads")
+        heads = graph.op("Reshape", mixed, graph.ints(0, 0, -1, self.config.head_dim), name=f"{name}.mix.heads")
+        gated = graph.op("Mul", heads, opened, name=f"{name}.mix.gated")
+        return graph.op("Reshape", gated, graph.ints(0, 0, -1), name=f"{name}.mix.joined")
 
     def _feed_forward(self, name: str, hidden: str, weights: LayerWeights) -> str:
         graph = self.graph

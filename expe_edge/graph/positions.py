@@ -188,6 +188,19 @@ class ExPENodes(PositionNodes):
         distances_alone = self.weights.folded and self.parameters.relative and self.parameters.code.limbs == 1
         if not distances_alone:
             self.shared["codes"] = self.codes("queries", self.positions, self.parameters.code.stored)
+        if self.parameters.temperature:
+            self.shared["temperature"] = self.temperature()
+
+    def temperature(self) -> str:
+        """What the queries are multiplied by, (B, T, H·D): 1 + c·ln(n/N) in content heads, for a query that sees n keys."""
+        graph, heads = self.graph, self.config.num_attention_heads
+        strength = self.parameters.temperature * np.array(self.parameters.content(heads), dtype=np.float32)
+        strengths = graph.constant(np.repeat(strength, self.config.head_dim))
+        seen = graph.op("Add", self.float_positions(), graph.scalar(1.0), name="temperature.seen")
+        growth = graph.op("Div", seen, graph.scalar(float(self.config.training_length)), name="temperature.lengths")
+        growth = graph.op("Log", growth, name="temperature.growth")
+        grown = graph.op("Mul", growth, strengths, name="temperature.grown")
+        return graph.op("Add", grown, graph.scalar(1.0), name="temperature")
 
     def codes(self, name: str, positions: str, code: PositionCode) -> str:
         """Append the limbs of int64 `positions` (…) by integer arithmetic: (…, G) float32, every value exact."""
@@ -259,8 +272,10 @@ class ExPENodes(PositionNodes):
 
     def project_folded(self, layer: str, hidden: str, weights: LayerWeights, positions: FoldedPositions) -> Projection:
         """One product over content; positions beside it, and in the scores' bias."""
-        plain = super().project(layer, hidden, weights)
+        graph, plain = self.graph, super().project(layer, hidden, weights)
         query = self.affine(f"{layer}.query", plain.query, positions.query_start, positions.query_limbs)
+        if "temperature" in self.shared:
+            query = graph.op("Mul", query, self.shared["temperature"], name=f"{layer}.query.tempered")
         bias = self.bias(layer, hidden, positions)
         if positions.value_start is None or positions.value_limbs is None:
             return Projection(query, plain.key, plain.value, bias)
@@ -281,6 +296,7 @@ class ExPENodes(PositionNodes):
         graph, limbs = self.graph, self.parameters.code.limbs
         content = graph.op("MatMul", hidden, graph.weight(f"{layer}.slope.weight", positions.slope_weight))
         slopes = self.affine(f"{layer}.slope", content, positions.slope_start, positions.slope_limbs)
+        slopes = self.softplus(layer, slopes)
         shape = graph.ints(0, 0, self.config.num_attention_heads, limbs)
         slopes = graph.op("Reshape", slopes, shape, name=f"{layer}.slope.heads")
         slopes = graph.op("Transpose", slopes, name=f"{layer}.slopes", perm=[3, 0, 2, 1])  # (G, B, H, T)
@@ -289,6 +305,17 @@ class ExPENodes(PositionNodes):
         if limbs == 1:
             return graph.op("Squeeze", parts, graph.ints(0), name=f"{layer}.bias")
         return graph.op("ReduceSum", parts, graph.ints(0), name=f"{layer}.bias", keepdims=0)
+
+    def softplus(self, layer: str, slopes: str) -> str:
+        """Slopes (B, T, H) kept above 0, and content heads' at 0, from slopes times their sharpness."""
+        heads = self.config.num_attention_heads
+        sharpness = self.parameters.sharpness(heads)
+        if sharpness is None:
+            return slopes
+        scale = np.logical_not(self.parameters.content(heads)) / np.array(sharpness)
+        positive = self.graph.op("Softplus", slopes, name=f"{layer}.slope.positive")
+        constant = self.graph.constant(scale.astype(np.float32))
+        return self.graph.op("Mul", positive, constant, name=f"{layer}.slope.softplus")
 
     def key_codes(self, code: PositionCode) -> str:
         """c_g(j), (G, B or 1, 1, 1, S) float32."""

@@ -28,6 +28,7 @@ class FoldedPositions:
     value_start, value_limbs: the same for values, (Hkv·D,) and (G, Hkv·D); None unless positions enter them.
     slope_weight: (C, H·Gk), slope_start: (H·Gk,), slope_limbs: (G, H·Gk) — the slope q_i·β_k/√D of each head and
     limb of the keys' code, straight from the layer's float input, so that no int8 product is ever scaled by a distance.
+    Where slopes are kept above 0 by a softplus, what enters that, times its sharpness. 0 in content heads.
     """
 
     query_start: Float
@@ -41,11 +42,15 @@ class FoldedPositions:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One block. Matrices are (C_in, C_out); `qkv` is the content product where `positions` is given."""
+    """One block. Matrices are (C_in, C_out); `qkv` is the content product where `positions` is given.
+
+    gate: (C, H), of the heads' results; None where there is none. It stays in float32.
+    """
 
     attention_norm: Float
     qkv: Float
     positions: FoldedPositions | None
+    gate: Float | None
     out: Float
     feed_forward_norm: Float
     up: Float
@@ -108,6 +113,7 @@ def _require_shapes(weights: ModelWeights) -> None:
     shapes = {
         "attention_norm": (width,),
         "qkv": (width, (heads + 2 * shared) * size),
+        **({"gate": (width, heads)} if config.output_gate else {}),
         "out": (heads * size, width),
         "feed_forward_norm": (width,),
         "up": (width, inner * (2 if config.hidden_act == "swiglu" else 1)),
@@ -117,6 +123,8 @@ def _require_shapes(weights: ModelWeights) -> None:
     for owner, expected in ((weights, outer), *((layer, shapes) for layer in weights.layers)):
         for name, shape in expected.items():
             value = getattr(owner, name)
+            if value is None:
+                raise PackageError(f"the graph has no {name}, which its manifest speaks of; export the package again")
             if value.dtype != np.float32 or value.shape != shape:
                 raise PackageError(
                     f"the graph's {name} is {value.dtype} {value.shape}, but float32 {shape} by its manifest; export "
@@ -134,6 +142,7 @@ def _read_layer(tensors: Mapping[str, Float], layer: str) -> LayerWeights:
         attention_norm=tensors[f"{attention}.norm.gain"],
         qkv=qkv,
         positions=_read_positions(tensors, attention) if f"{attention}.slope.weight" in tensors else None,
+        gate=tensors.get(f"{attention}.gate.weight"),
         out=tensors[f"{attention}.out.weight"],
         feed_forward_norm=tensors[f"{layer}.feed_forward.norm.gain"],
         up=tensors[f"{layer}.feed_forward.up.weight"],

@@ -20,18 +20,23 @@ from expe_edge.model.encoding import PositionalEncoding
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key/value heads; the cache holds keys as the encoding leaves them."""
+    """Causal attention with grouped key/value heads; the cache holds keys as the encoding leaves them.
+
+    Where there is a gate, each head's result is multiplied by a number of (0, 1) that the token chooses: a head with
+    nothing to say falls silent, where it had to look at something (Qiu et al., arXiv 2505.06708, the gate of a head).
+    """
 
     def __init__(self, config: ExPEConfig, layer: int, positional: PositionalEncoding) -> None:
         super().__init__()
         self.layer, self.heads = layer, positional.heads
         self.qkv = nn.Linear(config.hidden_size, self.heads.rows, bias=False)
+        self.gate = nn.Linear(config.hidden_size, self.heads.queries, bias=False) if config.output_gate else None
         self.out = nn.Linear(self.heads.query_rows, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         positional = context.positional
         query, key, value, slopes = positional.project(self.qkv.weight, hidden, context.query_positions)
-        query = positional.rotate(query, context.query_positions)
+        query = positional.rotate(positional.temper(query, context.seen), context.query_positions)
         key = positional.rotate(key, context.query_positions)
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer)
@@ -43,7 +48,10 @@ class Attention(nn.Module):
                 states = context.attend(query.to(wide), key.to(wide), value.to(wide), slopes)
             else:
                 states = context.attend_in_half(query.to(wide), key, value, slopes)
-        written: Tensor = self.out(states.transpose(1, 2).flatten(2).to(hidden.dtype))
+        states = states.transpose(1, 2)  # (B, T, H, D)
+        if self.gate is not None:
+            states = states * torch.sigmoid(self.gate(hidden)).to(states.dtype).unsqueeze(-1)
+        written: Tensor = self.out(states.flatten(2).to(hidden.dtype))
         return written
 
 
@@ -82,6 +90,8 @@ class AttentionContext:
         self.padding = attention_mask if padded else None
         self.half = self._half()
         self.key_positions = self._key_positions()  # (B, S)
+        first = 0 if padded else self.key_positions[:, :1]  # padding may have any position; tokens count from 0 then
+        self.seen = query_positions - first + 1  # keys that each query sees, (B, T)
         length = query_positions.shape[1]
         self.spans = [(begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK)]
         self.blocks: dict[int, QueryBlock] = {}

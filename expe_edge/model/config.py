@@ -11,7 +11,7 @@ from expe_edge.errors import ConfigError, unknown_name
 from expe_edge.kinds import require_choice, require_kind, require_positive
 from expe_edge.package.checks import Check, whole
 from expe_edge.package.contract import BOUNDS, LONGEST, WIDEST
-from expe_edge.positions.parameters import EncodingParameters, encoding_parameters
+from expe_edge.positions.parameters import EncodingParameters, ExPEParameters, encoding_parameters
 
 ACTIVATIONS = ("swiglu", "gelu")
 #: Head sizes that onnxruntime's attention operator takes are multiples of this; those of portable graphs may be any.
@@ -53,6 +53,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         num_attention_heads: H. num_key_value_heads: Hkv, divides H; None for H.
         intermediate_size: width of the feed-forward layer; None for 8/3 C (swiglu) or 4 C (gelu), in eights.
         hidden_act: `swiglu` or `gelu`.
+        output_gate: whether what a head has read is multiplied by a gate, σ of a product with the attention's input.
         positional: a name in `POSITIONAL_PARAMETERS`. positional_parameters: its settings, plain data.
         training_length: N, tokens per training sequence.
         max_position_embeddings: positions that the encoding must represent exactly; None for all it can.
@@ -73,6 +74,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         num_key_value_heads: int | None = None,
         intermediate_size: int | None = None,
         hidden_act: str = "swiglu",
+        output_gate: bool = False,
         rms_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
@@ -98,6 +100,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         self.hidden_act = hidden_act
+        self.output_gate = output_gate
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.positional = positional
@@ -186,6 +189,7 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
     def parameter_count(self) -> int:
         """Weights of the model, but for a table of its positions."""
         heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        heads += self.num_attention_heads if self.output_gate else 0
         inner = self.intermediate_size * (3 if self.hidden_act == "swiglu" else 2)
         block = self.hidden_size * (heads + inner + 2)
         matrices = 1 if self.tie_word_embeddings else 2
@@ -211,6 +215,17 @@ class ExPEConfig(PretrainedConfig):  # type: ignore[misc]  # transformers publis
         return (
             f"head size {self.head_dim} is not a multiple of {HEAD_SIZE_UNIT}, which onnxruntime's attention needs; "
             "export with `portable`, or train with another `num_attention_heads` or `hidden_size`"
+        )
+
+    @property
+    def needs_folding(self) -> str | None:
+        """Why positions cannot stay inside this model's products; None where they can."""
+        parameters = self.encoding_parameters
+        if not isinstance(parameters, ExPEParameters) or not parameters.shaped:
+            return None
+        return (
+            "slopes that a softplus keeps above 0, and content_heads, are no product of positions with weights: export "
+            "with `positions` folded, or train with softplus=false and content_heads=0"
         )
 
     @property

@@ -3,10 +3,11 @@
 Notation: B batch · T query tokens · S keys · C hidden size · H heads · Hkv key/value heads · D head size ·
 G limbs of a position's integer code.
 
-An encoding may act at four places, each the identity unless overridden:
+An encoding may act at five places, each the identity unless overridden:
 
     embed    on the embeddings                     sinusoidal, ExPE at the embedding
     project  in the query/key/value product        ExPE, ExQPE
+    temper   on the projected queries              ExPE, ExQPE
     rotate   on the projected queries and keys     rotary
     bias     on the scores                         ALiBi, ExPE, ExQPE (linear), relative (a table)
 """
@@ -96,6 +97,11 @@ class PositionalEncoding(nn.Module):
     def stored(self, weight: Tensor) -> Tensor:
         """Return the weight that the product is taken with."""
         return weight if self.quantizer is None else self.quantizer(weight)
+
+    def temper(self, query: Tensor, seen: Tensor) -> Tensor:
+        """Return queries (B, H, T, D), of which each sees so many keys (B, T), sharpened or softened by that."""
+        del seen
+        return query
 
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
         """Return queries or keys (B, H, T, D) turned by their positions (B, T)."""

@@ -53,6 +53,7 @@ class ExPE(PositionalEncoding):
 
     def __init__(self, config: ExPEConfig) -> None:
         super().__init__(config)
+        self.training_length = config.training_length
         self.code = self.spec.code
         self.linear_bias = self.spec.foldable
 
@@ -113,7 +114,7 @@ class ExPE(PositionalEncoding):
             exact = query
             if self.quantizer is not None:  # an export takes slopes, which distances multiply, from float weights
                 exact = self._float_queries(content.to(beta.dtype), hidden.to(beta.dtype)) + query_term
-            return Projected(query, key, value, self.slopes(exact, beta))
+            return Projected(query, key, value, self.shaped(self.slopes(exact, beta)))
 
     def _terms(self, alpha: Tensor, beta: Tensor, positions: Tensor) -> Tensor:
         """Return what positions add to every row of the product, (B or 1, T or 1, C_out)."""
@@ -153,10 +154,11 @@ class ExPE(PositionalEncoding):
         asked = weight.new_tensor(slopes).view(heads.keys, -1)
         steepest = asked.abs().amax(dim=1, keepdim=True)
         share = asked / steepest.where(steepest > 0, 1.0)  # (Hkv, H/Hkv)
+        sloped = torch.tensor(self.content).logical_not().to(weight.device).view_as(asked) & (steepest > 0)
         own = SLOPE_MARGIN * content * share  # a
         shared = math.sqrt(heads.size) * steepest / (SLOPE_MARGIN * content)  # b, (Hkv, 1)
         constant, unit = weight.new_tensor(readings[0]), self.unit_reading(weight.new_tensor(readings[1:]))
-        rows[:, :, 0] *= share.abs().where(steepest > 0, 1.0)[..., None]
+        rows[:, :, 0] *= share.abs().where(sloped, 1.0)[..., None]
         queries[:, :, 0] = own[..., None] * constant
         keys[:, 0] = shared * unit
 
@@ -170,3 +172,26 @@ class ExPE(PositionalEncoding):
         key_beta = torch.unflatten(beta[start : start + self.heads.key_rows], 0, (self.heads.keys, self.heads.size))
         shared = key_beta.repeat_interleave(self.heads.queries // self.heads.keys, dim=0)
         return query @ shared
+
+    def shaped(self, slopes: Tensor) -> Tensor:
+        """Return slopes (B, H, T, G) as scores take them: above 0 where a softplus keeps them there, 0 in content heads."""
+        if not self.spec.shaped:
+            return slopes
+        sharpness = self.spec.sharpness(self.heads.queries)
+        if sharpness is not None:
+            steep = slopes.new_tensor(sharpness)[:, None, None] / math.sqrt(self.heads.size)
+            slopes = F.softplus(slopes * steep) / steep
+        return slopes * slopes.new_tensor([float(not content) for content in self.content])[:, None, None]
+
+    @property
+    def content(self) -> tuple[bool, ...]:
+        """Which heads see content alone."""
+        return self.spec.content(self.heads.queries)
+
+    def temper(self, query: Tensor, seen: Tensor) -> Tensor:
+        """Multiply the queries of content heads by 1 + c·ln(n/N), where they see n keys."""
+        if not self.spec.temperature:
+            return query
+        strength = query.new_tensor([self.spec.temperature * content for content in self.content])
+        growth = torch.log(seen.to(query.dtype) / self.training_length)
+        return query * (1 + strength[:, None, None] * growth[:, None, :, None])

@@ -24,6 +24,10 @@ HOW = ("override", "add")
 MOST_BUCKETS = 2**16
 #: How the slopes of the heads begin: as ALiBi's, at zero, or as the random weights give them.
 SLOPES = ("alibi", "zero", "random")
+#: How steep a head's softplus is, in units of the slope that it begins with.
+SHARPNESS = 4.0
+#: The largest temperature.
+HOTTEST = 16.0
 
 
 def per_dimension(name: str, value: float | Sequence[float], dims: int) -> tuple[float, ...]:
@@ -48,6 +52,12 @@ class EncodingParameters:
     def defaults(cls, given: Mapping[str, Any], training_length: int) -> dict[str, Any]:
         """Return the settings whose defaults depend on those `given` or on the training length."""
         del given, training_length
+        return {}
+
+    @classmethod
+    def recipe(cls, given: Mapping[str, Any], training_length: int, heads: int) -> dict[str, Any]:
+        """Return the settings that a new run has beside `defaults` and those `given`: the best that was measured."""
+        del given, training_length, heads
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +131,11 @@ class ExPEParameters(EncodingParameters):
         where: one of `WHERE`. With `key` the queries' input gets `start` alone, so that attention is exactly relative.
         how: one of `HOW`.
         slopes: how training begins, one of `SLOPES` or a slope for each head, in nats per position of distance.
+        softplus: keep slopes above 0, by a softplus of each that leaves it as it is where it begins.
+        content_heads: so many heads of every layer, the last, have slope 0 and keep it: they see content alone.
+        temperature: c; a query that sees n keys has the scores of its content heads multiplied by 1 + c·ln(n/N).
+
+    The last three are of the relative form, and this project's; docs/design.md has their sources.
     """
 
     dims: int = 16
@@ -129,6 +144,9 @@ class ExPEParameters(EncodingParameters):
     where: str = "key"
     how: str = "override"
     slopes: str | tuple[float, ...] = "random"
+    softplus: bool = False
+    content_heads: int = 0
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +161,15 @@ class ExPEParameters(EncodingParameters):
             )
         if self.slopes != "random" and self.where not in ("key", "query_key"):
             raise ConfigError(f"slopes is {self.slopes!r}, which needs where: key or query_key, not {self.where}")
+        for name in ("softplus", "content_heads", "temperature"):
+            if getattr(self, name) and not self.relative:
+                raise ConfigError(f"{name} is {getattr(self, name)}, which needs where: key, not {self.where}")
+        if self.softplus and (self.code.limbs > 1 or self.slopes in ("zero", "random")):
+            raise ConfigError("softplus needs slopes that begin above 0, of one limb; set softplus=false")
+        if not 0 <= self.temperature <= HOTTEST:
+            raise ConfigError(f"temperature is {shown(self.temperature)}; allowed: 0 to {HOTTEST}")
+        if self.temperature and not self.content_heads:
+            raise ConfigError(f"temperature is {self.temperature}, but there are no content_heads; set temperature=0")
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any], training_length: int) -> dict[str, Any]:
@@ -161,11 +188,23 @@ class ExPEParameters(EncodingParameters):
         """What one position adds to a dimension that counts, where no step is given."""
         return float(2.0 ** -(training_length - 1).bit_length())
 
+    @classmethod
+    def recipe(cls, given: Mapping[str, Any], training_length: int, heads: int) -> dict[str, Any]:
+        defaults = {**cls.defaults(given, training_length), **given}
+        if defaults.get("where", cls.where) != "key":
+            return {}
+        content_heads = given.get("content_heads", heads // 3 if isinstance(defaults["slopes"], str) else 0)
+        temperature = 1 / math.log(training_length) if content_heads and training_length > 1 else 0.0
+        return {"softplus": defaults["slopes"] == "alibi", "content_heads": content_heads, "temperature": temperature}
+
     def to_dict(self) -> dict[str, Any]:
-        """Leave out what configs written before slopes were a setting do not have, so that those stay as they are."""
+        """Leave out what older configs do not have where it is not in use, so that those stay as they are."""
         values = dataclasses.asdict(self)
         if not self.halved:
             del values["slopes"]
+        for name in ("softplus", "content_heads", "temperature"):
+            if not values[name]:
+                del values[name]
         return values
 
     @property
@@ -186,6 +225,11 @@ class ExPEParameters(EncodingParameters):
     def halved(self) -> bool:
         """Whether half of each limb's dimensions are constant and the other half count, so that slopes can be set."""
         return self.relative or self.slopes != "random"
+
+    @property
+    def shaped(self) -> bool:
+        """Whether slopes are more than products of queries with keys, so that no override computes them."""
+        return self.softplus or self.content_heads > 0
 
     @property
     def starts(self) -> tuple[float, ...]:
@@ -214,8 +258,22 @@ class ExPEParameters(EncodingParameters):
         if self.slopes == "random":
             return None
         if self.slopes == "alibi":
-            return tuple(alibi_slopes(heads))
+            return (*alibi_slopes(heads - self.content_heads), *(0.0,) * self.content_heads)
         return (0.0,) * heads if self.slopes == "zero" else tuple(map(float, self.slopes))
+
+    def content(self, heads: int) -> tuple[bool, ...]:
+        """Which heads see content alone."""
+        return tuple(head >= heads - self.content_heads for head in range(heads))
+
+    def sharpness(self, heads: int) -> tuple[float, ...] | None:
+        """Return κ of each head's softplus, ln(1 + e^{κ·s})/κ of a slope s in nats; None where slopes keep their sign.
+
+        Where a head begins, the softplus adds 1/220 to its slope. That of content heads has no meaning.
+        """
+        slopes = self.head_slopes(heads)
+        if not self.softplus or slopes is None:
+            return None
+        return tuple(1.0 if content else SHARPNESS / s for s, content in zip(slopes, self.content(heads), strict=True))
 
     def validate(self, hidden_size: int, heads: int, head_dim: int, max_positions: int) -> None:
         if self.dims > hidden_size:
@@ -223,6 +281,10 @@ class ExPEParameters(EncodingParameters):
         if self.halved and self.dims < 2 * self.code.limbs:
             raise ConfigError(
                 f"dims is {self.dims}, but half of each limb's dims are constant: raise dims to {2 * self.code.limbs}"
+            )
+        if not 0 <= self.content_heads < heads:
+            raise ConfigError(
+                f"content_heads is {self.content_heads}; allowed: 0 to {heads - 1}, one less than num_attention_heads"
             )
         slopes = self.head_slopes(heads)
         if slopes is not None:
@@ -234,6 +296,11 @@ class ExPEParameters(EncodingParameters):
             raise ConfigError(
                 f"slopes is {self.slopes}; give {', '.join(SLOPES)}, or a number for each of {heads} heads"
             )
+        for slope, content in zip(slopes, self.content(heads), strict=True):
+            if content and slope:
+                raise ConfigError(f"slopes is {self.slopes}; give 0 for the last {self.content_heads}, content_heads")
+            if self.softplus and not content and slope <= 0:
+                raise ConfigError(f"slopes is {self.slopes}; softplus needs them above 0; set softplus=false")
         if any(slopes) and self.readings() is None:
             raise ConfigError(
                 f"slopes is {self.slopes!r}, but start={self.start} and step={self.step} cannot be told apart; give "
@@ -282,6 +349,12 @@ class ExQPEParameters(ExPEParameters):
         """The same for every length, as are the spans of the limbs."""
         del training_length
         return 0.125
+
+    @classmethod
+    def recipe(cls, given: Mapping[str, Any], training_length: int, heads: int) -> dict[str, Any]:
+        """As of ExPE, but for the softplus, which no sum of limbs' slopes has."""
+        found = super().recipe(given, training_length, heads)
+        return {**found, "softplus": False} if found else {}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.package.checks import MAPPING, list_of, record, whole
-from expe_edge.positions.parameters import encoding_parameters
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters
 from expe_edge.text.corpus import absolute_source
 from expe_edge.training.rounding import explicit_rounding
 from expe_edge.training.settings import LARGEST_COUNT, TRAINER_DIRECTORY, TRAINING_FILE, TrainSettings, stored_settings
@@ -21,7 +21,7 @@ from expe_edge.training.settings import LARGEST_COUNT, TRAINER_DIRECTORY, TRAINI
 #: Settings that the weights of a run depend on.
 MODEL_SETTINGS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("intermediate_size", "hidden_act", "tie_word_embeddings", "positional", "positional_parameters"),
+    *("intermediate_size", "hidden_act", "output_gate", "tie_word_embeddings", "positional", "positional_parameters"),
     *("training_length", "max_position_embeddings"),
 )
 #: What a run starts from, what its weights are rounded to, and what they learn.
@@ -37,7 +37,9 @@ TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 def explicit(settings: TrainSettings) -> TrainSettings:
     """Return settings that mean the same wherever and by whatever release they are read again."""
     rounding = explicit_rounding(settings.rounding)
-    parameters = encoding_parameters(settings.positional, settings.positional_parameters, settings.training_length)
+    given, length = settings.positional_parameters, settings.training_length
+    recipe = POSITIONAL_PARAMETERS[settings.positional].recipe(given, length, settings.num_attention_heads)
+    parameters = encoding_parameters(settings.positional, {**recipe, **given}, length)
     return dataclasses.replace(
         settings,
         positional_parameters=parameters.to_dict(),

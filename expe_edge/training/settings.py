@@ -89,6 +89,7 @@ class TrainSettings:
         None, "Width of the feed-forward layer; by default 8/3 C for swiglu, 4 C for gelu.", kind=int
     )
     hidden_act: str = _setting("swiglu", "Feed-forward activation: swiglu or gelu.")
+    output_gate: bool = _setting(True, "Multiply what every head has read by a gate of its own.")
     tie_word_embeddings: bool = _setting(False, "Use the embedding as the head.")
     max_steps: int = _setting(400, "Optimizer steps.")
     batch_size: int = _setting(32, "Sequences per step, over all processes.")
@@ -159,7 +160,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 6,
         "max_steps": 2000,
         "batch_size": 16,
-        "learning_rate": 6e-4,
+        "learning_rate": 1.5e-3,
         "warmup_steps": 200,
     },
     "base": {
@@ -240,11 +241,14 @@ def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recorded run as this release means them.
 
     Runs of ExPE that do not record where positions enter were made when that was the queries' and the keys' input.
+    Those that record no gate, or nothing of what came after slopes, had none of it.
     """
+    settings = {"output_gate": False, **settings}
     parameters = settings.get("positional_parameters")
     if settings.get("positional") not in ("expe", "exqpe") or not isinstance(parameters, Mapping):
-        return dict(settings)
-    return {**settings, "positional_parameters": {"where": "query_key", **parameters}}
+        return settings
+    before = {"where": "query_key", "softplus": False, "content_heads": 0, "temperature": 0.0}
+    return {**settings, "positional_parameters": {**before, **parameters}}
 
 
 def stored_settings(out: Path) -> dict[str, Any]:
