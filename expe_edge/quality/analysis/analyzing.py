@@ -72,7 +72,7 @@ class ModelAnalysis:
 
 @dataclass(frozen=True)
 class AnalysisReport:
-    """Results of every model over the same texts. training_length: N of the first model. length: of texts, in tokens."""
+    """Results of every model over the same texts. training_length: N of the first. length: of texts, in tokens."""
 
     training_length: int
     length: int

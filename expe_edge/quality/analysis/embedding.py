@@ -92,10 +92,10 @@ class Example:
 class Neighbours:
     """How much of a token's neighbourhood in the embedding table survives without the first l dimensions.
 
-    tokens: those that occur in the text, compared with one another. neighbours: k nearest by cosine. overlap: share of a
-    token's k that are still among its k without the first l dimensions. overlap_without_others: the same without as many
-    of the other dimensions, drawn at random, mean of `DRAWS` draws; NaN where there are not as many. Standard errors are
-    over tokens.
+    tokens: those that occur in the text, compared with one another. neighbours: k nearest by cosine. overlap: share of
+    a token's k that are still among its k without the first l dimensions. overlap_without_others: the same without as
+    many of the other dimensions, drawn at random, mean of `DRAWS` draws; NaN where there are not as many. Standard
+    errors are over tokens.
     """
 
     dims: int
@@ -112,9 +112,7 @@ class Neighbours:
         return plain(self)
 
 
-def neighbours(
-    table: Float, dims: int, texts: Sequence[str], seed: int, most: int = NEIGHBOURS
-) -> Neighbours:
+def neighbours(table: Float, dims: int, texts: Sequence[str], seed: int, most: int = NEIGHBOURS) -> Neighbours:
     """Compare neighbourhoods with the first `dims` dimensions, 1 at least, and without.
 
     Args:

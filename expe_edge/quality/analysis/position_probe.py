@@ -27,8 +27,8 @@ class PositionProbe:
     """R² of the position n, and of log(1 + n), as read off the residual stream behind `layer` of unseen documents.
 
     layer: from 1, 0 for the embeddings. within: over tokens within N. beyond: over those from N on, by weights fitted
-    within N; NaN, null in JSON, where the text ends at N. 1 is perfect; 0 no better than the mean position of the range,
-    below 0 worse.
+    within N; NaN, null in JSON, where the text ends at N. 1 is perfect, 0 no better than the mean position of the
+    range, below 0 worse.
     """
 
     layer: int

@@ -23,9 +23,9 @@ TAIL = 1e-3
 class HeadReach:
     """How far one head looks, over the queries of the second half of every text.
 
-    layer, head: from 1. reach: the least distance beyond which no more than `TAIL` of a query's attention lies, the first
-    `SINKS` tokens left out; median and 90 % quantile over queries, in tokens. sinks: share of attention on those
-    first tokens. entropy: of the attention to all tokens, in nats. Both mean over queries.
+    layer, head: from 1. reach: the least distance beyond which no more than `TAIL` of a query's attention lies, the
+    first `SINKS` tokens left out; median and 90 % quantile over queries, in tokens. sinks: share of attention on those
+    first tokens. entropy: of the attention to all tokens, in nats. Both are means over queries.
     """
 
     layer: int

@@ -18,14 +18,14 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 class HeadSlopes:
     """Slopes of one head, what its scores lose by each token of distance, in nats; below zero, it prefers far tokens.
 
-    layer, head: from 1. limb: of ExQPE's code, from 0; its slope is in nats per position, so that limbs which together
-    measure the distance have one slope. quantiles: over queries, of 5, 25, 50, 75 and 95 percent; all the same where the
-    slope is a constant, as ALiBi's. negative: share of queries whose slope is below zero.
+    layer, head: from 1. limb: of ExQPE's code, from 0, None of a code of one; its slope is in nats per position, so
+    that limbs which together measure the distance have one slope. quantiles: over queries, of `QUANTILES`; all the same
+    where the slope is a constant, as ALiBi's. negative: share of queries whose slope is below zero.
     """
 
     layer: int
     head: int
-    limb: int
+    limb: int | None
     quantiles: tuple[float, ...]
     negative: float
 
@@ -46,7 +46,15 @@ def head_slopes(layer: int, observed: Sequence[Float]) -> list[HeadSlopes]:
     together = np.concatenate(observed, axis=1)
     quantiles = np.quantile(together, QUANTILES, axis=1)  # (5, H, G)
     negative = (together < 0).mean(axis=1)
+    heads, limbs = negative.shape
     return [
-        HeadSlopes(layer, head + 1, limb, tuple(quantiles[:, head, limb].tolist()), float(negative[head, limb]))
-        for head, limb in np.ndindex(negative.shape)
+        HeadSlopes(
+            layer=layer,
+            head=head + 1,
+            limb=limb if limbs > 1 else None,
+            quantiles=tuple(quantiles[:, head, limb].tolist()),
+            negative=float(negative[head, limb]),
+        )
+        for head in range(heads)
+        for limb in range(limbs)
     ]
