@@ -67,19 +67,30 @@ def softmax(scores: Double) -> Double:
 def attention(config: ExPEConfig, weights: Weights, fused: Double, hidden: Double, positions: Ids) -> Double:
     """Causal attention of (T, C) with the fused weight (H·D + 2·Hkv·D, C): (T, H·D)."""
     heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    query_weight, key_weight, value_weight = np.split(fused, [heads * size, (heads + shared) * size])
-    query_input, key_input, value_input = attention_inputs(config, hidden, positions)
-    queries, keys, values = query_input @ query_weight.T, key_input @ key_weight.T, value_input @ value_weight.T
+    value_weight = fused[(heads + shared) * size :]
+    values = attention_inputs(config, hidden, positions)[2] @ value_weight.T
+    mixed = [
+        attended @ values[:, _head(head * shared // heads, size)]
+        for head, attended in enumerate(attention_weights(config, weights, fused, hidden, positions))
+    ]
+    return np.concatenate(mixed, axis=-1)
+
+
+def attention_weights(config: ExPEConfig, weights: Weights, fused: Double, hidden: Double, positions: Ids) -> Double:
+    """What every query gives to every key, (H, T, T); arguments as of `attention`."""
+    heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    query_weight, key_weight, _ = np.split(fused, [heads * size, (heads + shared) * size])
+    query_input, key_input, _ = attention_inputs(config, hidden, positions)
+    queries, keys = query_input @ query_weight.T, key_input @ key_weight.T
     hidden_future = np.triu(np.full((len(hidden), len(hidden)), -np.inf), k=1)
-    mixed = []
+    attended = []
     for head in range(heads):
-        own, group = _head(head, size), _head(head * shared // heads, size)
-        query, key = queries[:, own], keys[:, group]
+        query, key = queries[:, _head(head, size)], keys[:, _head(head * shared // heads, size)]
         if config.positional == "rotary":
             query, key = rotate(config, query, positions), rotate(config, key, positions)
         scores = query @ key.T / math.sqrt(size) + score_bias(config, weights, head, positions)
-        mixed.append(softmax(scores + hidden_future) @ values[:, group])
-    return np.concatenate(mixed, axis=-1)
+        attended.append(softmax(scores + hidden_future))
+    return np.stack(attended)
 
 
 def _head(index: int, size: int) -> slice:

@@ -26,10 +26,11 @@ def plot_analysis(report: AnalysisReport, path: Path) -> None:
     if report.length > report.training_length:
         beyond.set_yscale("symlog", linthresh=SMALL_R2)
     for axes in grid[0]:
-        axes.set_xlabel("layer")
+        _label_layers(axes)
         axes.grid(alpha=0.3)
+    for axes in (within, share):
         if axes.has_data():
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=7)
     longest = max(2, *(reach.reach_median for model in report.models for reach in model.reaches))
     widest = max(reach.entropy for model in report.models for reach in model.reaches)
     for (slopes, reach, entropy), model in zip(grid[1:], report.models, strict=True):
@@ -84,5 +85,11 @@ def _draw_slopes(name: str, slopes: Sequence[HeadSlopes], axes: Any) -> None:
     axes.axhline(0, color="grey", linewidth=1)
     axes.set_yscale("symlog", linthresh=SMALL_SLOPE)
     axes.set_title(f"{name}\nslopes by layer, heads side by side", fontsize=9)
-    axes.set(xlabel="layer", ylabel="nats per token")
+    axes.set_ylabel("nats per token")
+    _label_layers(axes)
     axes.grid(axis="y", alpha=0.3)
+
+
+def _label_layers(axes: Any) -> None:
+    axes.set_xlabel("layer")
+    axes.locator_params(axis="x", integer=True)

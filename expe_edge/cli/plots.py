@@ -34,9 +34,9 @@ def scale_by_length(axes: Any, training_length: int) -> None:
 
 def panels(rows: int, columns: int) -> tuple[Any, Any]:
     """Return a figure and its axes, (rows, columns)."""
-    return drawing().subplots(
-        rows, columns, figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained", squeeze=False
-    )
+    size = (WIDTH * columns, HEIGHT * rows)
+    figure, axes = drawing().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    return figure, axes
 
 
 def save_panels(figure: Any, axes: Any, path: Path) -> None:

@@ -80,7 +80,8 @@ def r_squared(sums: Double) -> Double:
         for span, products in enumerate(sums[fold]):
             left[span] += squared_errors(products, chosen[None])[0]
             total[span] += _squares_about_mean(products)
-    return 1 - np.divide(left, total, out=np.full((2, 2), np.nan), where=total > 0)
+    unexplained: Double = np.divide(left, total, out=np.full((2, 2), np.nan), where=total > 0)
+    return 1 - unexplained
 
 
 def ridge(products: Double) -> Double:
