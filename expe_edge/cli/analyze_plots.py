@@ -31,11 +31,12 @@ def plot_analysis(report: AnalysisReport, path: Path) -> None:
     for axes in (within, share):
         if axes.has_data():
             axes.legend(fontsize=7)
+    slopes = [slope for model in report.models for slope in model.slopes]
     longest = max(2, *(reach.reach_median for model in report.models for reach in model.reaches))
     widest = max(reach.entropy for model in report.models for reach in model.reaches)
-    for (slopes, reach, entropy), model in zip(grid[1:], report.models, strict=True):
+    for (steepness, reach, entropy), model in zip(grid[1:], report.models, strict=True):
         if model.slopes:
-            _draw_slopes(model.model, model.slopes, slopes)
+            _draw_slopes(model, slopes, steepness)
         lengths = {_place(r): (max(1, r.reach_median), str(r.reach_median)) for r in model.reaches}
         draw_heat_map(lengths, reach, norm="log", vmin=1, vmax=longest)
         reach.set_title(f"{model.model}\nmedian reach, tokens", fontsize=9)
@@ -71,11 +72,14 @@ def _draw_shares(model: ModelAnalysis, colour: str, axes: Any) -> None:
     axes.axhline(model.spreads[0].chance, color=colour, linewidth=1, linestyle=":")
 
 
-def _draw_slopes(name: str, slopes: Sequence[HeadSlopes], axes: Any) -> None:
-    """Draw every head's distribution as a line from 5 to 95 %, thick from 25 to 75 %, with a dot at the median."""
-    heads = max(slope.head for slope in slopes)
-    limbs = 1 + max(slope.limb or 0 for slope in slopes)
-    for slope in slopes:
+def _draw_slopes(model: ModelAnalysis, every: Sequence[HeadSlopes], axes: Any) -> None:
+    """Draw each head's distribution as a line from 5 to 95 %, thick from 25 to 75 %, with a dot at the median.
+
+    every: slopes of all models, which have one scale.
+    """
+    heads = max(slope.head for slope in model.slopes)
+    limbs = 1 + max(slope.limb or 0 for slope in model.slopes)
+    for slope in model.slopes:
         place = slope.layer + ((slope.head - 1) * limbs + (slope.limb or 0) + 0.5) / (heads * limbs) * 0.8 - 0.4
         low, lower, median, upper, high = slope.quantiles
         colour = f"C{(slope.head - 1) % 10}"
@@ -84,7 +88,9 @@ def _draw_slopes(name: str, slopes: Sequence[HeadSlopes], axes: Any) -> None:
         axes.plot(place, median, "o", color=colour, markersize=3)
     axes.axhline(0, color="grey", linewidth=1)
     axes.set_yscale("symlog", linthresh=SMALL_SLOPE)
-    axes.set_title(f"{name}\nslopes by layer, heads side by side", fontsize=9)
+    lowest, highest = (pick(slope.quantiles[end] for slope in every) for pick, end in ((min, 0), (max, -1)))
+    axes.set_ylim(2 * min(lowest, -SMALL_SLOPE / 4), 2 * max(highest, SMALL_SLOPE / 4))
+    axes.set_title(f"{model.model}\nslopes by layer, heads side by side", fontsize=9)
     axes.set_ylabel("nats per token")
     _label_layers(axes)
     axes.grid(axis="y", alpha=0.3)

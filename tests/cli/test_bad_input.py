@@ -320,6 +320,41 @@ def test_probe_needs_text_as_long_as_asked_and_models_that_differ(packages: Path
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--length", "0"], "--length is 0; at least 1"),
+        (["--documents", "2"], "--documents is 2; at least 3"),
+        (["--seed", "-1"], "--seed is -1; at least 0"),
+        (["--data", "gone.txt"], "--data gone.txt: no such file or folder"),
+        (
+            ["--length", "1"],
+            "--length 1 is 32 tokens, as N is 32, but reach is measured in more than 32; raise --length",
+        ),
+        (
+            ["--length", "400"],
+            "no document of 12800 tokens (the longest has fewer); lower --length, or give longer text with --data",
+        ),
+        (
+            ["--data", "{text}/00.txt", "--data", "{text}/01.txt"],
+            "2 documents of 128 tokens, but the position probe fits, chooses and tests on 3 at least; lower --length, "
+            "or give more text with --data",
+        ),
+    ],
+)
+def test_analyze_options_out_of_range(checkpoint: Path, text_folder: Path, options: list[str], message: str) -> None:
+    given = [option.format(text=text_folder) for option in options]
+
+    assert refused("analyze", checkpoint, *given, "--json", "figures.json", "--plot", "plot.png") == message
+
+
+def test_analyze_takes_checkpoints_that_differ(checkpoint: Path, packages: Path) -> None:
+    assert refused("analyze", checkpoint, checkpoint) == "the same model is given twice"
+    assert refused("analyze", packages / "float32") == (
+        f"{packages / 'float32'} is a package, not a checkpoint; give the directory that train wrote"
+    )
+
+
 def test_evaluate_takes_a_package_or_a_checkpoint() -> None:
     Path("empty").mkdir()
     assert refused("evaluate", "empty", "--tasks", "any") == (

@@ -73,17 +73,19 @@ def test_attention_weights_are_those_of_a_dense_softmax(changes: dict[str, Any])
             assert not expected[:, begin : begin + queries, keys:].any()
 
 
-@pytest.mark.parametrize("first", [40, QUERY_BLOCK, QUERY_BLOCK + 5])
-def test_weights_of_the_later_queries_alone(first: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "begins"),
+    [(40, [40, QUERY_BLOCK]), (QUERY_BLOCK, [QUERY_BLOCK]), (QUERY_BLOCK + 5, [QUERY_BLOCK + 5])],
+)
+def test_weights_of_the_later_queries_alone(first: int, begins: list[int]) -> None:
     model = random_model(small_config())
     whole, later = observed(model).weights[1], observed(model, first).weights[1]
 
-    assert [begin for begin, _ in later] == [begin for begin in (first, QUERY_BLOCK) if begin >= first][
-        : 2 - (first >= QUERY_BLOCK)
-    ]
-    expected = torch.cat([torch.nn.functional.pad(weights, (0, LENGTH - weights.shape[2])) for _, weights in whole], 1)
+    assert [begin for begin, _ in later] == begins
+    rows = torch.cat([torch.nn.functional.pad(weights, (0, LENGTH - weights.shape[2])) for _, weights in whole], dim=1)
     for begin, weights in later:
-        assert torch.equal(weights, expected[:, begin : begin + weights.shape[1], : weights.shape[2]])
+        assert torch.equal(weights, rows[:, begin : begin + weights.shape[1], : weights.shape[2]])
+    assert later[-1][0] + later[-1][1].shape[1] == LENGTH
 
 
 @every_encoding
