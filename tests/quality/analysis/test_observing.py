@@ -19,7 +19,7 @@ from tests.strategies import random_model, random_tokens, small_config
 #: Queries of two blocks.
 LENGTH = QUERY_BLOCK + 20
 LIMBS = {"dims": 12, "limbs": 2, "limb_bits": 4, "start": 0.5, "step": 0.125}
-ENCODINGS = {
+ENCODINGS: dict[str, dict[str, Any]] = {
     "expe": {},
     "expe, paper": {"positional_parameters": {"where": "query_key"}},
     "expe, values": {"positional_parameters": {"where": "query_key_value"}},
