@@ -32,11 +32,13 @@ def analysis_tables(report: AnalysisReport) -> Iterator[Table]:
 
 def spread_table(report: AnalysisReport) -> Table:
     """Lay size and variance out as a section for each model that overrides dimensions, a row for each place."""
-    columns = ("size, first l", "others", "variance, first l", "others", "share of variance in l")
-    table = rows_by_name("What the first l dimensions hold: root mean square and variance of a dimension", columns)
+    columns = ("size, first l", "others", "variance, first l", "others", "share of variance in l", "in any l")
+    table = rows_by_name(
+        "What the first l dimensions hold: root mean square and variance of a dimension; ± standard deviation", columns
+    )
     for model in report.models:
         if model.dims:
-            table.add_row(Text(f"{model.model}, l = {model.dims}, {model.spreads[0].chance:.2%} of all", style="bold"))
+            table.add_row(Text(f"{model.model}, l = {model.dims}", style="bold"))
             for spread in model.spreads:
                 table.add_row(f"  {_place(spread)}", *_spread_cells(spread))
             table.add_section()
@@ -49,7 +51,8 @@ def _place(spread: Spread) -> str:
 
 def _spread_cells(spread: Spread) -> list[str]:
     sizes = (spread.rms_first, spread.rms_others, spread.variance_first, spread.variance_others)
-    return [*(_figure(size, ".4g") for size in sizes), _figure(spread.share, ".2%")]
+    chance = f"{spread.chance:.2%} ±{spread.chance_deviation:.2%}"
+    return [*(_figure(size, ".4g") for size in sizes), _figure(spread.share, ".2%"), chance]
 
 
 def _figure(value: float, form: str) -> str:

@@ -27,7 +27,8 @@ class Spread:
     place: `embedding`, the table's rows of tokens that occur; `residual`, the stream that enters `layer`; `normed`, the
     same behind the norm, from which queries, keys and values are made. layer: from 1, 0 of the embedding. dims: l.
     rms: root mean square of a dimension. variance: of a dimension across tokens, mean over dimensions. share: of the
-    variance of all dimensions, what lies in the first l. chance: l / C, the share of l dimensions like any others.
+    variance of all dimensions, what lies in the first l. chance: l / C, the mean share of l dimensions drawn at random;
+    chance_deviation: the standard deviation of theirs.
     NaN, null in JSON, of the first where l is 0, and of the others where it is C.
     """
 
@@ -40,6 +41,7 @@ class Spread:
     variance_others: float
     share: float
     chance: float
+    chance_deviation: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -62,6 +64,7 @@ class Moments:
         """Reduce the sums to the figures of the first `dims` dimensions and the others."""
         squares = self.squares / self.count
         variances = squares - (self.sums / self.count) ** 2
+        share = variances / variances.sum() if variances.any() else np.full_like(variances, np.nan)
         return Spread(
             place=place,
             layer=layer,
@@ -70,8 +73,10 @@ class Moments:
             rms_others=float(np.sqrt(_mean(squares[dims:]))),
             variance_first=_mean(variances[:dims]),
             variance_others=_mean(variances[dims:]),
-            share=float(variances[:dims].sum() / variances.sum()) if dims and variances.sum() else np.nan,
-            chance=dims / len(variances) if dims else np.nan,
+            share=float(share[:dims].sum()) if dims else np.nan,
+            chance=dims / len(share) if dims else np.nan,
+            # Of a sum of values drawn without putting them back (Cochran, Sampling Techniques, 1977, chapter 2).
+            chance_deviation=float(np.sqrt(dims * (1 - dims / len(share)) * share.var(ddof=1))) if dims else np.nan,
         )
 
 

@@ -34,6 +34,17 @@ def test_spread_is_that_of_all_states_together() -> None:
     assert spread.share == pytest.approx(states[:, :L].var(axis=0).sum() / states.var(axis=0).sum())
 
 
+def test_chance_is_that_of_dimensions_drawn_at_random() -> None:
+    generator, moments = np.random.default_rng(0), Moments(C)
+    states = generator.normal(0, 1 + np.arange(C), size=(50, C))
+    moments.add(states)
+    spread, share = moments.spread("residual", 1, L), states.var(axis=0) / states.var(axis=0).sum()
+
+    drawn = [generator.permutation(share)[:L].sum() for _ in range(20_000)]
+    assert spread.chance == pytest.approx(np.mean(drawn), rel=0.01)
+    assert spread.chance_deviation == pytest.approx(np.std(drawn), rel=0.02)
+
+
 def test_share_of_dimensions_like_any_others_is_chance() -> None:
     moments = Moments(C)
     moments.add(np.random.default_rng(0).normal(size=(20_000, C)))
@@ -47,7 +58,7 @@ def test_dimensions_that_no_position_enters_are_written_as_null() -> None:
 
     values = moments.spread("embedding", 0, 0).to_dict()
     assert [name for name, value in values.items() if value is None] == [
-        *("rms_first", "variance_first", "share", "chance"),
+        *("rms_first", "variance_first", "share", "chance", "chance_deviation"),
     ]
 
 

@@ -85,7 +85,8 @@ def targets_of(length: int) -> np.ndarray:
 
 
 def predicted(text: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return text @ weights[:-1] + weights[-1]
+    found: np.ndarray = text @ weights[:-1] + weights[-1]
+    return found
 
 
 def weakly_planted() -> list[np.ndarray]:
