@@ -57,14 +57,9 @@ def analyze(
     from expe_edge.cli.analyze_tables import analysis_tables
     from expe_edge.cli.tables import print_whole
     from expe_edge.quality import analysis
-    from expe_edge.quality.comparison import unique_names
-    from expe_edge.quality.scoring import CheckpointScorer
-    from expe_edge.training.checkpoint import load_checkpoint
 
     settings = analysis.AnalysisSettings(length=length, documents=documents, seed=seed)
-    unique_names(models)
-    scorers = [CheckpointScorer(load_checkpoint(path)) for path in models]
-    report = analysis.analyze(scorers, settings, sources=data, text_field=text_field)
+    report = analysis.analyze(models, settings, sources=data, text_field=text_field)
     for table in analysis_tables(report):
         print_whole(table, Console())
     write_json(json_file, report.to_dict())

@@ -1,7 +1,7 @@
 """What positions leave of the embedding, and where attention reaches, of checkpoints.
 
 from expe_edge.quality.analysis import AnalysisSettings, analyze
-report = analyze([open_scorer(Path("model"))], AnalysisSettings(length=2))
+report = analyze([Path("model")], AnalysisSettings(length=2))
 print(report.models[0].reaches[0].reach_median)
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from expe_edge.quality.analysis.slopes import HeadSlopes, head_slopes
 from expe_edge.quality.comparison import Double, long_documents, require_same_vocabulary, unique_names
 from expe_edge.quality.scoring import CheckpointScorer, Ids
 from expe_edge.text.tokenization import load_tokenizer
+from expe_edge.training.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class AnalysisReport:
 
 
 def analyze(
-    scorers: Sequence[CheckpointScorer],
+    checkpoints: Sequence[Path],
     settings: AnalysisSettings,
     *,
     sources: Sequence[str] = (),
@@ -101,14 +103,16 @@ def analyze(
     """Analyze checkpoints over a sample of the first one's held-out documents, or of `sources`, with a progress bar.
 
     Args:
-        scorers: checkpoints of one vocabulary. Lengths are in units of the first one's N.
+        checkpoints: of one vocabulary. Lengths are in units of the first one's N.
         sources, text_field: as for `corpus.load_corpus`.
 
     Raises:
         ConfigError: a model given twice, models of different tokenizers, texts that are too short to look back in.
-        CorpusError: fewer than three documents of that length.
+        CheckpointError: as `load_checkpoint`. CorpusError: fewer than three documents of that length.
     """
-    names, n = unique_names([scorer.path for scorer in scorers]), scorers[0].training_length
+    names = unique_names(checkpoints)
+    scorers = [CheckpointScorer(load_checkpoint(path)) for path in checkpoints]
+    n = scorers[0].training_length
     require_same_vocabulary(scorers)
     length = settings.length * n
     if length <= 2 * SINKS:

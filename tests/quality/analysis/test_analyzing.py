@@ -14,8 +14,6 @@ from expe_edge.cli.analyze_plots import plot_analysis
 from expe_edge.cli.analyze_tables import analysis_tables
 from expe_edge.cli.tables import print_whole
 from expe_edge.quality.analysis import AnalysisReport, AnalysisSettings, analyze
-from expe_edge.quality.scoring import CheckpointScorer
-from expe_edge.training.checkpoint import load_checkpoint
 from expe_edge.training.run import train
 from tests.small import small_settings
 
@@ -23,20 +21,18 @@ N, LAYERS, HEADS, DIMS, DOCUMENTS = 32, 2, 4, 16, 3
 
 
 @pytest.fixture(scope="module")
-def scorers(
-    checkpoint: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, CheckpointScorer]:
+def paths(checkpoint: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The session's checkpoint, in the relative form, beside barely trained ones of ALiBi and ExQPE."""
     folder, paths = tmp_path_factory.mktemp("others"), {"model": checkpoint}
     for name in ("alibi", "exqpe"):
         paths[name] = folder / name
         train(small_settings(text_folder, positional=name, position_offset=0, max_steps=2), paths[name])
-    return {name: CheckpointScorer(load_checkpoint(path)) for name, path in paths.items()}
+    return paths
 
 
 @pytest.fixture(scope="module")
-def report(scorers: dict[str, CheckpointScorer]) -> AnalysisReport:
-    return analyze(list(scorers.values()), AnalysisSettings(length=3, documents=DOCUMENTS))
+def report(paths: dict[str, Path]) -> AnalysisReport:
+    return analyze(list(paths.values()), AnalysisSettings(length=3, documents=DOCUMENTS))
 
 
 def test_every_figure_of_every_model(report: AnalysisReport) -> None:
@@ -60,19 +56,17 @@ def test_every_figure_of_every_model(report: AnalysisReport) -> None:
     assert not any(slope.constant for slope in report.models[0].slopes)
 
 
-def test_a_models_figures_do_not_depend_on_its_company(
-    scorers: dict[str, CheckpointScorer], report: AnalysisReport
-) -> None:
-    alone = analyze([scorers["exqpe"]], AnalysisSettings(length=3, documents=DOCUMENTS))
+def test_a_models_figures_do_not_depend_on_its_company(paths: dict[str, Path], report: AnalysisReport) -> None:
+    alone = analyze([paths["exqpe"]], AnalysisSettings(length=3, documents=DOCUMENTS))
 
     assert json.dumps(alone.models[0].to_dict()) == json.dumps(report.models[2].to_dict())
 
 
-def test_texts_are_as_long_as_asked_for(scorers: dict[str, CheckpointScorer], tmp_path: Path) -> None:
+def test_texts_are_as_long_as_asked_for(paths: dict[str, Path], tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"{number} the stone " + "and the river runs over a tree " * 40)
 
-    found = analyze([scorers["alibi"]], AnalysisSettings(length=2), sources=[str(tmp_path)])
+    found = analyze([paths["alibi"]], AnalysisSettings(length=2), sources=[str(tmp_path)])
 
     assert (found.documents, found.length) == (3, 2 * N)
     assert found.models[0].reaches[0].queries == 3 * N
@@ -123,8 +117,7 @@ def test_plot_is_a_png(report: AnalysisReport, tmp_path: Path, models: slice) ->
 def test_texts_of_n_tokens(text_folder: Path, tmp_path: Path) -> None:
     """Where nothing lies beyond N there is nothing to report of it."""
     train(small_settings(text_folder, training_length=48, max_steps=1, positional="rotary"), tmp_path / "rotary")
-    scorer = CheckpointScorer(load_checkpoint(tmp_path / "rotary"))
-    report = analyze([scorer], AnalysisSettings(length=1, documents=3))
+    report = analyze([tmp_path / "rotary"], AnalysisSettings(length=1, documents=3))
     plot_analysis(report, tmp_path / "plot.png")
     page = io.StringIO()
     for table in analysis_tables(report):
