@@ -148,7 +148,8 @@ class AttentionContext:
         groups, size = query.shape[1] // key.shape[1], query.shape[-1]
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
         query = self._scaled(query, slopes)
-        value = F.pad(value, (0, query.shape[-1] - size))  # the fused kernels want one head size
+        if slopes is not None:
+            value = F.pad(value, (0, query.shape[-1] - size))  # the fused kernels want one head size
         mixed = [self._attend_block(self.block(*span), query, key, value) for span in self.spans]
         return torch.cat(mixed, dim=2)[..., :size]
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from expe_edge.cli import evaluate
 from expe_edge.errors import CheckpointError
@@ -353,6 +355,20 @@ def test_analyze_takes_checkpoints_that_differ(checkpoint: Path, packages: Path)
     assert refused("analyze", packages / "float32") == (
         f"{packages / 'float32'} is a package, not a checkpoint; give the directory that train wrote"
     )
+
+
+def test_analyze_says_where_a_model_is_not_finite(own_checkpoint: Path) -> None:
+    weights = load_file(own_checkpoint / "model.safetensors")
+    weights["blocks.0.feed_forward.down.weight"][3, 4] = torch.nan
+    save_file(weights, own_checkpoint / "model.safetensors", {"format": "pt"})
+
+    result = invoke("analyze", own_checkpoint, "--json", "figures.json")
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: {own_checkpoint}: states behind layer 1 are not finite; its weights are damaged"
+    )
+    assert not Path("figures.json").exists()
 
 
 def test_evaluate_takes_a_package_or_a_checkpoint() -> None:

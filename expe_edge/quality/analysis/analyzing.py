@@ -11,8 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from expe_edge.divergence import Float
-from expe_edge.errors import ConfigError, CorpusError
-from expe_edge.model.decoder import ExPEForCausalLM
+from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.progress import counted
 from expe_edge.quality.analysis.embedding import Moments, Neighbours, Spread, neighbours
 from expe_edge.quality.analysis.observing import AttentionView, observe
@@ -108,7 +107,8 @@ def analyze(
 
     Raises:
         ConfigError: a model given twice, models of different tokenizers, texts that are too short to look back in.
-        CheckpointError: as `load_checkpoint`. CorpusError: fewer than three documents of that length.
+        CheckpointError: as `load_checkpoint`, and states that are not finite. CorpusError: fewer than three documents of
+            that length.
     """
     names = unique_names(checkpoints)
     scorers = [CheckpointScorer(load_checkpoint(path)) for path in checkpoints]
@@ -132,7 +132,7 @@ def analyze(
     models = []
     with counted("observing tokens", len(scorers) * texts.size) as advance:
         for name, scorer in zip(names, scorers, strict=True):
-            observations = _Observations(scorer.model, len(texts), n)
+            observations = _Observations(scorer, len(texts), n)
             for tokens in texts:
                 observations.read(tokens)
                 advance(length)
@@ -143,9 +143,10 @@ def analyze(
 class _Observations:
     """What is kept of one model's reading, as sums where these are enough."""
 
-    def __init__(self, model: ExPEForCausalLM, documents: int, training_length: int) -> None:
-        layers, width = model.config.num_hidden_layers, model.config.hidden_size
-        self.model, self.layers, self.width, self.document = model, layers, width, -1
+    def __init__(self, scorer: CheckpointScorer, documents: int, training_length: int) -> None:
+        self.model, self.path, self.document = scorer.model, scorer.path, -1
+        layers, width = self.model.config.num_hidden_layers, self.model.config.hidden_size
+        self.layers, self.width = layers, width
         self.positions = PositionSums(layers, documents, width, training_length)
         self.residuals = [Moments(width) for _ in range(layers)]
         self.normed = [Moments(width) for _ in range(layers)]
@@ -159,6 +160,9 @@ class _Observations:
 
     def residual(self, layer: int, hidden: Tensor) -> None:
         states = _double(hidden)
+        if not np.isfinite(states).all():
+            behind = f"layer {layer}" if layer else "the embeddings"
+            raise CheckpointError(f"{self.path}: states behind {behind} are not finite; its weights are damaged")
         self.positions.add(layer, self.document, states)
         if layer < self.layers:
             self.residuals[layer].add(states)

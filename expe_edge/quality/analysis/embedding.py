@@ -28,8 +28,8 @@ class Spread:
     same behind the norm, from which queries, keys and values are made. layer: from 1, 0 of the embedding. dims: l.
     rms: root mean square of a dimension. variance: of a dimension across tokens, mean over dimensions. share: of the
     variance of all dimensions, what lies in the first l. chance: l / C, the mean share of l dimensions drawn at random;
-    chance_deviation: the standard deviation of theirs.
-    NaN, null in JSON, of the first where l is 0, and of the others where it is C.
+    chance_deviation: the standard deviation of theirs. NaN, null in JSON, is what is of the first where l is 0, and of
+    the others where it is C.
     """
 
     place: str
