@@ -107,8 +107,8 @@ def analyze(
 
     Raises:
         ConfigError: a model given twice, models of different tokenizers, texts that are too short to look back in.
-        CheckpointError: as `load_checkpoint`, and states that are not finite. CorpusError: fewer than three documents of
-            that length.
+        CheckpointError: as `load_checkpoint`, or states that are not finite.
+        CorpusError: fewer than three documents of that length.
     """
     names = unique_names(checkpoints)
     scorers = [CheckpointScorer(load_checkpoint(path)) for path in checkpoints]

@@ -115,10 +115,10 @@ def test_queries_of_all_documents_count() -> None:
     def document(*reaches: int) -> Reached:
         return Reached(np.array([reaches]), np.full((1, len(reaches)), 0.25), np.array([np.array(reaches) / 2]))
 
-    (head,) = head_reaches(3, [document(1, 2, 3), document(4, 50)])
+    (head,) = head_reaches(3, [document(*range(1, 8)), document(*range(8, 21))])
 
-    assert (head.layer, head.head, head.queries) == (3, 1, 5)
-    assert (head.reach_median, head.reach_90, head.sinks, head.entropy) == (3, 50, 0.25, 6.0)
+    assert (head.layer, head.head, head.queries) == (3, 1, 20)
+    assert (head.reach_median, head.reach_90, head.sinks, head.entropy) == (10, 18, 0.25, 5.25)
 
 
 def test_slopes_of_all_documents_count() -> None:
@@ -127,3 +127,10 @@ def test_slopes_of_all_documents_count() -> None:
 
     assert head_slopes(2, documents) == [HeadSlopes(2, 1, None, (-15.0, 5.0, 30.0, 55.0, 75.0), 20 / 101)]
     assert head_slopes(2, []) == []
+
+
+def test_every_head_and_limb_has_its_own() -> None:
+    observed = np.array([[[1, 10], [3, -30]], [[5, 50], [7, 70]]], dtype=np.float32)  # (heads, queries, limbs)
+
+    found = [(s.head, s.limb, s.quantiles[2], s.negative) for s in head_slopes(1, [observed])]
+    assert found == [(1, 0, 2, 0), (1, 1, -10, 0.5), (2, 0, 6, 0), (2, 1, 60, 0)]
