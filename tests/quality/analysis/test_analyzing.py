@@ -8,13 +8,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from expe_edge.cli.analyze_plots import plot_analysis
 from expe_edge.cli.analyze_tables import analysis_tables
 from expe_edge.cli.tables import print_whole
 from expe_edge.quality.analysis import AnalysisReport, AnalysisSettings, analyze
+from expe_edge.quality.analysis.observing import observe
+from expe_edge.quality.analysis.reach import first_query, head_reaches, reached
+from expe_edge.quality.comparison import long_documents
+from expe_edge.quality.scoring import CheckpointScorer
+from expe_edge.training.checkpoint import load_checkpoint
 from expe_edge.training.run import train
+from tests.quality.analysis.test_observing import Recorder
 from tests.small import small_settings
 
 N, LAYERS, HEADS, DIMS, DOCUMENTS = 32, 2, 4, 16, 3
@@ -60,6 +67,27 @@ def test_a_models_figures_do_not_depend_on_its_company(paths: dict[str, Path], r
     alone = analyze([paths["exqpe"]], AnalysisSettings(length=3, documents=DOCUMENTS))
 
     assert json.dumps(alone.models[0].to_dict()) == json.dumps(report.models[2].to_dict())
+
+
+def test_every_layer_has_its_own_figures(paths: dict[str, Path], report: AnalysisReport) -> None:
+    """The stream that enters a layer, what is behind its norm, and its heads, of all documents."""
+    scorer = CheckpointScorer(load_checkpoint(paths["model"]))
+    documents, _ = long_documents(scorer, (), "text", 3 * N, DOCUMENTS)
+    seen = [Recorder(first_query(3 * N)) for _ in documents]
+    for tokens, recorder in zip(documents, seen, strict=True):
+        observe(scorer.model, tokens[: 3 * N], recorder)
+    model = report.models[0]
+    spreads = {(spread.place, spread.layer): spread for spread in model.spreads}
+
+    for layer in (1, 2):
+        residual = torch.cat([recorder.residuals[layer - 1] for recorder in seen])
+        normed = torch.cat([recorder.views[layer].normed for recorder in seen])
+        for place, states in (("residual", residual), ("normed", normed)):
+            sizes = (float((part.double() ** 2).mean().sqrt()) for part in states.split([DIMS, 64 - DIMS], dim=1))
+            spread = spreads[place, layer]
+            assert (spread.rms_first, spread.rms_others) == pytest.approx(tuple(sizes))
+        reaches = head_reaches(layer, [reached(recorder.weights[layer]) for recorder in seen])
+        assert [reach for reach in model.reaches if reach.layer == layer] == reaches
 
 
 def test_texts_are_as_long_as_asked_for(paths: dict[str, Path], tmp_path: Path) -> None:
