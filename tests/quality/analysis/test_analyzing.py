@@ -83,9 +83,9 @@ def test_every_layer_has_its_own_figures(paths: dict[str, Path], report: Analysi
         residual = torch.cat([recorder.residuals[layer - 1] for recorder in seen])
         normed = torch.cat([recorder.views[layer].normed for recorder in seen])
         for place, states in (("residual", residual), ("normed", normed)):
-            sizes = (float((part.double() ** 2).mean().sqrt()) for part in states.split([DIMS, 64 - DIMS], dim=1))
-            spread = spreads[place, layer]
-            assert (spread.rms_first, spread.rms_others) == pytest.approx(tuple(sizes))
+            squares, spread = states.double() ** 2, spreads[place, layer]
+            assert spread.rms_first == pytest.approx(float(squares[:, :DIMS].mean().sqrt()))
+            assert spread.rms_others == pytest.approx(float(squares[:, DIMS:].mean().sqrt()))
         reaches = head_reaches(layer, [reached(recorder.weights[layer]) for recorder in seen])
         assert [reach for reach in model.reaches if reach.layer == layer] == reaches
 
