@@ -70,22 +70,34 @@ def softmax(scores: Double) -> Double:
 def attention(config: ExPEConfig, weights: Weights, fused: Double, hidden: Double, positions: Ids) -> Double:
     """Causal attention of (T, C) with the fused weight (H·D + 2·Hkv·D, C): (T, H·D)."""
     heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    query_weight, key_weight, value_weight = np.split(fused, [heads * size, (heads + shared) * size])
-    query_input, key_input, value_input = attention_inputs(config, hidden, positions)
-    queries, keys, values = query_input @ query_weight.T, key_input @ key_weight.T, value_input @ value_weight.T
+    value_weight = fused[(heads + shared) * size :]
+    values = attention_inputs(config, hidden, positions)[2] @ value_weight.T
+    mixed = [
+        attended @ values[:, _head(head * shared // heads, size)]
+        for head, attended in enumerate(attention_weights(config, weights, fused, hidden, positions))
+    ]
+    return np.concatenate(mixed, axis=-1)
+
+
+def attention_weights(config: ExPEConfig, weights: Weights, fused: Double, hidden: Double, positions: Ids) -> Double:
+    """What every query gives to every key, (H, T, T); arguments as of `attention`."""
+    heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    query_weight, key_weight, _ = np.split(fused, [heads * size, (heads + shared) * size])
+    query_input, key_input, _ = attention_inputs(config, hidden, positions)
+    queries, keys = query_input @ query_weight.T, key_input @ key_weight.T
     hidden_future = np.triu(np.full((len(hidden), len(hidden)), -np.inf), k=1)
-    mixed = []
+    attended = []
     for head in range(heads):
-        own, group = _head(head, size), _head(head * shared // heads, size)
-        query, key = queries[:, own], keys[:, group]
+        query, key = queries[:, _head(head, size)], keys[:, _head(head * shared // heads, size)]
         if config.positional == "rotary":
             query, key = rotate(config, query, positions), rotate(config, key, positions)
         if has_shaped_slopes(config):
-            scores = shaped_scores(config, head, query_input, hidden, query_weight[own], key_weight[group], positions)
+            own, group = query_weight[_head(head, size)], key_weight[_head(head * shared // heads, size)]
+            scores = shaped_scores(config, head, query_input, hidden, own, group, positions)
         else:
             scores = query @ key.T / math.sqrt(size) + score_bias(config, weights, head, positions)
-        mixed.append(softmax(scores + hidden_future) @ values[:, group])
-    return np.concatenate(mixed, axis=-1)
+        attended.append(softmax(scores + hidden_future))
+    return np.stack(attended)
 
 
 def has_shaped_slopes(config: ExPEConfig) -> bool:
@@ -105,7 +117,7 @@ def shaped_scores(
     """Scores (T, T) of one head where slopes are more than products: content, and a slope times what codes differ by.
 
     The key of a position is what its input gives; its part that grows is what the steps alone give.
-    """  # fmt: skip
+    """
     parameters, size, heads = config.positional_parameters, config.head_dim, config.num_attention_heads
     content_heads = parameters.get("content_heads", 0)
     queries = inputs @ query_weight.T

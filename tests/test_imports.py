@@ -49,7 +49,10 @@ MAY_IMPORT = {
     "training": ("model", "text", "positions", "quant", "package"),
     "runtime": ("package",),
     "calibration": ("graph", "model.config", "positions", "quant", "text", "package"),
-    "quality": ("runtime", "text", "package", "training.checkpoint"),
+    "quality": (
+        *("runtime", "text", "package", "training.checkpoint"),
+        *("model.attention", "model.decoder", "model.encoding"),
+    ),
     "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
     "cli": ("calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
     "__main__": ("cli",),

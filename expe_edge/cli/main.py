@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from expe_edge import __version__
+from expe_edge.cli.analyze import analyze
 from expe_edge.cli.compare import compare
 from expe_edge.cli.evaluate import evaluate
 from expe_edge.cli.export import export
@@ -109,5 +110,5 @@ def main() -> None:
     prepare_streams()
 
 
-for command in (train, export, quantize, sensitivity, inspect, generate, compare, probe, evaluate):
+for command in (train, export, quantize, sensitivity, inspect, generate, compare, probe, analyze, evaluate):
     main.add_command(command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,9 @@ from expe_edge.quality.comparison import Comparison
 
 if TYPE_CHECKING:
     from expe_edge.calibration.sensitivity import Sensitivity
+
+#: Inches of a panel among several.
+WIDTH, HEIGHT = 4.2, 3.4
 
 
 def drawing() -> Any:
@@ -27,6 +30,37 @@ def scale_by_length(axes: Any, training_length: int) -> None:
     axes.set_xscale("log", base=2)
     axes.axvline(training_length, color="grey", linewidth=1, linestyle=":")
     axes.grid(alpha=0.3)
+
+
+def panels(rows: int, columns: int) -> tuple[Any, Any]:
+    """Return a figure and its axes, (rows, columns)."""
+    size = (WIDTH * columns, HEIGHT * rows)
+    figure, axes = drawing().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    return figure, axes
+
+
+def save_panels(figure: Any, axes: Any, path: Path) -> None:
+    """Write a figure of `panels` without those that were left empty."""
+    for each in axes.flat:
+        each.set_visible(each.has_data())
+    figure.savefig(path, dpi=120)
+    drawing().close(figure)
+
+
+def draw_heat_map(cells: Mapping[tuple[str, str], tuple[float, str]], axes: Any, **scale: Any) -> None:
+    """Draw values as colours with texts on them: (row, column) to both, in their order downwards and to the right.
+
+    scale: `vmin`, `vmax` and, where it is not linear, `norm` of matplotlib's `imshow`.
+    """
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    values = [[cells.get((row, column), (float("nan"), ""))[0] for column in columns] for row in rows]
+    image = axes.imshow(values, cmap="viridis", aspect="auto", **scale)
+    for (row, column), (value, text) in cells.items():
+        colour = "black" if image.norm(value) > 0.5 else "white"
+        place = columns.index(column), rows.index(row)
+        axes.text(*place, text, color=colour, ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:

@@ -8,38 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from expe_edge.cli.plots import drawing, scale_by_length
+from expe_edge.cli.plots import draw_heat_map, panels, save_panels, scale_by_length
 from expe_edge.quality.context_use import ContextUse
 from expe_edge.quality.definitions import CODE_DEFINITION
 from expe_edge.quality.loss_by_position import PositionLoss
 from expe_edge.quality.probing import ProbeReport
 from expe_edge.quality.recall import Recall
 
-#: Inches of a panel.
-WIDTH, HEIGHT = 4.2, 3.4
-
 
 def plot_probes(report: ProbeReport, path: Path) -> None:
     """Draw into `path` curves by length in a row, and below a heat map of recall for each model and probe."""
-    pyplot = drawing()
     curves = [(draw, results) for draw, results in _curves(report) if results]
     probes = [probe for probe in dict.fromkeys(r.probe for r in report.recall) if probe != CODE_DEFINITION]
     rows = bool(curves) + len(report.models) * bool(probes)
     columns = max(len(curves), len(probes))
-    figure, panels = pyplot.subplots(
-        rows, columns, figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained", squeeze=False
-    )
-    for axes, (draw, results) in zip(panels[0], curves, strict=False):
+    figure, grid = panels(rows, columns)
+    for axes, (draw, results) in zip(grid[0], curves, strict=False):
         draw(report, results, axes)
     for column, probe in enumerate(probes):
         of_probe = [r for r in report.recall if r.probe == probe]
         most = max(1e-3, *(r.gained for r in of_probe))  # one scale for all models
-        for axes, model in zip(panels[bool(curves) :, column], report.models, strict=True):
+        for axes, model in zip(grid[bool(curves) :, column], report.models, strict=True):
             _draw_heat_map([r for r in of_probe if r.model == model], most, report.training_length, axes)
-    for axes in panels.flat:
-        axes.set_visible(axes.has_data())
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_panels(figure, grid, path)
 
 
 def _curves(report: ProbeReport) -> list[tuple[Any, Sequence[Any]]]:
@@ -86,17 +77,9 @@ def _label(report: ProbeReport, title: str, across: str, axes: Any) -> None:
 
 def _draw_heat_map(results: Sequence[Recall], most: float, training_length: int, axes: Any) -> None:
     """Draw nats gained as colour, up to `most`, and both figures as text; depths downwards, lengths to the right."""
-    depths, lengths = (
-        list(dict.fromkeys(values)) for values in zip(*((r.depth, r.length) for r in results), strict=True)
-    )
-    gained = np.full((len(depths), len(lengths)), np.nan)
-    for r in results:
-        row, column = depths.index(r.depth), lengths.index(r.length)
-        gained[row, column] = r.gained
-        colour = "black" if r.gained > most / 2 else "white"
-        text = f"{r.gained:+.1f}\n{r.exact_match:.0%}"
-        axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=8)
-    axes.imshow(gained, vmin=0, vmax=most, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{length // training_length} N" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    cells = {
+        (f"{r.depth:.0%}", f"{r.length // training_length} N"): (r.gained, f"{r.gained:+.1f}\n{r.exact_match:.0%}")
+        for r in results
+    }
+    draw_heat_map(cells, axes, vmin=0, vmax=most)
     axes.set_title(f"{results[0].probe}, {results[0].model}\nnats gained per token; exact match", fontsize=9)

@@ -7,6 +7,7 @@ D head size · V vocabulary · G limbs of a position's code.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from expe_edge.model.config import ExPEConfig
-from expe_edge.model.encoding import PositionalEncoding
+from expe_edge.model.encoding import PositionalEncoding, Projected
 
 
 class Attention(nn.Module):
@@ -33,11 +34,15 @@ class Attention(nn.Module):
         self.gate = nn.Linear(config.hidden_size, self.heads.queries, bias=False) if config.output_gate else None
         self.out = nn.Linear(self.heads.query_rows, config.hidden_size, bias=False)
 
+    def project(self, hidden: Tensor, context: AttentionContext) -> Projected:
+        """Return queries, keys, values and slopes of the normed `hidden` (B, T, C), as the encoding leaves them."""
+        positional, positions = context.positional, context.query_positions
+        query, key, value, slopes = positional.project(self.qkv.weight, hidden, positions)
+        query = positional.rotate(positional.temper(query, context.seen), positions)
+        return Projected(query, positional.rotate(key, positions), value, slopes)
+
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        positional = context.positional
-        query, key, value, slopes = positional.project(self.qkv.weight, hidden, context.query_positions)
-        query = positional.rotate(positional.temper(query, context.seen), context.query_positions)
-        key = positional.rotate(key, context.query_positions)
+        query, key, value, slopes = self.project(hidden, context)
         if context.cache is not None:
             key, value = context.cache.update(key, value, self.layer)
         # Scores are taken in float32 or wider whatever the autocast: positions must not pass through a half-precision
@@ -153,22 +158,48 @@ class AttentionContext:
         """
         groups, size = query.shape[1] // key.shape[1], query.shape[-1]
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        query = self._scaled(query, slopes)
         if slopes is not None:
-            query = aligned(torch.cat([query, slopes], dim=-1))
             value = F.pad(value, (0, query.shape[-1] - size))  # the fused kernels want one head size
-        query = query / math.sqrt(size)
         mixed = [self._attend_block(self.block(*span), query, key, value) for span in self.spans]
         return torch.cat(mixed, dim=2)[..., :size]
 
-    def _attend_block(self, block: QueryBlock, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (
-            query[:, :, block.begin : block.end],
-            key[:, :, : block.keys],
-            value[:, :, : block.keys],
-        )
+    def weights(
+        self, query: Tensor, key: Tensor, slopes: Tensor | None, first: int = 0
+    ) -> Iterator[tuple[QueryBlock, Tensor]]:
+        """Yield the blocks that hold queries from `first` on, with the weights (B, H, t, keys) that `attend` mixes by.
+
+        Arguments as of `attend`. One block's weights at a time: those of a long text would not fit into memory.
+        """
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        query = self._scaled(query, slopes)
+        for begin, end in self.spans:
+            if end > first:
+                block = self.block(begin, end)
+                ours, theirs, mask = self._factors(block, query, key)
+                scores = ours @ theirs.transpose(-1, -2)
+                if mask is None:
+                    future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(block.keys - (end - begin) + 1)
+                    scores = scores.masked_fill(future, -torch.inf)
+                yield block, (scores if mask is None else scores + mask).softmax(dim=-1)
+
+    @staticmethod
+    def _scaled(query: Tensor, slopes: Tensor | None) -> Tensor:
+        """Return queries divided by √D, with their slopes as further dimensions."""
+        states = query if slopes is None else aligned(torch.cat([query, slopes], dim=-1))
+        return states / math.sqrt(query.shape[-1])
+
+    @staticmethod
+    def _factors(block: QueryBlock, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return a block's queries and keys, whose inner products are its scores, and what is added to these."""
+        query, key = query[:, :, block.begin : block.end], key[:, :, : block.keys]
         if block.codes is not None:
             key = aligned(torch.cat([key, block.codes.to(key.dtype).expand(*key.shape[:3], -1)], dim=-1))
-        mask = None if block.mask is None else block.mask.to(query.dtype)
+        return query, key, None if block.mask is None else block.mask.to(query.dtype)
+
+    def _attend_block(self, block: QueryBlock, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, mask = self._factors(block, query, key)
+        value = value[:, :, : block.keys]
         causal = mask is None and query.shape[2] > 1
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)
 

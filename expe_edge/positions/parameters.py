@@ -75,6 +75,11 @@ class EncodingParameters:
         return None
 
     @property
+    def position_dims(self) -> int:
+        """l, how many of the first dimensions of some input hold positions; 0 for encodings that leave them alone."""
+        return 0
+
+    @property
     def foldable(self) -> bool:
         """Whether positions enter the products' inputs, from where they can be folded out."""
         return False
@@ -211,6 +216,10 @@ class ExPEParameters(EncodingParameters):
     def code(self) -> PositionCode:
         """The position itself."""
         return WHOLE
+
+    @property
+    def position_dims(self) -> int:
+        return self.dims
 
     @property
     def foldable(self) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from expe_edge.cli import evaluate
 from expe_edge.errors import CheckpointError
@@ -318,6 +320,55 @@ def test_probe_needs_text_as_long_as_asked_and_models_that_differ(packages: Path
     assert refused("probe", path, "--lengths", "2,400", "--json", "figures.json") == (
         "no document of 12840 tokens (the longest has fewer); lower --lengths, or give longer text with --data"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--length", "0"], "--length is 0; at least 1"),
+        (["--documents", "2"], "--documents is 2; at least 3"),
+        (["--seed", "-1"], "--seed is -1; at least 0"),
+        (["--data", "gone.txt"], "--data gone.txt: no such file or folder"),
+        (
+            ["--length", "1"],
+            "--length 1 is 32 tokens, as N is 32, but reach is measured in more than 32; raise --length",
+        ),
+        (
+            ["--length", "400"],
+            "no document of 12800 tokens (the longest has fewer); lower --length, or give longer text with --data",
+        ),
+        (
+            ["--data", "{text}/00.txt", "--data", "{text}/01.txt"],
+            "2 documents of 128 tokens, but the position probe fits, chooses and tests on 3 at least; lower --length, "
+            "or give more text with --data",
+        ),
+    ],
+)
+def test_analyze_options_out_of_range(checkpoint: Path, text_folder: Path, options: list[str], message: str) -> None:
+    given = [option.format(text=text_folder) for option in options]
+
+    assert refused("analyze", checkpoint, *given, "--json", "figures.json", "--plot", "plot.png") == message
+
+
+def test_analyze_takes_checkpoints_that_differ(checkpoint: Path, packages: Path) -> None:
+    assert refused("analyze", checkpoint, checkpoint) == "the same model is given twice"
+    assert refused("analyze", packages / "float32") == (
+        f"{packages / 'float32'} is a package, not a checkpoint; give the directory that train wrote"
+    )
+
+
+def test_analyze_says_where_a_model_is_not_finite(own_checkpoint: Path) -> None:
+    weights = load_file(own_checkpoint / "model.safetensors")
+    weights["blocks.0.feed_forward.down.weight"][3, 4] = torch.nan
+    save_file(weights, own_checkpoint / "model.safetensors", {"format": "pt"})
+
+    result = invoke("analyze", own_checkpoint, "--json", "figures.json")
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: {own_checkpoint}: states behind layer 1 are not finite; its weights are damaged"
+    )
+    assert not Path("figures.json").exists()
 
 
 def test_evaluate_takes_a_package_or_a_checkpoint() -> None:

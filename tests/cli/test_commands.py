@@ -243,6 +243,22 @@ def test_probe_is_the_same_again(packages: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_analyze_writes_figures_and_plot(checkpoint: Path, tmp_path: Path) -> None:
+    result = succeed(
+        *("analyze", checkpoint, "--length", "3", "--documents", "3", "--seed", "2"),
+        *("--json", "figures.json", "--plot", "plot.png"),
+    )
+
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["training_length"], figures["length"], figures["documents"], figures["seed"]) == (32, 96, 3, 2)
+    (model,) = figures["models"]
+    assert [(r["layer"], r["head"]) for r in model["reaches"]] == [
+        (layer, head) for layer in (1, 2) for head in (1, 2, 3, 4)
+    ]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "Position read off the residual stream" in result.stdout
+
+
 # Ctrl-C, in real processes
 
 

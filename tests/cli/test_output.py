@@ -78,6 +78,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "sensitivity": (("{package}",), ("--json", "--plot")),
     "compare": (("{package}",), ("--json", "--plot")),
     "probe": (("{package}",), ("--json", "--plot")),
+    "analyze": (("{checkpoint}",), ("--json", "--plot")),
     "inspect": (("{package}",), ("--json",)),
     "generate": (("{package}",), ()),
     "evaluate": (("{package}",), ()),  # lm_eval has them
