@@ -9,8 +9,8 @@ tokens are read one by one. Recall is that of `expe-edge probe`; what two of its
 with the square of the length.
 
 What is measured goes to OUT/records.json by package, length and text, and is kept: the same command goes on where it
-was interrupted, and others add to it. OUT/report.md, report.json and report.png are made anew after every text and
-every package's recall.
+was interrupted, and others add to it. OUT/report.md and report.json are made anew after every text and every package's
+recall, OUT/report.png at the end.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import numpy as np
 
 from benchmarks.long_context_reading import BranchingScorer, Reader, in_order
 from benchmarks.long_context_records import Measured, Records, Settings, between, digest_of, graph_of, run_of
-from benchmarks.long_context_report import summarize, write_report
+from benchmarks.long_context_report import Row, plot, summarize, write_report
 from expe_edge.cli.compare import parse_integers
+from expe_edge.cli.flags import Setting, with_flags
+from expe_edge.errors import ExPEEdgeError
 from expe_edge.progress import counted
 from expe_edge.quality.comparison import long_documents, measure_chunk, require_rising, require_same_vocabulary
 from expe_edge.quality.losses import Panel, Predictions, predictions
@@ -145,6 +147,37 @@ def make_settings(
     return settings
 
 
+def measure(packages: Sequence[Path], out: Path, sources: Sequence[str], documents: int, settings: Settings) -> str:
+    """Measure what is not recorded in `out` of `documents` texts at most; write the reports and return their table.
+
+    Raises:
+        ExPEEdgeError: packages that are none or not of one tokenizer, or text that is too short.
+    """
+    scorers = [PackageScorer(PackageSession.load(path, threads=settings.threads)) for path in packages]
+    names = Panel(scorers).names
+    require_same_vocabulary(scorers)
+    chosen, _ = long_documents(scorers[0], sources, "text", settings.lengths[-1] + CUE + COPIED, documents)
+    tokenizer = load_tokenizer(scorers[0].path)
+    cases = list(needle_cases(settings.grid, chosen, tokenizer)) if settings.grid.cases else []
+    out.mkdir(parents=True, exist_ok=True)
+    records = Records(out / "records.json")
+
+    def report() -> tuple[str, list[Row]]:
+        rows = summarize(names, scorers, chosen, settings, records)
+        recalls = {name: recalled(scorer, cases, records) for name, scorer in zip(names, scorers, strict=True)}
+        return write_report(out, rows, recalls, settings), rows
+
+    for document in chosen:
+        read_missing(scorers, document, settings, records)
+        report()
+    for scorer in scorers:
+        ask(scorer, cases, settings, records)
+        report()
+    text, rows = report()
+    plot(rows, out / "report.png")
+    return text
+
+
 COUNT = click.IntRange(1)
 
 
@@ -152,7 +185,9 @@ COUNT = click.IntRange(1)
 @click.argument("packages", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PACKAGE …")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/long_context"), show_default=True)
 @click.option("--lengths", default="8192,16384,32768,65536", show_default=True, help="In tokens.")
-@click.option("--text", "texts", multiple=True, help="Read this, not the text held out when the first was trained.")
+@click.option(
+    "--text", "texts", cls=Setting, setting="sources", multiple=True, help="Else the text held out of the first's."
+)
 @click.option("--documents", default=1, type=COUNT, show_default=True, help="Most texts to read.")
 @click.option(
     "--decoded",
@@ -187,28 +222,12 @@ def main(
     probes: tuple[str, ...],
     **values: int,
 ) -> None:
-    settings = make_settings(lengths, recall_lengths, depths, probes, **values)
-    scorers = [PackageScorer(PackageSession.load(path, threads=settings.threads)) for path in packages]
-    names = Panel(scorers).names
-    require_same_vocabulary(scorers)
-    longest = settings.lengths[-1] + CUE + COPIED
-    chosen, _ = long_documents(scorers[0], texts, "text", longest, documents)
-    tokenizer = load_tokenizer(scorers[0].path)
-    cases = list(needle_cases(settings.grid, chosen, tokenizer)) if settings.grid.cases else []
-    out.mkdir(parents=True, exist_ok=True)
-    records = Records(out / "records.json")
-
-    def report() -> str:
-        recalls = {name: recalled(scorer, cases, records) for name, scorer in zip(names, scorers, strict=True)}
-        return write_report(out, summarize(names, scorers, chosen, settings, records), recalls, settings)
-
-    for text in chosen:
-        read_missing(scorers, text, settings, records)
-        report()
-    for scorer in scorers:
-        ask(scorer, cases, settings, records)
-        report()
-    click.echo(report())
+    try:
+        click.echo(
+            measure(packages, out, texts, documents, make_settings(lengths, recall_lengths, depths, probes, **values))
+        )
+    except ExPEEdgeError as error:
+        raise click.UsageError(with_flags(str(error), {"": main}, "")) from error
 
 
 if __name__ == "__main__":

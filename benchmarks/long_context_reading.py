@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -65,6 +66,7 @@ _reading: tuple[PackageSession, Cache, int] | None = None  # of the process that
 
 def _open(path: Path, capacity: int, threads: int, chunk: int) -> int:
     global _reading
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks for parts stops asking
     session = PackageSession.load(path, threads=threads)
     _reading = session, session.new_cache(1, capacity), chunk
     return peak_bytes()

@@ -141,7 +141,7 @@ def _megabytes(size: int) -> str:
 
 
 def write_report(out: Path, rows: Sequence[Row], recalls: Mapping[str, Sequence[Recall]], settings: Settings) -> str:
-    """Write report.md, report.json and report.png into `out`; return the first's text."""
+    """Write report.md and report.json into `out`; return the first's text."""
     text = table(rows, recalls, settings)
     data = {
         "settings": {"threads": settings.threads, "chunk": settings.chunk, "decoded": settings.decoded},
@@ -150,7 +150,6 @@ def write_report(out: Path, rows: Sequence[Row], recalls: Mapping[str, Sequence[
     }
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    plot(rows, out / "report.png")
     return text
 
 
@@ -196,13 +195,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     ]
     pyplot = drawing()
     figure, every = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), layout="constrained")
+    packages = list(dict.fromkeys(row.package for row in rows))
     for axes, (title, scale, value) in zip(every, panels, strict=True):
-        for package in dict.fromkeys(row.package for row in rows):
+        for number, package in enumerate(packages):
             points = [(row.end, value(row)) for row in rows if row.package == package and value(row) > 0]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=package)
+                axes.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=package)
         axes.set(title=title, yscale=scale, xlabel="length, tokens")
         scale_by_length(axes, rows[0].training_length)
-        axes.legend(fontsize=7)
+    every[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
