@@ -25,7 +25,7 @@ import click
 import numpy as np
 
 from benchmarks.long_context_reading import BranchingScorer, Reader, in_order
-from benchmarks.long_context_records import Measured, Records, Settings, between, digest_of, graph_of, run_of
+from benchmarks.long_context_records import Measured, Records, Settings, asked_of, between, digest_of, run_of
 from benchmarks.long_context_report import Row, plot, summarize, write_report
 from expe_edge.cli.compare import parse_integers
 from expe_edge.cli.flags import Setting, with_flags
@@ -39,6 +39,8 @@ from expe_edge.quality.scoring import Ids, PackageScorer, Scorer
 from expe_edge.runtime import PackageSession
 from expe_edge.runtime.session import PREFILL_CHUNK
 from expe_edge.text.tokenization import load_tokenizer
+
+COUNT = click.IntRange(1)
 
 
 def read(
@@ -102,9 +104,9 @@ class Answered(Panel):
 
 def ask(scorer: PackageScorer, cases: Sequence[Case], settings: Settings, records: Records) -> None:
     """Put all cases to a package that have not been put to it."""
-    answers = records.answers.setdefault(graph_of(scorer), {})
+    answers = records.answers.setdefault(asked_of(scorer, settings), {})
     begins = {text.tobytes(): case.answer for case in cases for text in (case.tokens, case.without)}
-    branching = BranchingScorer(scorer.session, max(settings.grid.lengths), settings.chunk)
+    branching = BranchingScorer(scorer.session, settings.grid.lengths[-1], settings.chunk)
     texts = [text for text in in_order(begins) if digest_of(text) not in answers]
     with counted(f"asking {scorer.path.name}", sum(map(len, texts))) as advance:
         for text in texts:
@@ -114,9 +116,9 @@ def ask(scorer: PackageScorer, cases: Sequence[Case], settings: Settings, record
             advance(len(text))
 
 
-def recalled(scorer: PackageScorer, cases: Sequence[Case], records: Records) -> tuple[Recall, ...]:
+def recalled(scorer: PackageScorer, cases: Sequence[Case], settings: Settings, records: Records) -> tuple[Recall, ...]:
     """Return the recall of a package in the cases that have been put to it."""
-    answers = records.answers.get(graph_of(scorer), {})
+    answers = records.answers.get(asked_of(scorer, settings), {})
     known = [case for case in cases if {digest_of(case.tokens), digest_of(case.without)} <= answers.keys()]
     return recall(Answered(scorer, answers), known)
 
@@ -164,7 +166,9 @@ def measure(packages: Sequence[Path], out: Path, sources: Sequence[str], documen
 
     def report() -> tuple[str, list[Row]]:
         rows = summarize(names, scorers, chosen, settings, records)
-        recalls = {name: recalled(scorer, cases, records) for name, scorer in zip(names, scorers, strict=True)}
+        recalls = {
+            name: recalled(scorer, cases, settings, records) for name, scorer in zip(names, scorers, strict=True)
+        }
         return write_report(out, rows, recalls, settings), rows
 
     for document in chosen:
@@ -176,9 +180,6 @@ def measure(packages: Sequence[Path], out: Path, sources: Sequence[str], documen
     text, rows = report()
     plot(rows, out / "report.png")
     return text
-
-
-COUNT = click.IntRange(1)
 
 
 @click.command(help=__doc__)

@@ -42,7 +42,7 @@ class Records:
     """What has been measured, in a file that is replaced whole after each addition.
 
     reading: by run, text and lengths (see `run_of`, `digest_of`, `between`), the fields of `Measured`. answers: by
-    graph and text, those of `Predictions` for the answer's tokens.
+    package and text (see `asked_of`), those of `Predictions` for the answer's tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,14 +98,18 @@ def between(begin: int, end: int) -> str:
     return f"{begin}-{end}"
 
 
-def graph_of(scorer: PackageScorer) -> str:
-    """Name a package by what its graph is."""
+def _graph_of(scorer: PackageScorer) -> str:
     return scorer.session.package.manifest.files[MODEL_FILE][:16]
+
+
+def asked_of(scorer: PackageScorer, settings: Settings) -> str:
+    """Name a package, by what its graph is, and the setting that its answers depend on."""
+    return f"{_graph_of(scorer)}, chunks of {settings.chunk}"
 
 
 def run_of(scorer: PackageScorer, first: PackageScorer, settings: Settings) -> str:
     """Name a package, read beside another, and the settings that its seconds depend on."""
     return (
-        f"{graph_of(scorer)} beside {graph_of(first)}, {settings.threads} threads, chunks of {settings.chunk}, "
+        f"{asked_of(scorer, settings)}, beside {_graph_of(first)}, {settings.threads} threads, "
         f"{settings.decoded} decoded"
     )

@@ -174,7 +174,10 @@ def _measure(chunks: Iterable[list[Float]], targets: Ids, advance: Callable[[int
 
 
 def measure_chunk(logits: list[Float], targets: Ids) -> list[dict[str, Double]]:
-    """Return for every model, the reference first, the measures of the tokens (t,) that its logits (t, V) predict."""
+    """Return for every model, the reference first, what its logits (t, V) make of the tokens (t,) that they predict.
+
+    These are, by name, what `compare` sums over a bucket: `tokens`, `nll`, `kl`, `top1` and others, each (t,).
+    """
     reference, every = log_softmax(logits[0]), np.arange(len(targets))
     best = reference.argmax(axis=-1)
     second, first = np.sort(np.partition(reference, -2, axis=-1)[:, -2:], axis=-1).T
