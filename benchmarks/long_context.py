@@ -24,13 +24,13 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.long_context_reading import BranchingScorer, Reader, in_order
+from benchmarks.long_context_reading import BranchingScorer, Reader, in_order, work
 from benchmarks.long_context_records import Measured, Records, Settings, asked_of, between, digest_of, run_of
 from benchmarks.long_context_report import Row, plot, summarize, write_report
 from expe_edge.cli.compare import parse_integers
 from expe_edge.cli.flags import Setting, with_flags
 from expe_edge.errors import ExPEEdgeError
-from expe_edge.progress import counted
+from expe_edge.progress import counted, note
 from expe_edge.quality.comparison import long_documents, measure_chunk, require_rising, require_same_vocabulary
 from expe_edge.quality.losses import Panel, Predictions, predictions
 from expe_edge.quality.needles import COPIED, CUE, Case
@@ -108,6 +108,10 @@ def ask(scorer: PackageScorer, cases: Sequence[Case], settings: Settings, record
     begins = {text.tobytes(): case.answer for case in cases for text in (case.tokens, case.without)}
     branching = BranchingScorer(scorer.session, settings.grid.lengths[-1], settings.chunk)
     texts = [text for text in in_order(begins) if digest_of(text) not in answers]
+    if not texts:
+        return
+    times = work(texts, settings.lengths[-1])
+    note(f"recall takes {scorer.path} {times:.1f} times the work of reading {settings.lengths[-1]} tokens")
     with counted(f"asking {scorer.path.name}", sum(map(len, texts))) as advance:
         for text in texts:
             found = predictions(branching, text, begins[text.tobytes()])

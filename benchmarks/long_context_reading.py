@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -105,25 +106,33 @@ class BranchingScorer(PackageScorer):
         self.held: Ids = np.zeros(0, dtype=np.int64)  # what the cache holds
 
     def logits(self, tokens: Ids) -> Iterator[Float]:
-        kept = self._kept(tokens)
+        if self.session.contract.growing_cache:  # keeps nothing
+            self.cache, self.held = self.session.new_cache(1, self.capacity), tokens[:0]
+        kept = shared(self.held, tokens)
         self.held = tokens[:kept]
-        if self.session.contract.growing_cache:
-            self.cache = self.session.new_cache(1, self.capacity)
         self.cache.lengths[:] = kept
         for _ in range(0, kept, PREFILL_CHUNK):
             yield np.broadcast_to(np.float32(np.nan), (PREFILL_CHUNK, self.session.contract.vocab_size))
         yield from self.session.prefill(self.cache, tokens[kept:], self.chunk)
         self.held = tokens
 
-    def _kept(self, tokens: Ids) -> int:
-        """Return how many tokens of the cache the text begins with, in whole chunks; a growing cache keeps none."""
-        if self.session.contract.growing_cache:
-            return 0
-        most = max(0, min(len(tokens) - PREFILL_CHUNK, len(self.held)))
-        differ = np.flatnonzero(tokens[:most] != self.held[:most])
-        return int(differ[0] if len(differ) else most) // PREFILL_CHUNK * PREFILL_CHUNK
+
+def shared(held: Ids, tokens: Ids) -> int:
+    """Return how many tokens of a text need not be read again after another, in whole chunks but the last."""
+    most = max(0, min(len(tokens) - PREFILL_CHUNK, len(held)))
+    differ = np.flatnonzero(tokens[:most] != held[:most])
+    return int(differ[0] if len(differ) else most) // PREFILL_CHUNK * PREFILL_CHUNK
 
 
 def in_order(texts: Iterable[bytes]) -> list[Ids]:
     """Return texts, given as the bytes of their ids, so that those which begin alike follow one another."""
     return [np.frombuffer(text, dtype=np.int64) for text in sorted(texts)]
+
+
+def work(texts: Sequence[Ids], length: int) -> float:
+    """Return how many times the work of reading `length` tokens it takes to read texts, one after another.
+
+    The work is taken for that of attention, which grows with the square of the length.
+    """
+    kept = [0, *(shared(held, tokens) for held, tokens in pairwise(texts))]
+    return sum(len(tokens) ** 2 - begin**2 for tokens, begin in zip(texts, kept, strict=False)) / length**2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import long_context
-from benchmarks.long_context_reading import BranchingScorer, Reader, in_order
+from benchmarks.long_context_reading import BranchingScorer, Reader, in_order, work
 from benchmarks.long_context_records import Records, digest_of
 from benchmarks.measuring import peak_bytes, quartiles
 from expe_edge.quality.comparison import compare, long_documents
@@ -118,13 +118,15 @@ def test_texts_that_begin_alike_are_read_once_to_the_same_bits(scorers: list[Pac
     branching = BranchingScorer(scorers[index].session, 1000)
 
     computed = []
-    for tokens in in_order({each.tobytes() for each in (other, whole, whole[:1], ended, begun)}):
+    texts = in_order({each.tobytes() for each in (other, whole, whole[:1], ended, begun)})
+    for tokens in texts:
         logits = np.concatenate(list(branching.logits(tokens)))
         rows = ~np.isnan(logits).any(axis=-1)
         np.testing.assert_array_equal(logits[rows], np.concatenate(list(scorers[index].logits(tokens)))[rows])
         computed.append((len(tokens), int(rows.sum())))
 
     assert computed == [(1, 1), (700, 700), (1000, 1000 - 512), (1000, 1000 - 512), (1000, 1000)]
+    assert work(texts, 1000) == pytest.approx(1e-6 + 0.7**2 + 2 * (1 - 0.512**2) + 1)
 
 
 @pytest.mark.parametrize(
