@@ -16,6 +16,8 @@ from pathlib import Path
 
 import click
 
+from benchmarks.measuring import RSS_UNIT
+
 MODEL = (
     *("--preset", "base", "--num-key-value-heads", "12", "--no-tie-word-embeddings", "--vocab-size", "32000"),
     *("--data", "python-stdlib", "--training-length", "128", "--batch-size", "1", "--max-steps", "1"),
@@ -30,14 +32,14 @@ EXPORTS = {
 }
 
 
-def run(*arguments: str) -> float:
+def run(*arguments: str) -> int:
     """Run a command of expe-edge; return its largest resident set in bytes."""
     process = subprocess.Popen([sys.executable, "-m", "expe_edge", *arguments])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise click.ClickException(f"expe-edge {' '.join(arguments)} ended with {process.returncode}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux kilobytes
+    return usage.ru_maxrss * RSS_UNIT
 
 
 @click.command(help=__doc__)

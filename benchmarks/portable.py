@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from benchmarks.measuring import quartiles
 from expe_edge.export.exporter import export
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import PackageSession
@@ -43,8 +44,8 @@ def ratios(sessions: list[PackageSession], context: int, turns: int) -> dict[str
     for session in sessions:
         seconds(session, tokens)
     times = np.array([[seconds(session, tokens) for session in sessions] for _ in range(turns)])  # (turns, 2, 2)
-    quartiles = np.quantile(times[:, 1] / times[:, 0], [0.25, 0.5, 0.75], axis=0).round(2)
-    return {"prefill": quartiles[:, 0].tolist(), "decode": quartiles[:, 1].tolist()}
+    prefill, decode = (quartiles(times[:, 1, part] / times[:, 0, part]) for part in (0, 1))
+    return {"prefill": prefill, "decode": decode}
 
 
 @click.command()

@@ -167,14 +167,17 @@ def _measure(chunks: Iterable[list[Float]], targets: Ids, advance: Callable[[int
     begin = 0
     for logits in chunks:
         end = begin + len(logits[0])
-        measured.append(_measure_chunk(logits, targets[begin:end]))
+        measured.append(measure_chunk(logits, targets[begin:end]))
         advance(end - begin)
         begin = end
     return [{name: np.concatenate([part[name] for part in of]) for name in of[0]} for of in zip(*measured, strict=True)]
 
 
-def _measure_chunk(logits: list[Float], targets: Ids) -> list[dict[str, Double]]:
-    """Return for every model the measures of the tokens (t,) that its logits (t, V) predict."""
+def measure_chunk(logits: list[Float], targets: Ids) -> list[dict[str, Double]]:
+    """Return for every model, the reference first, what its logits (t, V) make of the tokens (t,) that they predict.
+
+    These are, by name, what `compare` sums over a bucket: `tokens`, `nll`, `kl`, `top1` and others, each (t,).
+    """
     reference, every = log_softmax(logits[0]), np.arange(len(targets))
     best = reference.argmax(axis=-1)
     second, first = np.sort(np.partition(reference, -2, axis=-1)[:, -2:], axis=-1).T

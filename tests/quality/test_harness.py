@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("lm_eval")
 import lm_eval
@@ -25,11 +24,8 @@ from expe_edge.quality.harness import AUTO_BATCH, PackageLM
 from expe_edge.runtime import Generator, Sampling
 from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
 from tests.command_line import refused
+from tests.quality.scored import NATS, SHARE, torch_scores
 
-#: Nats that a sum over a few hundred tokens may differ by, float32 in two engines.
-NATS = 1e-4
-#: Of long texts, whose sums float32 no longer holds to that.
-SHARE = 1e-6
 LONG = "The old tree grows under the bright stone. " * 25
 #: Contexts and continuations: none, short, several tokens, one read together with the next, past the prefill chunk.
 PAIRS = [
@@ -54,22 +50,6 @@ def requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
 @pytest.fixture(scope="module")
 def trained(checkpoint: Path) -> Checkpoint:
     return load_checkpoint(checkpoint)
-
-
-def torch_scores(trained: Checkpoint, context: str, continuation: str) -> tuple[float, bool]:
-    """Nats of `continuation` and whether it is greedy, from PyTorch's logits of the whole text."""
-    ids, scored = split(trained, context, continuation)
-    with torch.inference_mode():
-        logits = trained.model(torch.tensor([ids[:-1]])).logits[0, -scored:].double()
-    targets = torch.tensor(ids[-scored:])
-    nats = logits.log_softmax(-1).gather(1, targets[:, None]).sum()
-    return float(nats), bool((logits.argmax(-1) == targets).all())
-
-
-def split(trained: Checkpoint, context: str, continuation: str) -> tuple[list[int], int]:
-    """The text's ids, opened as training opened documents, and how many are the continuation's: spaces go to it."""
-    ids = trained.tokenizer.encode(context + continuation).ids
-    return ids, len(ids) - len(trained.tokenizer.encode(context.rstrip()).ids)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
