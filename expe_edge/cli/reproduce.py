@@ -34,9 +34,11 @@ def reproduce(study: Path, out: Path | None, jobs: int | None, backend: str, rep
     from expe_edge.study.cost import measure_variants
     from expe_edge.study.plan import read_study
     from expe_edge.study.report import gather
-    from expe_edge.study.running import begin, run_all
+    from expe_edge.study.running import begin, register, run_all
 
     plan, out = read_study(study), out or Path("runs", study.stem)
+    if not report_only:
+        register(backend)
     begin(plan, study, out)
     troubles = {}
     if not report_only:

@@ -46,14 +46,13 @@ def run_all(study: Study, out: Path, jobs: int | None, backend: str) -> None:
 
     Args:
         out: where the study file is and the runs go. jobs: by default one for each processor, or as a cluster sees fit.
+        backend: of joblib, after `register`.
 
     Raises:
-        ConfigError: an unknown backend, or one that is not installed.
         KeyboardInterrupt: after Ctrl-C, once every run has saved what it goes on from; a second one stops at once.
     """
     from joblib import Parallel, delayed, parallel_config
 
-    register(backend)
     (out / STOP_FILE).unlink(missing_ok=True)
     waiting = [run for run in study.runs if not finished(study, out, run)]
     if not waiting:

@@ -31,12 +31,8 @@ def carry_out(study: Study, out: Path, run: Run) -> None:
     """
     from expe_edge.quality.scoring import open_scorer
     from expe_edge.study.scores import score
-    from expe_edge.training.run import train
 
-    directory = out / run.name
-    if not (directory / WEIGHTS_FILE).is_file():
-        resume = any((directory / TRAINER_DIRECTORY).glob("checkpoint-*/trainer_state.json"))
-        train(run.settings, directory, resume=resume, force=not resume)
+    directory = train_run(out, run)
     scorer = open_scorer(directory)
     score(scorer, study.lengths, study.documents, study.data)
     if study.probe_settings is not None and read_probes(directory, study) is None:
@@ -46,6 +42,21 @@ def carry_out(study: Study, out: Path, run: Run) -> None:
         record = json.dumps({"asked": asked_of_probes(study), "report": found}, allow_nan=False)
         (directory / f".{PROBES_FILE}").write_text(record + "\n", encoding="utf-8")
         (directory / f".{PROBES_FILE}").replace(directory / PROBES_FILE)
+
+
+def train_run(out: Path, run: Run) -> Path:
+    """Return the directory of a run in `out`, trained unless it is; an interrupted one goes on.
+
+    Raises:
+        ExPEEdgeError, KeyboardInterrupt: as `training.run.train`.
+    """
+    from expe_edge.training.run import train
+
+    directory = out / run.name
+    if not (directory / WEIGHTS_FILE).is_file():
+        resume = any((directory / TRAINER_DIRECTORY).glob("checkpoint-*/trainer_state.json"))
+        train(run.settings, directory, resume=resume, force=not resume)
+    return directory
 
 
 def asked_of_probes(study: Study) -> dict[str, Any]:
