@@ -29,16 +29,18 @@ def reproduce(study: Path, out: Path | None, jobs: int | None, backend: str, rep
 
     from expe_edge.cli.reproduce_page import sections_of, write_pages
     from expe_edge.cli.tables import print_whole, rows_by_name
-    from expe_edge.errors import ExPEEdgeError
+    from expe_edge.errors import ConfigError, ExPEEdgeError
     from expe_edge.progress import note
     from expe_edge.study.cost import measure_variants
     from expe_edge.study.plan import read_study
     from expe_edge.study.report import gather
     from expe_edge.study.running import begin, register, run_all
 
-    plan, out = read_study(study), out or Path("runs", study.stem)
+    plan, text, out = read_study(study), study.read_text(encoding="utf-8"), out or Path("runs", study.stem)
     if not report_only:
         register(backend)
+    elif not out.is_dir():
+        raise ConfigError(f"{out} is not a directory; choose another `out`, or drop `report_only`")
     begin(plan, study, out)
     troubles = {}
     if not report_only:
@@ -47,7 +49,7 @@ def reproduce(study: Path, out: Path | None, jobs: int | None, backend: str, rep
             measure_variants(plan, out)
         except ExPEEdgeError as error:
             troubles["cost"] = str(error)
-    report = gather(plan, out, study.read_text(encoding="utf-8"))
+    report = gather(plan, out, text)
     troubles = report["troubles"] = {**report["troubles"], **troubles}
     sections = sections_of(report)
     for section in sections:

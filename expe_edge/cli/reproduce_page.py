@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from expe_edge.cli.reproduce_plots import plot_gains, plot_losses, plot_training
+from expe_edge.study.plan import directory_of
 
 Report = Mapping[str, Any]
 
@@ -38,7 +39,7 @@ class Section:
     @property
     def file(self) -> str:
         """Name of the plot's file."""
-        return "-".join(self.title.lower().split()).replace(",", "") + ".svg"
+        return f"{directory_of(self.title.lower())}.svg"
 
 
 def write_pages(report: Report, sections: Sequence[Section], out: Path) -> list[Path]:
@@ -64,8 +65,7 @@ def _markdown_cell(text: str) -> str:
 
 def sections_of(report: Report) -> list[Section]:
     """Return the sections of a report; those of what it does not hold are left out."""
-    made = (*_losses(report), *_training(report), *_probes(report), *_training_cost(report), *_inference_cost(report))
-    return list(made)
+    return [*_losses(report), *_training(report), *_probes(report), *_training_cost(report), *_inference_cost(report)]
 
 
 def _losses(report: Report) -> Iterator[Section]:

@@ -45,7 +45,7 @@ def run_all(study: Study, out: Path, jobs: int | None, backend: str) -> None:
     """Carry out every run that is not finished, so many at a time; `state.trouble` tells what failed.
 
     Args:
-        out: where the study file is and the runs go. jobs: by default one for each processor, or as a cluster sees fit.
+        out: where the study file is and the runs go. jobs: by default one for each processor, here or of the cluster.
         backend: of joblib, after `register`.
 
     Raises:
@@ -57,7 +57,7 @@ def run_all(study: Study, out: Path, jobs: int | None, backend: str) -> None:
     waiting = [run for run in study.runs if not finished(study, out, run)]
     if not waiting:
         return
-    most = jobs or (len(waiting) if backend in ELSEWHERE else os.cpu_count() or 1)
+    most = jobs or (-1 if backend in ELSEWHERE else os.cpu_count() or 1)  # -1: what the cluster has
     place, owner = (str(Path.cwd()), str(out.absolute())), os.getpid()
     with (
         stopped_by_file(out) as interrupted,
@@ -106,7 +106,7 @@ def run_alone(directory: str, out: str, name: str, owner: int) -> None:
     if stop.exists():
         return
     if os.getpid() != owner and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which the run would inherit
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with Path(out, f"{name}.log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(  # noqa: S603  # this project's own module

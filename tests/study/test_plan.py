@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,12 @@ def test_a_study_needs_variants_and_one_to_compare_with(tmp_path: Path) -> None:
     file.write_text("variants: {\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"^study .*study.yaml: not readable as YAML"):
         read_study(file)
+
+
+def test_the_study_file_of_the_documentation_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "study.yaml").write_text(example, encoding="utf-8")
+    documented = read_study(tmp_path / "study.yaml")
+    assert set(yaml.safe_load(example)) == {field.name for field in dataclasses.fields(Study)}
+    assert len(documented.runs) == 3 * (2 + 6)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from click.testing import Result
 from expe_edge.quality.comparison import long_documents
 from expe_edge.quality.scoring import open_scorer
 from expe_edge.study.plan import read_study
+from expe_edge.study.running import run_alone, stopped_by_file
+from expe_edge.study.state import finished
 from expe_edge.study.work import carry_out
 from expe_edge.training.checkpoint import load_checkpoint
-from tests.command_line import invoke, refused, tree
+from tests.command_line import invoke, names, refused, tree
 
 LENGTHS, SEEDS = [1, 2], [0, 1]
 #: The run that the command makes, and the files of a finished one that must not be made again.
@@ -43,6 +47,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
         "batch_size": 4,
         "warmup_steps": 2,
         "log_every": 2,
+        "save_every": 3,
     }
     content = {
         "title": "A <small> study",
@@ -133,6 +138,35 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_others_are_reported(d
     assert report["seeds"] == {"expe": [0, 1], "alibi": [0], "expe, dims=4": [0, 1], "expe, dims=16": [0, 1]}
     assert np.isfinite(report["difference"]["expe"]).all()  # of the seed that both have
     assert done.report["troubles"] == {}
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(done: Done, study: Path, tmp_path: Path) -> None:
+    plan = read_study(study)
+    (run,) = (run for run in plan.runs if run.name == "expe-seed0")
+    directory = Path(shutil.copytree(done.out / run.name, tmp_path / run.name))
+    for name in RESULTS:
+        (directory / name).unlink()
+    shutil.rmtree(directory / "trainer" / "checkpoint-6")
+    first = (directory / "trainer" / "checkpoint-3" / "model.safetensors").stat().st_mtime_ns
+    assert not finished(plan, tmp_path, run)
+
+    carry_out(plan, tmp_path, run)
+
+    assert finished(plan, tmp_path, run)
+    assert (directory / "trainer" / "checkpoint-3" / "model.safetensors").stat().st_mtime_ns == first
+    for name in ("model.safetensors", "losses.json"):
+        assert (directory / name).read_bytes() == (done.out / run.name / name).read_bytes()
+
+
+def test_ctrl_c_is_a_file_that_workers_see_and_a_second_one_an_interrupt(tmp_path: Path) -> None:
+    with stopped_by_file(tmp_path) as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        run_alone(str(tmp_path), str(tmp_path), "never-begun", os.getpid())
+        assert names(tmp_path) == [".stop"]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_losses_are_those_of_the_whole_text_at_once(done: Done) -> None:
@@ -255,6 +289,9 @@ def test_a_study_whose_settings_have_changed_is_refused(
 def test_what_the_command_refuses_at_once(study: Path) -> None:
     assert refused("reproduce", study, "--jobs", 0) == "--jobs is 0; at least 1"
     assert refused("reproduce", study, "--backend", "lok").startswith("unknown backend 'lok'; did you mean 'loky'?")
+    assert refused("reproduce", study, "--out", "gone", "--report-only") == (
+        "gone is not a directory; choose another --out, or drop --report-only"
+    )
     assert refused("reproduce", "gone.yaml").startswith("study gone.yaml: not readable as YAML")
 
 
