@@ -80,7 +80,11 @@ def measure(checkpoints: Mapping[str, Path], lengths: Sequence[int], out: Path) 
     Raises:
         ExportError, GenerationError: one cannot be exported, or reaches no such length.
     """
-    asked = {"checkpoints": sorted(checkpoints), "lengths": list(lengths), "turns": TURNS}
+    asked = {
+        "checkpoints": {name: path.name for name, path in checkpoints.items()},
+        "lengths": list(lengths),
+        "turns": TURNS,
+    }
     kept = read_cost(out, asked)
     if kept is not None:
         return kept

@@ -70,16 +70,17 @@ def _losses(study: Study, out: Path, variant: Variant) -> dict[int, Double]:
 def _difference(
     study: Study, out: Path, losses: Mapping[str, Mapping[int, Double]], variant: Variant, other: Variant
 ) -> tuple[Double, Double] | None:
-    """Return `paired_difference` over the seeds that both have, if they read the same tokens."""
+    """Return `paired_difference` over the seeds that both have, if they read the same documents as the same tokens."""
     ours, theirs = losses[variant.name], losses[other.name]
     seeds = [seed for seed in ours if seed in theirs]
-    if not seeds or not all(_same_tokens(study, out, variant, other, seed) for seed in seeds):
+    scored = [each[seed] for each in (ours, theirs) for seed in seeds]
+    if len({each.shape for each in scored}) != 1 or not _same_tokens(study, out, (variant, other), seeds):
         return None
-    return paired_difference(*(np.stack([each[seed] for seed in seeds]) for each in (ours, theirs)))
+    return paired_difference(np.stack(scored[: len(seeds)]), np.stack(scored[len(seeds) :]))
 
 
-def _same_tokens(study: Study, out: Path, variant: Variant, other: Variant, seed: int) -> bool:
-    runs = [study.run(each, seed) for each in (variant, other)]
+def _same_tokens(study: Study, out: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> bool:
+    runs = [study.run(variant, seed) for variant in variants for seed in seeds]
     tokenizers = {(out / run.name / TOKENIZER_FILE).read_bytes() for run in runs}
     return len(tokenizers) == len({run.settings.training_length for run in runs}) == 1
 
@@ -105,43 +106,32 @@ def _run(study: Study, out: Path, variant: Variant, seed: int) -> dict[str, Any]
 def _probes(study: Study, out: Path) -> list[dict[str, Any]]:
     """Return what far text gains by variant, probe and length: mean over seeds, and over depths where there are any.
 
-    Each with the standard error over seeds; with one seed it is that over documents, which is not known of a mean over
-    depths.
+    The standard error is over seeds; with one seed that over documents, which is not known of a mean over depths.
     """
     found = []
     for variant in study.all_variants if study.probes is not None else ():
-        reports = [read_probes(out / study.run(variant, seed).name, study) for seed in study.seeds]
-        cells: dict[tuple[str, int], list[list[dict[str, Any]]]] = {}
-        for report in filter(None, reports):
-            of_seed: dict[tuple[str, int], list[dict[str, Any]]] = {}
-            for result in report["context_use"]:
-                of_seed.setdefault(("context-use", result["length"]), []).append(result)
-            for result in report["recall"]:
-                of_seed.setdefault((result["probe"], result["length"]), []).append(result)
-            for key, results in of_seed.items():
-                cells.setdefault(key, []).append(results)
-        for (probe, length), seeds in cells.items():
-            gained, error = _mean([[result["gained"] for result in results] for results in seeds])
-            if len(seeds) == 1 and len(seeds[0]) == 1:
-                error = seeds[0][0]["gained_stderr"]
-            exact = [result["exact_match"] for results in seeds for result in results if "exact_match" in result]
+        cells: dict[tuple[str, int], dict[int, list[dict[str, Any]]]] = {}
+        for seed in study.seeds:
+            report = read_probes(out / study.run(variant, seed).name, study) or {"context_use": (), "recall": ()}
+            for result in (*report["context_use"], *report["recall"]):
+                cell = cells.setdefault((result.get("probe", "context-use"), result["length"]), {})
+                cell.setdefault(seed, []).append(result)
+        for (probe, length), by_seed in cells.items():
+            results = [result for of_seed in by_seed.values() for result in of_seed]
+            gained = np.array([np.mean([result["gained"] for result in of_seed]) for of_seed in by_seed.values()])
+            error = float(gained.std(ddof=1) / np.sqrt(len(gained))) if len(gained) > 1 else None
+            exact = [result["exact_match"] for result in results if "exact_match" in result]
             found.append(
                 {
                     "variant": variant.name,
                     "probe": probe,
                     "length": length,
-                    "gained": gained,
-                    "gained_stderr": error,
+                    "gained": float(gained.mean()),
+                    "gained_stderr": results[0]["gained_stderr"] if len(results) == 1 else error,
                     "exact_match": float(np.mean(exact)) if exact else None,
                 }
             )
     return found
-
-
-def _mean(values: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Return the mean over seeds of the mean of each, and its standard error, None with one seed."""
-    each = np.array([np.mean(one) for one in values])
-    return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else None
 
 
 def _cost(study: Study, out: Path) -> list[dict[str, Any]]:
