@@ -88,15 +88,15 @@ fuzz: $(INSTALLED)
 chaos: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(if $(SECONDS),--seconds $(SECONDS))
 
-# Long experiments; see the head of each file in benchmarks/.
+# Long experiments; see the head of each file in studies/ and benchmarks/.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.extrapolation
+	$(BIN)/expe-edge reproduce studies/encodings.yaml
 	$(BIN)/python -m benchmarks.runtime_overhead
 	$(BIN)/python -m benchmarks.quantization $(OUT)/checkpoint --out runs/quantization
 	$(BIN)/python -m benchmarks.off_the_shelf $(OUT)/checkpoint
 	$(BIN)/python -m benchmarks.portable $(OUT)/checkpoint
 	$(BIN)/python -m benchmarks.export_memory
-	$(BIN)/python -m benchmarks.exqpe --runs runs/extrapolation
+	$(BIN)/python -m benchmarks.exqpe --runs runs/encodings
 
 # Pages generated from the code: docs/cli.md.
 docs: $(INSTALLED)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.exqpe --out runs/exqpe
 
-Models are trained on the same data and seeds as in `benchmarks.extrapolation`, whose finished runs can be used again
-with `--runs runs/extrapolation`. Divergences are to the same model's own float32 (folded), perplexities absolute.
+Models are trained on the same data and seeds as in `studies/encodings.yaml`, whose finished runs can be used again with
+`--runs runs/encodings`. Divergences are to the same model's own float32 (folded), perplexities absolute.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.extrapolation import train
 from benchmarks.quantization import measure
 from expe_edge.cli.tables import bucket_name, print_whole, short
 from expe_edge.export.exporter import export
 from expe_edge.package.directory import read_package
 from expe_edge.quality.comparison import BucketResult
 from expe_edge.quant.recipe import Recipe
+from expe_edge.study.plan import Run
+from expe_edge.study.work import train_run
+from expe_edge.training.settings import make_settings
 
 #: Formats compared. bfloat16 is of the weights alone; those of 8 bits are rounded to the nearest, as anyone does it.
 RECIPES = (
@@ -60,7 +62,8 @@ def measure_seed(
     """Return, for every way, results by precision and the bytes that positions take."""
     found: dict[str, dict[str, Any]] = {}
     for encoding in ("expe", "exqpe"):
-        packages = packages_of(train(runs, encoding, seed, []), out / f"{encoding}-seed{seed}")
+        run = Run(f"{encoding}-seed{seed}", make_settings(flags={"positional": encoding, "seed": seed}))
+        packages = packages_of(train_run(runs, run), out / run.name)
         paths = [*packages["folded"], *packages["inline"]]
         comparison = measure(paths, lengths, documents, threads)
         results = dict(zip(paths, (comparison.of(model) for model in comparison.models), strict=True))

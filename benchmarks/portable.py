@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import click
@@ -19,31 +18,13 @@ from benchmarks.measuring import quartiles
 from expe_edge.export.exporter import export
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import PackageSession
-from expe_edge.runtime.session import Step
-
-DECODED = 40
-
-
-def seconds(session: PackageSession, tokens: np.ndarray) -> tuple[float, float]:
-    """Time of a prefill of `tokens` (T,), and the median of the decode steps after it."""
-    cache, steps = session.new_cache(1, len(tokens) + DECODED), []
-    began = time.perf_counter()
-    for _ in session.prefill(cache, tokens):
-        pass
-    prefill, step = time.perf_counter() - began, Step(session, cache, 1)
-    for _ in range(DECODED):
-        began = time.perf_counter()
-        step.run(tokens[None, :1])
-        steps.append(time.perf_counter() - began)
-    return prefill, float(np.median(steps))
+from expe_edge.study.cost import in_turn
 
 
 def ratios(sessions: list[PackageSession], context: int, turns: int) -> dict[str, list[float]]:
     """First quartile, median and third quartile of the second session's time over the first's."""
     tokens = np.random.default_rng(0).integers(sessions[0].contract.vocab_size, size=context)
-    for session in sessions:
-        seconds(session, tokens)
-    times = np.array([[seconds(session, tokens) for session in sessions] for _ in range(turns)])  # (turns, 2, 2)
+    times = in_turn(sessions, tokens, turns)  # (turns, 2, 2)
     prefill, decode = (quartiles(times[:, 1, part] / times[:, 0, part]) for part in (0, 1))
     return {"prefill": prefill, "decode": decode}
 

@@ -1,9 +1,10 @@
 """Puts measured tables into the README and docs/quantization.md, between their markers.
 
-    python -m docs.tables demo/comparison.json runs/extrapolation/results.json runs/quantization/results.json
+    python -m docs.tables demo/comparison.json runs/encodings/report.json runs/quantization/results.json
 
-The first file is written by `make demo`, the others by `python -m benchmarks.extrapolation` and `.quantization`; any of
-them may be left out. Results of `.quantization` on several models are told apart by their training length.
+The first file is written by `make demo`, the others by `expe-edge reproduce studies/encodings.yaml` and
+`python -m benchmarks.quantization`; any of them may be left out. Results of the last on several models are told apart
+by their training length.
 """
 
 from __future__ import annotations
@@ -39,14 +40,18 @@ def quality_table(comparison: Report) -> str:
     return "\n".join(rows)
 
 
+#: Variants of `studies/encodings.yaml` that the README shows.
+SHOWN = ("alibi", "expe", "expe, paper", "expe, paper, offsets", "rotary", "sinusoidal")
+
+
 def extrapolation_table(report: Report) -> str:
-    """Loss by length of every variant, mean over seeds, and its paired difference ± standard error to one of them."""
+    """Loss by length of the variants in `SHOWN`, mean over seeds, and the paired difference ± standard error to one."""
     rows = [
         row("position", [f"{a}–{b} N" for a, b in pairwise([0, *report["lengths"]])]),
         "|---" * (len(report["lengths"]) + 1) + "|",
     ]
-    for variant, values in report["nll"].items():
-        cells = [f"{loss:.3f}" for loss in np.mean(values, axis=0)]
+    for variant in SHOWN:
+        cells = [f"{loss:.3f}" for loss in np.mean(report["nll"][variant], axis=0)]
         if variant != report["against"]:
             means, errors = (report[name][variant] for name in ("difference", "difference_stderr"))
             cells = [f"{c} ({m:+.3f} ± {e:.3f})" for c, m, e in zip(cells, means, errors, strict=True)]

@@ -30,6 +30,10 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
         "a number, or a list of numbers",
         lambda value: is_number(value) or all_are(is_number, value),
     ),
+    "tuple[int, ...]": (
+        "a whole number, or a list of them",
+        lambda value: all_are(lambda item: type(item) is int, value),
+    ),
     "tuple[str, ...]": ("text, or a list of it", lambda value: all_are(lambda item: isinstance(item, str), value)),
     "Mapping[str, Any]": ("a mapping", lambda value: isinstance(value, Mapping)),
 }

@@ -30,6 +30,8 @@ HEAVY = {
     "safetensors",
     "pyarrow",
     "lm_eval",
+    "joblib",
+    "jinja2",
 }
 SOURCES = sorted(ROOT.rglob("*.py"))
 #: What every folder may import, and what it may of the others. docs/design.md draws it.
@@ -54,7 +56,8 @@ MAY_IMPORT = {
         *("model.attention", "model.decoder", "model.encoding"),
     ),
     "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
-    "cli": ("calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
+    "study": ("export", "quality", "runtime", "training", "positions", "package"),
+    "cli": ("study", "calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
     "__main__": ("cli",),
 }
 #: Folders that the base install must be able to run, or that must stay arithmetic; what they may import of others.

@@ -21,6 +21,7 @@ from expe_edge.cli.generate import generate
 from expe_edge.cli.inspect import inspect
 from expe_edge.cli.probe import probe
 from expe_edge.cli.quantize import quantize
+from expe_edge.cli.reproduce import reproduce
 from expe_edge.cli.sensitivity import sensitivity
 from expe_edge.cli.train import train
 from expe_edge.errors import ExPEEdgeError, one_line, reason_of, wording
@@ -89,6 +90,8 @@ def _interrupted() -> NoReturn:
 def _extra_for(ctx: click.Context, error: ModuleNotFoundError) -> str:
     if error.name == "lm_eval":
         return "evaluate"
+    if ctx.invoked_subcommand == "reproduce":
+        return "study"
     return "export" if ctx.invoked_subcommand in ("export", "quantize", "sensitivity") else "train"
 
 
@@ -110,5 +113,5 @@ def main() -> None:
     prepare_streams()
 
 
-for command in (train, export, quantize, sensitivity, inspect, generate, compare, probe, analyze, evaluate):
+for command in (train, export, quantize, sensitivity, inspect, generate, compare, probe, analyze, evaluate, reproduce):
     main.add_command(command)

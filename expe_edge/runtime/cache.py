@@ -31,6 +31,11 @@ class Cache(ABC):
         self.columns = np.arange(capacity, dtype=np.int64)
         self.ones = np.ones((1, capacity), dtype=np.int64)
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+
     @abstractmethod
     def row(self, index: int) -> Cache:
         """Return row `index` as a cache of one row: what is put there is put here."""
@@ -76,6 +81,11 @@ class SharedCache(Cache):
         self.arrays = arrays
         self.values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
         self.bound: ort.IOBinding | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(array.nbytes for array in self.arrays)
 
     def row(self, index: int) -> SharedCache:
         """Return row `index` as a cache of one row over the same memory."""
@@ -128,6 +138,11 @@ class GrowingCache(Cache):
 
     def _values(self, side: int, columns: int) -> list[ort.OrtValue]:
         return [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays(side, columns)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, whether memory has been taken for them yet or not; rows that are apart have more."""
+        return sum(buffer.nbytes for side in self.buffers for buffer in side)
 
     def row(self, index: int) -> GrowingCache:
         """Return row `index` as a cache of one row, until all rows run together again."""

@@ -78,10 +78,13 @@ class SettingsWin(TrainerCallback):  # type: ignore[misc]  # transformers publis
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers publishes no types
-    """A bar with loss, tokens per second and time left; one line per tenth of the run without a terminal."""
+    """A bar with loss, tokens per second and time left; one line per tenth of the run without a terminal.
+
+    tokens_per_second: of all processes, checkpoints included, since the run began or went on.
+    """
 
     def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+        self.tokens_per_step, self.tokens_per_second = tokens_per_step, 0.0
         self.progress = progress_bar("loss", "speed")
         self.task: TaskID | None = None
 
@@ -96,6 +99,8 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers p
             self.progress.start()
 
     def on_step_end(self, _: TrainingArguments, state: TrainerState, __: TrainerControl, **___: Any) -> None:
+        tokens = (state.global_step - self.first_step) * self.tokens_per_step
+        self.tokens_per_second = tokens / (time.perf_counter() - self.began)
         if self.task is not None:
             self.progress.update(self.task, completed=state.global_step)
 
@@ -109,9 +114,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]  # transformers p
     ) -> None:
         if self.task is None or "loss" not in logs:
             return
-        steps = state.global_step - self.first_step
-        speed = steps * self.tokens_per_step / (time.perf_counter() - self.began)
-        loss, rate = f"loss {logs['loss']:.4f}", f"{speed:,.0f} tokens/s"
+        loss, rate = f"loss {logs['loss']:.4f}", f"{self.tokens_per_second:,.0f} tokens/s"
         self.progress.update(self.task, loss=loss, speed=rate)
         milestone = max(state.max_steps // 10, 1)
         if not console.is_terminal and state.global_step % milestone < state.logging_steps:

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
@@ -59,13 +60,15 @@ def require_same(settings: TrainSettings, run: Path, names: Sequence[str], setti
 
     setting: that asks to go on from the run.
     """
+    for name, stored, asked in differences(settings, run, names):
+        raise ConfigError(f"{name} is {asked}, but {stored} in the run of {run}; drop the option, or `{setting}`")
+
+
+def differences(settings: TrainSettings, run: Path, names: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, recorded value and value of each setting of those names that is not as the run recorded it."""
     recorded = TrainSettings(**stored_settings(run))
     stored, asked = (json.loads(json.dumps(dataclasses.asdict(explicit(each)))) for each in (recorded, settings))
-    for name in names:
-        if stored[name] != asked[name]:
-            raise ConfigError(
-                f"{name} is {asked[name]}, but {stored[name]} in the run of {run}; drop the option, or `{setting}`"
-            )
+    yield from ((name, stored[name], asked[name]) for name in names if stored[name] != asked[name])
 
 
 def require_same_stream(digest: str, run: Path) -> None:

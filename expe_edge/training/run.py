@@ -123,7 +123,7 @@ def _run(
         state.wait_for_everyone()  # a launcher ends all processes when the first one ends, so not before all is saved
         raise KeyboardInterrupt
     trainer.require_finite()
-    report = _report(settings, corpus, dataset, trainer, state)
+    report = {**_report(settings, corpus, dataset, trainer, state), "tokens_per_second": progress.tokens_per_second}
     if state.is_main_process:
         with disk_full_is_an_error(out):
             _finish(model, report, out)
@@ -191,7 +191,7 @@ def _make_models(
 def _report(
     settings: TrainSettings, corpus: Corpus, dataset: WindowDataset, trainer: WindowTrainer, state: PartialState
 ) -> dict[str, Any]:
-    """Return the content of `training.json`."""
+    """Return the content of `training.json` but for the speed."""
     return {
         "settings": dataclasses.asdict(settings),
         "corpus": {

@@ -206,8 +206,11 @@ def make_settings(
     return TrainSettings(**merged)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping of settings: keys are text and stand once; 1e-3 is a number, as in YAML 1.2."""
+def read_yaml(path: Path, what: str = "`config_file`") -> dict[str, Any]:
+    """Read a YAML mapping of settings: keys are text and stand once; 1e-3 is a number, as in YAML 1.2.
+
+    what: the file, in messages.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -216,11 +219,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             for place, key in enumerate(keys):
                 line = node.value[place][0].start_mark.line + 1
                 if not isinstance(key, str):
-                    raise ConfigError(
-                        f"`config_file` {path}: line {line}: the key {key!r} is no text; write it in quotes"
-                    )
+                    raise ConfigError(f"{what} {path}: line {line}: the key {key!r} is no text; write it in quotes")
                 if key in keys[:place]:
-                    raise ConfigError(f"`config_file` {path}: line {line}: {key} stands there twice; keep one")
+                    raise ConfigError(f"{what} {path}: line {line}: {key} stands there twice; keep one")
             return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
@@ -229,11 +230,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ConfigError:
         raise
     except RecursionError as error:
-        raise ConfigError(f"`config_file` {path}: nested too deeply") from error
+        raise ConfigError(f"{what} {path}: nested too deeply") from error
     except Exception as error:  # of a value that its tag does not allow PyYAML raises whatever Python does
-        raise ConfigError(f"`config_file` {path}: not readable as YAML ({reason_of(error)})") from error
+        raise ConfigError(f"{what} {path}: not readable as YAML ({reason_of(error)})") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"`config_file` {path}: expected a mapping of settings, got {type(values).__name__}")
+        raise ConfigError(f"{what} {path}: expected a mapping of settings, got {type(values).__name__}")
     return values
 
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 #: No file can be made here, whoever asks.
 NOWHERE = Path("/proc")
+STUDY = Path(__file__).parents[2] / "studies" / "ci.yaml"
 
 
 def test_numbers_that_are_not_finite_are_null_in_json() -> None:
@@ -79,6 +80,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "compare": (("{package}",), ("--json", "--plot")),
     "probe": (("{package}",), ("--json", "--plot")),
     "analyze": (("{checkpoint}",), ("--json", "--plot")),
+    "reproduce": (("{study}",), ("--out",)),
     "inspect": (("{package}",), ("--json",)),
     "generate": (("{package}",), ()),
     "evaluate": (("{package}",), ()),  # lm_eval has them
@@ -95,7 +97,7 @@ def test_every_command_is_among_them() -> None:
 def test_what_cannot_be_written_is_refused_before_the_work(
     text_folder: Path, checkpoint: Path, packages: Path, command: str, option: str
 ) -> None:
-    places = {"text": text_folder, "checkpoint": checkpoint, "package": packages / "float32"}
+    places = {"text": text_folder, "checkpoint": checkpoint, "package": packages / "float32", "study": STUDY}
     target = NOWHERE / ("out" if option == "--out" else "figures.png")
     arguments = (str(part).format(**places) for part in COMMANDS[command][0])
 

@@ -1,17 +1,14 @@
-"""The statistics of `benchmarks.extrapolation`."""
+"""Losses by length that are kept, and the statistics of their differences."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 
-from benchmarks.extrapolation import VARIANTS, flags_of, paired_difference
-from benchmarks.extrapolation_scores import read_losses
-from expe_edge.training.settings import make_settings
+from expe_edge.study.scores import asked_for, paired_difference, read_losses
 
 
 def test_what_documents_and_seeds_share_cancels_in_a_paired_difference() -> None:
@@ -41,22 +38,8 @@ def test_with_one_seed_documents_alone_are_the_sample_and_with_one_document_noth
     assert np.isnan(paired_difference(losses[:, :1], np.zeros((1, 1, 1)))[1]).all()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_is_flags_that_train_takes(variant: str) -> None:
-    flags = flags_of(variant)
-    names = {flag for flag in flags if flag.startswith("--")}
-    assert names <= {"--positional", "--positional-parameter", "--position-offset"}
-    make_settings(flags={"positional": flags[flags.index("--positional") + 1]})
-
-
-def test_a_variant_can_be_spelled_out() -> None:
-    assert flags_of("steep=--positional alibi --seed '3'") == ["--positional", "alibi", "--seed", "3"]
-    with pytest.raises(click.BadParameter, match="unknown variant 'albi'; available: expe, "):
-        flags_of("albi")
-
-
 def test_interrupted_scores_are_gone_on_with(tmp_path: Path) -> None:
-    asked, losses = {"lengths": [1], "documents": 2, "texts": []}, [[2.5], [2.25]]
+    asked, losses = asked_for([1], 2, []), [[2.5], [2.25]]
     partial = tmp_path / "losses"
     assert read_losses(partial, asked) == []
     partial.write_text(json.dumps({"asked": asked, "losses": losses}))
@@ -64,3 +47,11 @@ def test_interrupted_scores_are_gone_on_with(tmp_path: Path) -> None:
     assert read_losses(partial, {**asked, "documents": 3}) == []
     partial.write_text(partial.read_text()[:20])
     assert read_losses(partial, asked) == []
+
+
+def test_scores_of_earlier_releases_are_read(tmp_path: Path) -> None:
+    """They say nothing of texts: there were none but those held out."""
+    kept = tmp_path / "losses.json"
+    kept.write_text(json.dumps({"asked": {"lengths": [1, 2], "documents": 1}, "losses": [[2.5, 2.0]]}))
+    assert read_losses(kept, asked_for([1, 2], 1, [])) == [[2.5, 2.0]]
+    assert read_losses(kept, asked_for([1, 2], 1, ["other.txt"])) == []

@@ -1,0 +1,1 @@
+"""A study: encodings × seeds × ablations, trained, scored by length, and gathered into one report."""

@@ -1,0 +1,137 @@
+"""What encodings cost at inference: time of prefill and of a decoding step by length, bytes of package and cache."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expe_edge.export.exporter import export
+from expe_edge.progress import counted
+from expe_edge.runtime.session import PackageSession, Step
+from expe_edge.study.machine import processor
+from expe_edge.study.plan import Study
+from expe_edge.training.settings import WEIGHTS_FILE
+
+PRECISIONS = ("float32", "int8-dynamic")
+#: Steps whose median is the time of one, after a prefill.
+DECODED = 40
+#: How often everything is measured, in turn.
+TURNS = 7
+COST_FILE = "cost.json"
+
+
+def seconds(session: PackageSession, tokens: np.ndarray) -> tuple[float, float]:
+    """Time of a prefill of `tokens` (T,), and the median of the decode steps after it."""
+    cache, steps = session.new_cache(1, len(tokens) + DECODED), []
+    began = time.perf_counter()
+    for _ in session.prefill(cache, tokens):
+        pass
+    prefill, step = time.perf_counter() - began, Step(session, cache, 1)
+    for _ in range(DECODED):
+        began = time.perf_counter()
+        step.run(tokens[None, :1])
+        steps.append(time.perf_counter() - began)
+    return prefill, float(np.median(steps))
+
+
+def in_turn(sessions: Sequence[PackageSession], tokens: np.ndarray, turns: int) -> np.ndarray:
+    """Return `seconds` of every session, one after the other in every turn, (turns, sessions, 2).
+
+    So a busy machine slows all of them. A turn before is not counted.
+    """
+    for session in sessions:
+        seconds(session, tokens)
+    return np.array([[seconds(session, tokens) for session in sessions] for _ in range(turns)])
+
+
+def measure_variants(study: Study, out: Path) -> None:
+    """Measure the first trained run of every named variant at the study's lengths, if it wants to know the cost.
+
+    Raises:
+        As `measure`.
+    """
+    checkpoints: dict[str, Path] = {}
+    for variant in study.named_variants if study.cost else ():
+        trained = (out / study.run(variant, seed).name for seed in study.seeds)
+        for run in (run for run in trained if (run / WEIGHTS_FILE).is_file()):
+            checkpoints.setdefault(variant.name, run)
+    if checkpoints:
+        measure(checkpoints, [length * study.training_length for length in study.lengths], out)
+
+
+def measure(checkpoints: Mapping[str, Path], lengths: Sequence[int], out: Path) -> list[dict[str, Any]]:
+    """Export every checkpoint, by name, in `PRECISIONS`, and measure all of them on one thread, with progress bars.
+
+    Results are kept in `out`, and those of the same checkpoints and lengths are taken from there.
+
+    Args:
+        lengths: of the prefilled text, in tokens.
+
+    Returns:
+        for each precision and length: `prefill` and `step`, seconds of every turn by name of the checkpoint;
+        `cache_bytes`, of a cache with room for the text and the steps; `package_bytes`; the `processor`.
+
+    Raises:
+        ExportError, GenerationError: one cannot be exported, or reaches no such length.
+    """
+    asked = {
+        "checkpoints": {name: path.name for name, path in checkpoints.items()},
+        "lengths": list(lengths),
+        "turns": TURNS,
+    }
+    kept = read_cost(out, asked)
+    if kept is not None:
+        return kept
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=out) as directory:
+        for precision in PRECISIONS:
+            with counted(f"exporting {precision}", len(checkpoints)) as advance:
+                packages = []
+                for index, checkpoint in enumerate(checkpoints.values()):
+                    packages += export(checkpoint, Path(directory, str(index)), [precision])
+                    advance()
+            sessions = [PackageSession.load(package.path, threads=1) for package in packages]
+            with counted(f"timing {precision}", len(lengths)) as advance:
+                for length in lengths:
+                    tokens = np.random.default_rng(0).integers(256, size=length)  # of any vocabulary: single bytes
+                    times = in_turn(sessions, tokens, TURNS)
+                    caches = [session.new_cache(1, length + DECODED).nbytes for session in sessions]
+                    found.append(
+                        {
+                            "precision": precision,
+                            "length": length,
+                            "processor": processor(),
+                            "prefill": dict(zip(checkpoints, times[..., 0].T.tolist(), strict=True)),
+                            "step": dict(zip(checkpoints, times[..., 1].T.tolist(), strict=True)),
+                            "cache_bytes": dict(zip(checkpoints, caches, strict=True)),
+                            "package_bytes": dict(zip(checkpoints, (p.size_bytes for p in packages), strict=True)),
+                        }
+                    )
+                    advance()
+    text = json.dumps({"asked": asked, "results": found}, indent=2)
+    (out / f".{COST_FILE}").write_text(text + "\n", encoding="utf-8")
+    (out / f".{COST_FILE}").replace(out / COST_FILE)
+    return found
+
+
+def read_cost(out: Path, asked: Mapping[str, Any] | None = None) -> list[dict[str, Any]] | None:
+    """Return the results that are kept in `out`, if they are there and of what is `asked`."""
+    try:
+        record = json.loads((out / COST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return list(record["results"]) if asked in (None, record["asked"]) else None
+
+
+def ratios(times: Mapping[str, Sequence[float]], against: str) -> dict[str, list[float]]:
+    """Return quartiles over turns of every name's time over that of `against` in the same turn."""
+    return {
+        name: np.quantile(np.divide(values, times[against]), [0.25, 0.5, 0.75]).tolist()
+        for name, values in times.items()
+    }
