@@ -55,6 +55,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> P
 
 
 @pytest.fixture(scope="session")
+def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    """The same of slopes that are products alone, so that positions may stay inline."""
+    out = tmp_path_factory.mktemp("plain") / "model"
+    train(small_settings(text_folder, positional_parameters={"softplus": False, "content_heads": 0}), out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """The checkpoint's folded packages, one directory for each of `PRECISIONS`."""
     out = tmp_path_factory.mktemp("packages")

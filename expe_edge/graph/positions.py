@@ -192,7 +192,7 @@ class ExPENodes(PositionNodes):
             self.shared["temperature"] = self.temperature()
 
     def temperature(self) -> str:
-        """What the queries are multiplied by, (B, T, H·D): 1 + c·ln(n/N) in content heads, for a query that sees n keys."""
+        """What queries that see n keys are multiplied by, (B, T, H·D): 1 + c·ln(n/N) in content heads, else 1."""
         graph, heads = self.graph, self.config.num_attention_heads
         strength = self.parameters.temperature * np.array(self.parameters.content(heads), dtype=np.float32)
         strengths = graph.constant(np.repeat(strength, self.config.head_dim))

@@ -174,7 +174,7 @@ class ExPE(PositionalEncoding):
         return query @ shared
 
     def shaped(self, slopes: Tensor) -> Tensor:
-        """Return slopes (B, H, T, G) as scores take them: above 0 where a softplus keeps them there, 0 in content heads."""
+        """Return slopes (B, H, T, G) as scores take them: kept above 0 by the softplus, if any; 0 in content heads."""
         if not self.spec.shaped:
             return slopes
         sharpness = self.spec.sharpness(self.heads.queries)

@@ -89,8 +89,8 @@ def test_export_writes_a_package_for_each_precision(checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("positions", ["folded", "inline"])
-def test_export_replaces_by_force(checkpoint: Path, positions: str) -> None:
-    arguments = ("export", checkpoint, "--out", "out", "--positions", positions)
+def test_export_replaces_by_force(plain_checkpoint: Path, positions: str) -> None:
+    arguments = ("export", plain_checkpoint, "--out", "out", "--positions", positions)
     succeed(*arguments)
     Path("out/float32/stray").touch()
 

@@ -120,7 +120,7 @@ def test_an_ordinary_package_is_refused_before_anything_is_made(nines: Path) -> 
         "head size 9 is not a multiple of 8, which onnxruntime's attention needs; export with --portable, or train "
         "with another --num-attention-heads or --hidden-size"
     )
-    for options in ((), ("--positions", "inline"), ("--precision", "auto", "--budget-kl", "1"), ("--cache", "int8")):
+    for options in ((), ("--precision", "auto", "--budget-kl", "1"), ("--cache", "int8")):
         assert refused("export", nines, "--out", "out", *options) == message
     with pytest.raises(ExportError) as caught:
         export(nines, Path("out"), [Recipe(portable=True), "float32"])

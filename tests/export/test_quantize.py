@@ -54,10 +54,10 @@ def rich(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def inline(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+def inline(tmp_path_factory: pytest.TempPathFactory, plain_checkpoint: Path) -> Path:
     """A float32 package with its positions left in the products."""
     out = tmp_path_factory.mktemp("inline")
-    (package,) = export(checkpoint, out, ["float32"], positions="inline")
+    (package,) = export(plain_checkpoint, out, ["float32"], positions="inline")
     return package.path
 
 
@@ -105,10 +105,10 @@ def test_a_checkpoint_may_be_quantized_too(checkpoint: Path, packages: Path) -> 
     assert Path("out/int8-dynamic", MODEL_FILE).read_bytes() == (packages / "int8-dynamic" / MODEL_FILE).read_bytes()
 
 
-def test_inline_positions_stay_inline(inline: Path, checkpoint: Path) -> None:
+def test_inline_positions_stay_inline(inline: Path, plain_checkpoint: Path) -> None:
     options = ("--positions", "inline", "--precision", "int8-static")
     succeed("quantize", inline, "--out", "one", *options)
-    succeed("export", checkpoint, "--out", "other", *options)
+    succeed("export", plain_checkpoint, "--out", "other", *options)
     one, other = (Path(folder, "int8-static", MODEL_FILE).read_bytes() for folder in ("one", "other"))
     assert one == other
 
@@ -123,9 +123,14 @@ def test_the_manifest_of_a_package_does_not_depend_on_what_is_made_beside_it(pac
 
 # Reading weights back.
 
+RECIPE = {
+    "positional_parameters": {"softplus": True, "content_heads": 1, "temperature": 0.3},
+    "output_gate": True,
+}
 MODELS: dict[str, tuple[dict[str, Any], bool]] = {
     "folded": ({}, True),
     "inline": ({}, False),
+    "recipe": (RECIPE, True),
     "paper": ({"positional_parameters": {"where": "query_key"}}, True),
     "paper, inline": ({"positional_parameters": {"where": "query_key"}}, False),
     "positions in values": ({"positional_parameters": {"where": "query_key_value"}}, True),
@@ -226,14 +231,16 @@ def test_other_windows_would_have_given_other_ranges(packages: Path) -> None:
     assert Path("out/int8-static", MODEL_FILE).read_bytes() != Path("given/int8-static", MODEL_FILE).read_bytes()
 
 
-def test_ranges_of_another_model_are_refused(packages: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """Of other weights in the same shapes, and of the same weights with positions elsewhere."""
+def test_ranges_of_another_model_are_refused(
+    packages: Path, checkpoint: Path, plain_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of other weights in the same shapes, and of a model with its positions inline."""
     other = Path(shutil.copytree(checkpoint, tmp_path / "other", ignore=shutil.ignore_patterns("trainer")))
     weights = load_file(other / "model.safetensors")
     weights["blocks.0.feed_forward.up.weight"][0, 0] += 1e-3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     ranges = packages / "int8-static"
-    for source, options in ((other, ()), (checkpoint, ("--positions", "inline"))):
+    for source, options in ((other, ()), (plain_checkpoint, ("--positions", "inline"))):
         assert refused(
             *("quantize", source, "--out", "out", "--precision", "int8-static", "--ranges-from", ranges), *options
         ) == (f"--ranges-from {ranges}: measured on another model, or on weights smoothed otherwise")

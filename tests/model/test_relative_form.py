@@ -215,6 +215,10 @@ def test_a_saved_model_keeps_its_slopes(tmp_path: Path) -> None:
 BEFORE = {"dims": 16, "start": 0.0, "step": 0.0625, "where": "query_key", "how": "override"}
 
 
+#: What came later, as a record that does not speak of it means it.
+NOTHING_MORE = {"softplus": False, "content_heads": 0, "temperature": 0.0}
+
+
 def test_a_config_from_before_stays_as_it_is() -> None:
     assert small_config(positional_parameters=BEFORE).positional_parameters == BEFORE
 
@@ -226,7 +230,7 @@ def test_a_run_recorded_before_goes_on_in_the_papers_form(text_folder: Path, tmp
     record["settings"]["positional_parameters"] = {}
     (tmp_path / "run" / TRAINING_FILE).write_text(json.dumps(record))
 
-    assert stored_settings(tmp_path / "run")["positional_parameters"] == {"where": "query_key"}
+    assert stored_settings(tmp_path / "run")["positional_parameters"] == {"where": "query_key", **NOTHING_MORE}
     longer = small_settings(text_folder, max_steps=3, positional_parameters={"where": "query_key"})
     train(longer, tmp_path / "run", resume=True)
     assert load_checkpoint(tmp_path / "run").config.positional_parameters["where"] == "query_key"

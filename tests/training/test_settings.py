@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from expe_edge.errors import ConfigError
-from expe_edge.positions.parameters import encoding_parameters
+from expe_edge.positions.parameters import ExPEParameters, encoding_parameters
 from expe_edge.training.settings import COUNTS, LARGEST_COUNT, PRESETS, TrainSettings, make_settings, stored_settings
 from tests.small import small_settings
 
@@ -91,7 +91,8 @@ def test_one_source_in_a_file_needs_no_list(tmp_path: Path, text: str) -> None:
 def test_stored_settings_stand_in_for_the_preset(checkpoint: Path, text_folder: Path, tmp_path: Path) -> None:
     stored = stored_settings(checkpoint)
     file = yaml_file(tmp_path, "log_every: 9\n")
-    explicit = {"positional_parameters": encoding_parameters("expe", {}, training_length=32).to_dict()}
+    given = ExPEParameters.recipe({}, training_length=32, heads=4)
+    explicit = {"positional_parameters": encoding_parameters("expe", given, training_length=32).to_dict()}
 
     assert make_settings(stored=stored) == small_settings(text_folder, **explicit)
     assert make_settings("base", stored=stored) == small_settings(text_folder, **explicit)
@@ -151,7 +152,7 @@ def test_unknown_encoding(name: str, hint: str) -> None:
 def test_unknown_parameter_of_an_encoding() -> None:
     assert refusal(flags={"positional_parameters": {"stepp": 1}}) == (
         "unknown parameter of positional encoding 'expe' 'stepp'; did you mean 'step'? "
-        "available: dims, how, slopes, start, step, where"
+        "available: content_heads, dims, how, slopes, softplus, start, step, temperature, where"
     )
 
 
