@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -100,6 +99,7 @@ class AttentionContext:
         length = query_positions.shape[1]
         self.spans = [(begin, min(begin + QUERY_BLOCK, length)) for begin in range(0, length, QUERY_BLOCK)]
         self.blocks: dict[int, QueryBlock] = {}
+        self.codes_in_half = self._codes_in_half() if self.half is not None and positional.linear_bias else None
 
     def _half(self) -> torch.dtype | None:
         """Return the half precision that scores are taken in: of whole texts under autocast on a GPU, else None."""
@@ -225,14 +225,14 @@ class AttentionContext:
         be rounded. The gradient needs it: in half precision the gradients of a query's scores do not quite add up to 0,
         and what is left would be multiplied by the position, where it should be by the distance.
         """
+        assert self.codes_in_half is not None
         codes, keys = self.codes_in_half
         scaled = torch.cat([slopes * unit for unit in LIMB_UNITS], dim=-1)
         coarse = scaled.detach().to(half)
         own = -(slopes * codes).sum(dim=-1, keepdim=True).to(half)
         return torch.cat([coarse, (scaled - coarse).to(half), own], dim=-1), keys
 
-    @cached_property
-    def codes_in_half(self) -> tuple[Tensor, Tensor]:
+    def _codes_in_half(self) -> tuple[Tensor, Tensor]:
         """The codes of all keys, (B, 1, T, G), and the dimensions that keys get of them, the same in every layer."""
         codes = self.block(0, self.query_positions.shape[1]).codes
         assert codes is not None

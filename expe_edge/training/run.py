@@ -28,6 +28,7 @@ from expe_edge.text.corpus import Corpus, describe_skipped, load_corpus
 from expe_edge.text.tokenization import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
 from expe_edge.training.callbacks import SaveOnInterrupt, SettingsWin, TrainingProgress
 from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
+from expe_edge.training.compiling import compile_model
 from expe_edge.training.record import (
     MODEL_SETTINGS,
     START_SETTINGS,
@@ -106,6 +107,8 @@ def _run(
     set_seed(settings.seed)
     config.vocab_size = tokenizer.get_vocab_size()
     model, teacher = _make_models(settings, config, start)
+    if settings.compile:
+        compile_model(model)
     interrupt = SaveOnInterrupt()
     progress = TrainingProgress(settings.batch_size * settings.training_length)
     trainer = WindowTrainer(

@@ -14,14 +14,21 @@ from tests.strategies import random_model, small_config
 TOKENS, HEADS, SIZE = 700, 4, 8
 
 
+class HalfContext(AttentionContext):
+    """What training has on a GPU."""
+
+    def _half(self) -> torch.dtype:
+        return torch.bfloat16
+
+
 def attended(positional: str, slopes: Tensor, value: Tensor, *, half: bool) -> Tensor:
     """Attention by slopes alone, (B, H, T, D): contents, whose rounding is what half precision costs, are zero."""
     model = random_model(small_config(positional=positional))
-    context = AttentionContext(model.positional, torch.arange(TOKENS)[None] + 1000, None, None)
+    kind = HalfContext if half else AttentionContext
+    context = kind(model.positional, torch.arange(TOKENS)[None] + 1000, None, None)
     nothing = torch.zeros_like(value)
     if not half:
         return context.attend(nothing, nothing, value, slopes)
-    context.half = torch.bfloat16
     return context.attend_in_half(nothing, nothing, value, slopes).float()
 
 
