@@ -10,7 +10,7 @@ VENV_LOWEST ?= .venv-lowest
 PYTHON_LOWEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
 OUT ?= demo
 
-.PHONY: demo demo-formats demo-cache demo-naive test test-transformers5 test-lowest lint types fuzz chaos bench docs clean
+.PHONY: demo demo-formats demo-cache test test-transformers5 test-lowest lint types fuzz chaos bench docs clean
 
 # Nothing is compiled ahead: most of what the libraries bring is never imported.
 # The demo needs no more than this; what the tests need besides takes minutes to install.
@@ -33,23 +33,23 @@ $(VENV_LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(VENV_LOWEST)/bin/python -m pip install --quiet --no-compile --constraint constraints-lowest.txt --editable '.[dev,optimum]'
 	touch $@
 
-# Train, export several ways and the naive way, generate, compare: the table and plot of the README.
+# Train, export several ways, generate, compare: the table and plot of the README.
 demo: $(DEMO_INSTALLED)
 	$(BIN)/expe-edge train --preset tiny --out $(OUT)/checkpoint --force
-	$(MAKE) --jobs=3 demo-formats demo-cache demo-naive
+	$(MAKE) --jobs=2 demo-formats demo-cache
 	$(BIN)/expe-edge generate $(OUT)/package/int8-dynamic --prompt 'def read_file(path):' \
 		--max-new-tokens 128 --temperature 0.7 --min-p 0.05 --seed 1
 	$(BIN)/expe-edge compare $(OUT)/package/float32 $(OUT)/package/int8-dynamic $(OUT)/package/int8-static \
 		$(OUT)/package/int8-dynamic-int8-cache $(OUT)/package/int4-weight \
-		$(OUT)/inline/int8-dynamic $(OUT)/inline/int8-static --json $(OUT)/comparison.json --plot $(OUT)/comparison.png
+		--json $(OUT)/comparison.json --plot $(OUT)/comparison.png
 	@echo "the model is in $(OUT)/checkpoint, its packages in $(OUT)/package; run $(BIN)/expe-edge --help for more"
 
 # Side by side, one thread each: half of an export is imports, tokenizing and other work that knows no threads. Progress bars of
-# three would overwrite one another.
-demo-formats demo-cache demo-naive: export OMP_NUM_THREADS = 1
-demo-formats demo-cache demo-naive: export TERM = dumb
+# two would overwrite one another.
+demo-formats demo-cache: export OMP_NUM_THREADS = 1
+demo-formats demo-cache: export TERM = dumb
 
-demo-formats demo-cache demo-naive: $(DEMO_INSTALLED)
+demo-formats demo-cache: $(DEMO_INSTALLED)
 
 demo-formats:
 	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force \
@@ -57,10 +57,6 @@ demo-formats:
 
 demo-cache:
 	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/package --force --precision int8-dynamic --cache int8
-
-demo-naive:
-	$(BIN)/expe-edge export $(OUT)/checkpoint --out $(OUT)/inline --positions inline --force \
-		--precision int8-dynamic --precision int8-static
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
