@@ -425,3 +425,10 @@ def encoding_parameters(name: str, values: Mapping[str, Any], training_length: i
             raise ConfigError(unknown_name(f"parameter of positional encoding {name!r}", key, known))
     defaults = {} if training_length is None else kind.defaults(values, training_length)
     return kind(**{**defaults, **values})
+
+
+def recipe_parameters(name: str, values: Mapping[str, Any], training_length: int, heads: int) -> EncodingParameters:
+    """Make the parameters of a new run: what `values` leave out is as its `recipe` and its `defaults` have it."""
+    require_choice("positional encoding", name, tuple(POSITIONAL_PARAMETERS))
+    recipe = POSITIONAL_PARAMETERS[name].recipe(values, training_length, heads)
+    return encoding_parameters(name, {**recipe, **values}, training_length)

@@ -14,7 +14,6 @@ from transformers import TrainerState
 
 from expe_edge.errors import CheckpointError, ConfigError
 from expe_edge.package.checks import MAPPING, list_of, record, whole
-from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters
 from expe_edge.text.corpus import absolute_source
 from expe_edge.training.rounding import explicit_rounding
 from expe_edge.training.settings import LARGEST_COUNT, TRAINER_DIRECTORY, TRAINING_FILE, TrainSettings, stored_settings
@@ -38,12 +37,9 @@ TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 def explicit(settings: TrainSettings) -> TrainSettings:
     """Return settings that mean the same wherever and by whatever release they are read again."""
     rounding = explicit_rounding(settings.rounding)
-    given, length = settings.positional_parameters, settings.training_length
-    recipe = POSITIONAL_PARAMETERS[settings.positional].recipe(given, length, settings.num_attention_heads)
-    parameters = encoding_parameters(settings.positional, {**recipe, **given}, length)
     return dataclasses.replace(
         settings,
-        positional_parameters=parameters.to_dict(),
+        positional_parameters=settings.encoding_parameters.to_dict(),
         data=tuple(map(absolute_source, settings.data)),
         from_checkpoint=_absolute(settings.from_checkpoint),
         tokenizer=_absolute(settings.tokenizer),

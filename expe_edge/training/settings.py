@@ -15,7 +15,7 @@ from typing import Any
 
 from expe_edge.errors import CheckpointError, ConfigError, reason_of, unknown_name
 from expe_edge.kinds import require_kinds
-from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, EncodingParameters, recipe_parameters
 from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -132,7 +132,7 @@ class TrainSettings:
             raise ConfigError(f"seed is {self.seed}; at most {LARGEST_SEED}; change `seed`")
         if self.dtype not in DTYPES:
             raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change `dtype`")
-        encoding_parameters(self.positional, self.positional_parameters)
+        self.encoding_parameters  # noqa: B018  # refuses what cannot be
         if self.tokenizer is not None and self.from_checkpoint is not None:
             raise ConfigError("`tokenizer` has no meaning with `from_checkpoint`, which has one; drop it")
         rounding = self.rounding
@@ -142,6 +142,13 @@ class TrainSettings:
             )
         if rounding is None and self.block_size is not None:
             raise ConfigError(f"block_size is {self.block_size}, but nothing is rounded; give `quantization_aware` too")
+
+    @property
+    def encoding_parameters(self) -> EncodingParameters:
+        """The encoding's settings, those included that are not given."""
+        return recipe_parameters(
+            self.positional, self.positional_parameters, self.training_length, self.num_attention_heads
+        )
 
     @property
     def rounding(self) -> WeightRounding | None:
