@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from expe_edge.divergence import log_softmax
 from expe_edge.quality.comparison import Double, unique_names
-from expe_edge.quality.scoring import Ids, Scorer
+from expe_edge.quality.scoring import Bools, CheckpointScorer, Ids, Scorer
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,15 @@ class Predictions:
     """
 
     nll: Double
-    likeliest: npt.NDArray[np.bool_]
+    likeliest: Bools
 
 
 def predictions(scorer: Scorer, tokens: Ids, begin: int) -> Predictions:
     """Return what a model says of `tokens[begin:]`, teacher-forced over tokens (T,). `begin` is at least 1."""
+    if isinstance(scorer, CheckpointScorer):
+        return Predictions(*scorer.losses(tokens, begin))
     losses: list[Double] = []
-    likeliest: list[npt.NDArray[np.bool_]] = []
+    likeliest: list[Bools] = []
     row = 0
     for logits in scorer.logits(tokens[:-1]):  # row p of the logits predicts token p + 1
         first = max(begin - 1 - row, 0)

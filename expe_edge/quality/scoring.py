@@ -17,10 +17,16 @@ from expe_edge.runtime.session import PREFILL_CHUNK, PackageSession
 from expe_edge.text.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from expe_edge.training.checkpoint import Checkpoint
 
 Ids = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float32]
+Double = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+#: Tokens that a GPU reads at once.
+GPU_CHUNK = 2048
 
 
 class Scorer(Protocol):
@@ -50,15 +56,40 @@ class CheckpointScorer:
         self.corpus = checkpoint.sources
 
     def logits(self, tokens: Ids) -> Iterator[Float]:
+        for chunk in self._logits(tokens, PREFILL_CHUNK):
+            yield chunk.cpu().numpy()
+
+    def losses(self, tokens: Ids, begin: int) -> tuple[Double, Bools]:
+        """Return the loss of each of `tokens[begin:]` in nats, (t,), and whether it is the likeliest, (t,).
+
+        On the model's own device, which hands over no logits: those of a vocabulary take longer than a GPU's work.
+        """
+        import torch
+
+        chunk = GPU_CHUNK if self.model.device.type == "cuda" else PREFILL_CHUNK
+        targets, row = torch.from_numpy(tokens[begin:]).to(self.model.device), begin - 1
+        losses, likeliest = [], []
+        for logits in self._logits(tokens[:-1], chunk, first=row):
+            of_chunk, targets = targets[: len(logits)], targets[len(logits) :]
+            losses.append(torch.nn.functional.cross_entropy(logits.double(), of_chunk, reduction="none").cpu().numpy())
+            likeliest.append((logits.argmax(dim=-1) == of_chunk).cpu().numpy())
+        return np.concatenate(losses), np.concatenate(likeliest)
+
+    def _logits(self, tokens: Ids, chunk: int, first: int = 0) -> Iterator[Tensor]:
+        """Yield logits (t, V) float32 of the rows from `first` on, in runs of `chunk` tokens over a cache."""
         import torch
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache()
-        for begin in range(0, len(tokens), PREFILL_CHUNK):
-            part = torch.from_numpy(tokens[begin : begin + PREFILL_CHUNK])[None].to(self.model.device)
+        for begin in range(0, len(tokens), chunk):
+            part = torch.from_numpy(tokens[begin : begin + chunk])[None].to(self.model.device)
+            wanted = begin + part.shape[1] - max(begin, first)
             with torch.inference_mode():
-                output = self.model(input_ids=part, past_key_values=cache, use_cache=True)
-            yield output.logits[0].float().cpu().numpy()
+                output = self.model(
+                    input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=max(wanted, 1)
+                )
+            if wanted > 0:
+                yield output.logits[0].float()
 
 
 class PackageScorer:
