@@ -17,7 +17,7 @@ from torch import Tensor
 from expe_edge.model.attention import AttentionContext
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.positions.parameters import ExPEParameters
+from expe_edge.positions.expe import ExPEParameters
 
 
 def gradients(model: ExPEForCausalLM, tokens: Tensor, half: torch.dtype | None) -> tuple[float, Tensor, Tensor]:

@@ -44,7 +44,7 @@ from expe_edge.graph.run import logits_of
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import MODEL_FILE
-from expe_edge.positions.parameters import ExPEParameters
+from expe_edge.positions.expe import ExPEParameters
 from expe_edge.progress import counted
 from expe_edge.quality.comparison import BucketResult, compare, long_documents, require_rising
 from expe_edge.quality.scoring import CheckpointScorer, Scorer, open_scorer

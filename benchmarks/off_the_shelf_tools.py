@@ -37,7 +37,7 @@ from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.model.encoding import Heads
 from expe_edge.model.expe import ExPE
 from expe_edge.package.contract import GraphContract
-from expe_edge.positions.parameters import ExPEParameters
+from expe_edge.positions.expe import ExPEParameters
 from expe_edge.quant.blocks import BLOCK_SIZE
 
 Feeds = dict[str, np.ndarray]

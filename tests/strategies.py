@@ -12,7 +12,7 @@ from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.model.expe import ExPE
 from expe_edge.positions.codes import FLOAT32_EXACT, PositionCode
-from expe_edge.positions.parameters import HOW, WHERE, ExPEParameters
+from expe_edge.positions.expe import HOW, WHERE, ExPEParameters
 
 #: Both sides of every carry of a byte-wise and of a 4-bit code, and the last position that float32 holds.
 BOUNDARIES = tuple(

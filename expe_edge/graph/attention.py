@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from expe_edge.graph.encoding import Projection
 from expe_edge.graph.nodes import MICROSOFT, GraphBuilder
 from expe_edge.graph.padding import TokensFirst
-from expe_edge.graph.positions import Projection
 from expe_edge.model.config import ExPEConfig
 from expe_edge.quant.channels import CacheScales
 

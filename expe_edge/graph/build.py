@@ -10,11 +10,12 @@ import onnx
 from expe_edge import __version__
 from expe_edge.errors import ExportError
 from expe_edge.graph.attention import GroupedAttention, PortableAttention
+from expe_edge.graph.encoding import PositionNodes
+from expe_edge.graph.encodings import POSITION_NODES
 from expe_edge.graph.linears import Float32, LinearFormat
 from expe_edge.graph.matrices import EMBEDDING_FORMATS, StoredMatrix
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.padding import AsGiven, TokensFirst
-from expe_edge.graph.positions import POSITION_NODES, PositionNodes
 from expe_edge.graph.weights import LayerWeights, ModelWeights
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import GraphContract

@@ -11,7 +11,9 @@ from expe_edge.errors import ConfigError, unknown_name
 from expe_edge.kinds import require_choice, require_kind, require_positive
 from expe_edge.package.checks import Check, whole
 from expe_edge.package.contract import BOUNDS, LONGEST, WIDEST
-from expe_edge.positions.parameters import EncodingParameters, ExPEParameters, encoding_parameters
+from expe_edge.positions.encoding import EncodingParameters
+from expe_edge.positions.expe import ExPEParameters
+from expe_edge.positions.parameters import encoding_parameters
 
 ACTIVATIONS = ("swiglu", "gelu")
 #: Head sizes that onnxruntime's attention operator takes are multiples of this; those of portable graphs may be any.

@@ -14,7 +14,8 @@ from expe_edge.model.config import ExPEConfig
 from expe_edge.model.encoding import PositionalEncoding, Projected
 from expe_edge.model.expe import ExPE
 from expe_edge.positions.codes import WHOLE
-from expe_edge.positions.parameters import RelativeParameters, RotaryParameters, alibi_slopes
+from expe_edge.positions.expe import alibi_slopes
+from expe_edge.positions.parameters import RelativeParameters, RotaryParameters
 
 
 class Sinusoidal(PositionalEncoding):

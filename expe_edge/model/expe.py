@@ -27,7 +27,7 @@ from torch import Tensor
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.encoding import PositionalEncoding, Projected
 from expe_edge.positions.codes import PositionCode
-from expe_edge.positions.parameters import ExPEParameters
+from expe_edge.positions.expe import ExPEParameters
 
 #: How much longer a query's constant part begins than its content along it: slopes vary by a sixth from query to query.
 SLOPE_MARGIN = 6.0

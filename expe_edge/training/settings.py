@@ -15,7 +15,8 @@ from typing import Any
 
 from expe_edge.errors import CheckpointError, ConfigError, reason_of, unknown_name
 from expe_edge.kinds import require_kinds
-from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, EncodingParameters, recipe_parameters
+from expe_edge.positions.encoding import EncodingParameters
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, recipe_parameters
 from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
 DTYPES = ("auto", "float32", "bfloat16")

@@ -30,11 +30,12 @@ from expe_edge.errors import ExportError
 from expe_edge.export.fold import extract_weights
 from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.graph.build import BuiltGraph, build_graph, graph_contract
+from expe_edge.graph.encodings import POSITION_NODES
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32
-from expe_edge.graph.positions import POSITION_NODES
 from expe_edge.graph.run import check_contract, graph_feeds, parts_of
 from expe_edge.model.encodings import POSITIONAL_ENCODINGS
-from expe_edge.positions.parameters import HOW, POSITIONAL_PARAMETERS, WHERE
+from expe_edge.positions.expe import HOW, WHERE
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime.session import PackageSession, Step
 from expe_edge.text.tokenization import encode_documents

@@ -16,10 +16,10 @@ from expe_edge.divergence import divergence
 from expe_edge.export.exporter import export
 from expe_edge.graph.attention import GroupedAttention
 from expe_edge.graph.build import build_graph, graph_contract
+from expe_edge.graph.encoding import Projection
 from expe_edge.graph.linears import Float32
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.padding import TokensFirst
-from expe_edge.graph.positions import Projection
 from expe_edge.package.contract import TensorSpec
 from expe_edge.package.directory import read_package
 from expe_edge.quant.channels import CacheScales

@@ -13,7 +13,7 @@ from expe_edge.errors import ConfigError
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
 from expe_edge.model.encoding import Projected
-from expe_edge.positions.parameters import ExPEParameters, ExQPEParameters, alibi_slopes
+from expe_edge.positions.expe import ExPEParameters, ExQPEParameters, alibi_slopes
 from expe_edge.training.record import explicit
 from expe_edge.training.settings import make_settings, upgraded
 from tests.strategies import expe_of, random_model, random_tokens, small_config

@@ -19,7 +19,7 @@ from expe_edge.graph.linears import Float32
 from expe_edge.graph.run import graph_feeds
 from expe_edge.model.config import ExPEConfig
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.positions.parameters import alibi_slopes
+from expe_edge.positions.expe import alibi_slopes
 from expe_edge.training.checkpoint import load_checkpoint
 from expe_edge.training.run import train
 from expe_edge.training.settings import TRAINING_FILE, stored_settings

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from expe_edge.errors import ConfigError
 from expe_edge.export.fold import extract_weights
+from expe_edge.graph.expe import ExPENodes
 from expe_edge.graph.nodes import GraphBuilder
-from expe_edge.graph.positions import ExPENodes
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import TensorSpec
 from expe_edge.positions.codes import FLOAT32_EXACT, STORAGE, WHOLE, PositionCode, exact_below, is_exact, require_exact

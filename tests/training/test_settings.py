@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from expe_edge.errors import ConfigError
-from expe_edge.positions.parameters import ExPEParameters, encoding_parameters
+from expe_edge.positions.expe import ExPEParameters
+from expe_edge.positions.parameters import encoding_parameters
 from expe_edge.training.settings import COUNTS, LARGEST_COUNT, PRESETS, TrainSettings, make_settings, stored_settings
 from tests.small import small_settings
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expe_edge.model.attention import QUERY_BLOCK
 from expe_edge.model.decoder import ExPEForCausalLM
-from expe_edge.positions.parameters import alibi_slopes
+from expe_edge.positions.expe import alibi_slopes
 from expe_edge.quality.analysis.observing import AttentionView, observe
 from tests import reference
 from tests.strategies import random_model, random_tokens, small_config

@@ -1,0 +1,109 @@
+"""How a positional encoding becomes nodes: the interface, which is also that of no encoding at all.
+
+An emitter has the same places to act as the PyTorch encoding: embeddings, projection, rotation, score bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.weights import Float, LayerWeights, ModelWeights
+from expe_edge.model.config import ExPEConfig
+from expe_edge.positions.encoding import EncodingParameters
+
+#: Appends a linear's nodes: its name, the tensor that enters it, its weight (C_in, C_out); returns its output.
+EmitLinear = Callable[[str, str, Float], str]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Tensor names: query (B, T, H·D), key and value (B, T, Hkv·D), bias (B or 1, H or 1, T, S) or empty.
+
+    positioned_values: whether values carry positions, and so the attention's output grows with them.
+    """
+
+    query: str
+    key: str
+    value: str
+    bias: str = ""
+    positioned_values: bool = False
+
+
+@dataclass
+class PositionNodes:
+    """No encoding, and the base of the others. `begin` makes the tensors that all layers share."""
+
+    graph: GraphBuilder
+    weights: ModelWeights
+    linear: EmitLinear
+    #: The positions of the queries, (B, T) int64.
+    positions: str = "position_ids"
+    #: Whether the cache grows, so that padding may stand between a row's keys.
+    growing_cache: bool = False
+    #: Shared tensors by what they are.
+    shared: dict[str, str] = field(default_factory=dict)
+    parameters: EncodingParameters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = self.config.encoding_parameters
+
+    @property
+    def config(self) -> ExPEConfig:
+        """The model's config."""
+        return self.weights.config
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Widths of the queries and of the keys."""
+        size = self.config.head_dim
+        return self.config.num_attention_heads * size, self.config.num_key_value_heads * size
+
+    def begin(self) -> None:
+        """Append what is computed once for all layers."""
+
+    def embed(self, hidden: str) -> str:
+        """Append what acts on the embeddings (B, T, C)."""
+        return hidden
+
+    def project(self, layer: str, hidden: str, weights: LayerWeights) -> Projection:
+        """Append the fused product of `hidden` (B, T, C) and what positions add to it."""
+        query, key, value = self.split(layer, self.linear(f"{layer}.qkv", hidden, weights.qkv))
+        return Projection(query, key, value, self.shared.get("bias", ""))
+
+    def split(self, layer: str, fused: str) -> list[str]:
+        """Split (B, T, H·D + 2·Hkv·D) into queries, keys and values."""
+        queries, keys = self.sizes
+        sizes = self.graph.ints(queries, keys, keys)
+        return self.graph.multi("Split", [fused, sizes], 3, name=f"{layer}.split", axis=-1)
+
+    def float_positions(self) -> str:
+        """The queries' positions as (B, T, 1) float32; exact below 2^24."""
+        positions = self.graph.op("Cast", self.positions, name="positions.float", to=1)
+        return self.graph.op("Unsqueeze", positions, self.graph.ints(2), name="positions.column")
+
+    def key_positions(self) -> str:
+        """The positions of all keys, (S,) int64: 0, 1, 2, …; (B, 1, 1, S) in a growing cache, padding not counted."""
+        if self.growing_cache:
+            return self.counted_positions()
+        zero, one = self.graph.scalar(0, np.int64), self.graph.scalar(1, np.int64)
+        shape = self.graph.op("Shape", "attention_mask", name="keys.shape")
+        total = self.graph.op("Gather", shape, one, name="keys.total")
+        return self.graph.op("Range", zero, total, one, name="keys.positions")
+
+    def counted_positions(self) -> str:
+        """How many tokens stand before every key, (B, 1, 1, S) int64, as the mask has it."""
+        if "counted" not in self.shared:
+            graph = self.graph
+            tokens = graph.op("CumSum", "attention_mask", graph.scalar(1, np.int64), name="keys.tokens")
+            before = graph.op("Sub", tokens, graph.scalar(1, np.int64), name="keys.before")
+            self.shared["counted"] = graph.op("Unsqueeze", before, graph.ints(1, 2), name="keys.positions")
+        return self.shared["counted"]
+
+    def distances(self) -> str:
+        """j − i for every query i and key j, (B, 1, T, S) int64, exact."""
+        queries = self.graph.op("Unsqueeze", self.positions, self.graph.ints(1, 3), name="queries.positions")
+        return self.graph.op("Sub", self.key_positions(), queries, name="distances")
