@@ -171,5 +171,5 @@ def test_sizes_are_read_as_people_write_them(text: str | None, size: int | None)
 
 @pytest.mark.parametrize("text", ["", "kB", "much", "1,5MB", "-3", "1e6", "1.MB", "3TB", "600 kB or so", "0x10"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ExportError, match=f"^{re.escape(f'`max_size` {text}: expected bytes, as 600kB or 1.5MB')}$"):
+    with pytest.raises(ExportError, match=f"^{re.escape(f'--max-size {text}: expected bytes, as 600kB or 1.5MB')}$"):
         parse_size(text)
