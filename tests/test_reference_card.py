@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from expe_edge.package.directory import read_package
 from expe_edge.runtime import Completion, Generator
-from reference.card import reads_as_python, samples_text
+from reference.card import FIGURES, PAGE, PARTS, reads_as_python, samples_text, shown
 from reference.ship import TEXT, ship
 
 
@@ -38,9 +39,16 @@ def test_what_reads_as_python(prompt: str, text: str, reason: str, reads: bool) 
 
 def test_samples_are_counted() -> None:
     sample = {"prompt": "a", "greedy": " = 1", "sampled": " = 2"}
-    text = samples_text([{**sample, "reads_as_python": True}, {**sample, "reads_as_python": False}])
+    text = samples_text({"texts": [{**sample, "reads_as_python": True}, {**sample, "reads_as_python": False}]})
     assert text.startswith("**1 of 2**")
     assert text.count("a = 1") == text.count("a = 2") == 2
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_page_shows_the_figures(part: str) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    text = shown(json.loads(FIGURES.read_text(encoding="utf-8")))[part]
+    assert f"<!-- {part} -->\n{text}\n<!-- /{part} -->" in page, "run `python -m reference.card`"
 
 
 def test_what_is_shipped_is_the_same_model_and_names_no_path(packages: Path, tmp_path: Path) -> None:
