@@ -51,5 +51,5 @@ def test_a_reference_package_names_no_place_of_the_machine_it_was_made_on(precis
 
 
 def test_another_precision_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'int8'; did you mean 'int8-dynamic'\?"):
-        reference_package("int8")
+    with pytest.raises(ConfigError, match=r"'int8-dynamc'; did you mean 'int8-dynamic'\?"):
+        reference_package("int8-dynamc")
