@@ -3,7 +3,7 @@
     python -m reference.card
 
 Texts are those that the standard library of Python holds out, which shared little with anything that was trained on.
-All of it takes an hour on two cores, most of that `quality`; --part measures one part again.
+On two cores it takes long, most of that `quality`; --part measures one part again.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def compare(
 
     REFERENCE and OTHER are checkpoints or packages, in any mix; KL divergence and top-1 agreement are taken against
     the reference. Standard errors are over documents. Without any, these are the packages of the reference model, and
-    the documents the standard library's.
+    the documents what is held out of the standard library.
     """
     require_writable(json_file)
     require_plot(plot_file)

@@ -67,7 +67,7 @@ def probe(
     MODEL are checkpoints or packages of one tokenizer, in any mix. Context use is what the whole text before a token is
     worth beside its last N tokens; the probes of recall ask for what stands at a depth of a text; docs/probes.md says
     what each number means. Standard errors are over documents. Without any, it is the reference model that is probed,
-    on the standard library.
+    on what is held out of the standard library.
     """
     require_writable(json_file)
     require_plot(plot_file)
