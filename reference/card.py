@@ -184,7 +184,7 @@ def samples_text(found: dict[str, Any]) -> str:
         verdict = "reads as Python" if sample["reads_as_python"] else "does not read as Python"
         for how, title in (("greedy", f"{number}, greedy: {verdict}"), ("sampled", f"{number}, sampled")):
             lines = (sample["prompt"] + sample[how]).split("\n")
-            parts += ["", title, "", "``````python", *(line.rstrip() for line in lines), "``````"]
+            parts += ["", title, "", "``````", *(line.rstrip() for line in lines), "``````"]
     return "\n".join(parts)
 
 
