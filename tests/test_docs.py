@@ -41,7 +41,9 @@ def test_the_make_targets_of_the_readme_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / "examples").glob("*.yaml")), ROOT / "reference/train.yaml"], ids=lambda path: path.name
+)
 def test_the_example_settings_are_valid(path: Path) -> None:
     make_settings(config_file=path)
 

@@ -17,11 +17,12 @@ from expe_edge.cli.output import (
     require_writable,
     write_json,
 )
+from expe_edge.cli.reference import introduce_reference
 from expe_edge.errors import ConfigError
 
 
 @click.command(short_help="Measure quality by length.")
-@click.argument("models", nargs=-1, type=PATH, required=True, metavar="REFERENCE OTHER …")
+@click.argument("models", nargs=-1, type=PATH, metavar="[REFERENCE OTHER …]")
 @click.option(
     "--data",
     cls=Setting,
@@ -49,7 +50,8 @@ def compare(
     """Score the same long documents with every model, bucket by bucket of length.
 
     REFERENCE and OTHER are checkpoints or packages, in any mix; KL divergence and top-1 agreement are taken against
-    the reference. Standard errors are over documents.
+    the reference. Standard errors are over documents. Without any, these are the packages of the reference model, and
+    the documents what is held out of the standard library.
     """
     require_writable(json_file)
     require_plot(plot_file)
@@ -57,14 +59,18 @@ def compare(
 
     from expe_edge.cli.plots import plot_comparison
     from expe_edge.cli.tables import comparison_table, print_whole
+    from expe_edge.package.reference import REFERENCE_PRECISIONS, reference_package
     from expe_edge.quality import comparison
     from expe_edge.quality.scoring import open_side_by_side
 
     ends = parse_lengths(lengths)
     comparison.require_rising(ends)
-    comparison.unique_names(models)
+    chosen = models or tuple(map(reference_package, REFERENCE_PRECISIONS))
+    comparison.unique_names(chosen)
     require_counts(documents=documents, threads=threads)
-    scorers, at_once = open_side_by_side(models, threads)
+    scorers, at_once = open_side_by_side(chosen, threads)
+    if not models:
+        introduce_reference(scorers)
     comparison.require_same_vocabulary(scorers)
     result = comparison.compare_by_length(
         scorers, ends, documents, sources=data, text_field=text_field, at_once=at_once

@@ -11,12 +11,13 @@ from typing import Any
 import click
 
 from expe_edge.cli.output import PATH
+from expe_edge.cli.reference import say_reference
 from expe_edge.errors import GenerationError
 from expe_edge.text.documents import decoded
 
 
 @click.command(short_help="Continue a text with a package.")
-@click.argument("package", type=PATH)
+@click.argument("package", type=PATH, required=False)
 @click.option("--prompt", help="Text to continue.")
 @click.option("--prompt-file", type=PATH, help="File that holds it; - or neither for standard input.")
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -32,7 +33,7 @@ from expe_edge.text.documents import decoded
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def generate(
-    package: Path,
+    package: Path | None,
     prompt: str | None,
     prompt_file: Path | None,
     max_new_tokens: int,
@@ -43,7 +44,7 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue a prompt with PACKAGE, printing the text as it comes."""
+    """Continue a prompt with PACKAGE, or with the reference model, printing the text as it comes."""
     from expe_edge.runtime import Generator, Sampling
 
     settings = Sampling(**sampling)
@@ -58,6 +59,8 @@ def generate(
         stop=stop,
         cache_length=cache_length,
     )
+    if package is None:
+        say_reference([generator.session.package.path])
     for piece in stream:
         if not as_json:
             click.echo(piece, nl=False)

@@ -18,10 +18,11 @@ from expe_edge.cli.output import (
     require_writable,
     write_json,
 )
+from expe_edge.cli.reference import introduce_reference
 
 
 @click.command(short_help="Measure whether a model uses far text.")
-@click.argument("models", nargs=-1, type=PATH, required=True, metavar="MODEL …")
+@click.argument("models", nargs=-1, type=PATH, metavar="[MODEL …]")
 @click.option(
     "--data",
     cls=Setting,
@@ -65,7 +66,8 @@ def probe(
 
     MODEL are checkpoints or packages of one tokenizer, in any mix. Context use is what the whole text before a token is
     worth beside its last N tokens; the probes of recall ask for what stands at a depth of a text; docs/probes.md says
-    what each number means. Standard errors are over documents.
+    what each number means. Standard errors are over documents. Without any, it is the reference model that is probed,
+    on what is held out of the standard library.
     """
     require_writable(json_file)
     require_plot(plot_file)
@@ -74,6 +76,7 @@ def probe(
     from expe_edge.cli.probe_plots import plot_probes
     from expe_edge.cli.probe_tables import probe_tables
     from expe_edge.cli.tables import print_whole
+    from expe_edge.package.reference import reference_package
     from expe_edge.quality import probing
     from expe_edge.quality.comparison import unique_names
     from expe_edge.quality.scoring import open_side_by_side
@@ -87,8 +90,11 @@ def probe(
         seed=seed,
     )
     require_counts(threads=threads)
-    unique_names(models)
-    scorers, at_once = open_side_by_side(models, threads)
+    chosen = models or (reference_package(),)
+    unique_names(chosen)
+    scorers, at_once = open_side_by_side(chosen, threads)
+    if not models:
+        introduce_reference(scorers)
     report = probing.probe(scorers, settings, sources=data, text_field=text_field, at_once=at_once)
     for table in probe_tables(report):
         print_whole(table, Console())

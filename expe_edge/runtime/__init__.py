@@ -1,13 +1,14 @@
 """The light runtime: NumPy, onnxruntime and tokenizers, nothing else.
 
 from expe_edge.runtime import Generator
-generator = Generator.load("package/int8-dynamic")
+generator = Generator.load("package/int8-dynamic")  # without a path, the reference model
 print(generator.generate(["def main("], max_new_tokens=64)[0].text)
 """
 
+from expe_edge.package.reference import reference_package
 from expe_edge.runtime.decoding import Completion, Stream
 from expe_edge.runtime.generator import Generator
 from expe_edge.runtime.sampling import Sampling
 from expe_edge.runtime.session import PackageSession
 
-__all__ = ["Completion", "Generator", "PackageSession", "Sampling", "Stream"]
+__all__ = ["Completion", "Generator", "PackageSession", "Sampling", "Stream", "reference_package"]

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from expe_edge.errors import GenerationError, PackageError, reason_of
+from expe_edge.package.reference import reference_package
 from expe_edge.package.tokenizer import open_tokenizer
 from expe_edge.runtime.decoding import Completion, Row, Stream, decode
 from expe_edge.runtime.sampling import Sampler, Sampling
@@ -28,9 +29,10 @@ class Generator:
         self.end_of_text = session.package.manifest.model.get("eos_token_id")
 
     @classmethod
-    def load(cls, path: str | Path, *, threads: int | None = None, device: str = "cpu") -> Generator:
-        """Open the package at `path`; arguments and errors as for `PackageSession.load`."""
-        return cls(PackageSession.load(path, threads=threads, device=device))
+    def load(cls, path: str | Path | None = None, *, threads: int | None = None, device: str = "cpu") -> Generator:
+        """Open the package at `path`, by default `reference_package()`; the rest as for `PackageSession.load`."""
+        chosen = reference_package() if path is None else path
+        return cls(PackageSession.load(chosen, threads=threads, device=device))
 
     def encode(self, prompt: Prompt) -> Ids:
         """Return the ids of a prompt, (T,) int64. Text is opened by the end-of-text token, as documents were.
