@@ -61,7 +61,7 @@ def test_the_report_is_of_the_figures_of_compare_and_probe(
     for row in report["rows"]:
         (expected,) = [r for r in compared.of(row["package"]) if r.bucket_end == row["end"]]
         assert row["perplexity"] == pytest.approx(expected.perplexity, rel=tolerance[row["package"]])
-        assert row["kl"] == pytest.approx(expected.kl, rel=0.1, abs=1e-9)
+        assert row["kl"] == pytest.approx(expected.kl, rel=0.3, abs=1e-9)
         assert (row["begin"], row["texts"]) == (expected.bucket_start, 1)
         assert row["peak"] > row["opened"] > 10e6
         assert row["decode_ms"] > 0 < row["tokens_per_second"]

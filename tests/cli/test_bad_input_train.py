@@ -25,7 +25,7 @@ TRAIN_REFUSALS: list[tuple[list[str], str]] = [
     (
         ["--positional-parameter", "stp=1"],
         "unknown parameter of positional encoding 'expe' 'stp'; did you mean 'step'? "
-        "available: dims, how, slopes, start, step, where",
+        "available: content_heads, dims, how, slopes, softplus, start, step, temperature, where",
     ),
     (
         ["--positional-parameter", "step"],
