@@ -27,7 +27,8 @@ UNFINISHED = "{path}: no %s in it, so not a finished checkpoint; run train, or -
 CONFIG_KEYS = (
     "bos_token_id, eos_token_id, hidden_act, hidden_size, initializer_range, intermediate_size, "
     "max_position_embeddings, num_attention_heads, num_hidden_layers, num_key_value_heads, output_gate, "
-    "pad_token_id, positional, positional_parameters, rms_norm_eps, tie_word_embeddings, training_length, use_cache, vocab_size"
+    "pad_token_id, positional, positional_parameters, rms_norm_eps, tie_word_embeddings, training_length, use_cache, "
+    "vocab_size"
 )
 #: Damage to a checkpoint, and the beginning of what is said about it.
 DAMAGED_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
