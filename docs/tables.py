@@ -1,4 +1,4 @@
-"""Puts measured tables into the README and docs/quantization.md, between their markers.
+"""Puts measured tables into the README, docs/quantization.md and docs/reproduce.md, between their markers.
 
     python -m docs.tables demo/comparison.json runs/encodings/report.json runs/quantization/results.json
 
@@ -20,6 +20,7 @@ import numpy as np
 
 README = Path(__file__).parent.parent / "README.md"
 QUANTIZATION = Path(__file__).parent / "quantization.md"
+STUDIES = Path(__file__).parent / "reproduce.md"
 
 #: What a benchmark has written, as JSON has it.
 Report = dict[str, Any]
@@ -40,7 +41,7 @@ def quality_table(comparison: Report) -> str:
     return "\n".join(rows)
 
 
-#: Variants of `studies/encodings.yaml` that the README shows.
+#: Variants of `studies/encodings.yaml` that the page shows.
 SHOWN = ("alibi", "expe", "expe, paper", "expe, paper, offsets", "rotary", "sinusoidal")
 
 
@@ -114,7 +115,7 @@ def fill(page: Path, marker: str, content: str) -> None:
 def fill_from(report: Report) -> None:
     """Fill the tables of one report, told by its keys from the others."""
     if "nll" in report:
-        fill(README, "extrapolation", extrapolation_table(report))
+        fill(STUDIES, "extrapolation", extrapolation_table(report))
     elif "comparison" in report:
         comparison = report["comparison"]
         fill(QUANTIZATION, f"formats, N = {comparison['training_length']}", formats_table(report))
