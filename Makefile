@@ -88,11 +88,12 @@ chaos: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/expe-edge reproduce studies/encodings.yaml
 	$(BIN)/python -m benchmarks.runtime_overhead
-	$(BIN)/python -m benchmarks.quantization $(OUT)/checkpoint --out runs/quantization
-	$(BIN)/python -m benchmarks.off_the_shelf $(OUT)/checkpoint
+	$(BIN)/expe-edge train --config examples/plain-slopes.yaml --out runs/plain --force
+	$(BIN)/python -m benchmarks.quantization runs/plain --out runs/quantization
+	$(BIN)/python -m benchmarks.off_the_shelf runs/plain
 	$(BIN)/python -m benchmarks.portable $(OUT)/checkpoint
 	$(BIN)/python -m benchmarks.export_memory
-	$(BIN)/python -m benchmarks.exqpe --runs runs/encodings
+	$(BIN)/python -m benchmarks.exqpe
 
 # Pages generated from the code: docs/cli.md.
 docs: $(INSTALLED)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.exqpe --out runs/exqpe
 
-Models are trained on the same data and seeds as in `studies/encodings.yaml`, whose finished runs can be used again with
-`--runs runs/encodings`. Divergences are to the same model's own float32 (folded), perplexities absolute.
+Models are trained on the same data and seeds as in `studies/encodings.yaml`, but with slopes that are products alone,
+which may stay inline. Divergences are to the same model's own float32 (folded), perplexities absolute.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ RECIPES = (
     Recipe("int4-weight"),
 )
 PRECISIONS = tuple(recipe.precision for recipe in RECIPES)
+#: Settings with which positions may stay inline.
+PLAIN_SLOPES = {"positional_parameters": {"softplus": False, "content_heads": 0}, "output_gate": False}
 #: Way to the encoding that a model is trained with, and where its graph has the positions.
 WAYS = {
     "ExPE inline": ("expe", "inline"),
@@ -62,7 +64,7 @@ def measure_seed(
     """Return, for every way, results by precision and the bytes that positions take."""
     found: dict[str, dict[str, Any]] = {}
     for encoding in ("expe", "exqpe"):
-        run = Run(f"{encoding}-seed{seed}", make_settings(flags={"positional": encoding, "seed": seed}))
+        run = Run(f"{encoding}-seed{seed}", make_settings(flags={"positional": encoding, "seed": seed, **PLAIN_SLOPES}))
         packages = packages_of(train_run(runs, run), out / run.name)
         paths = [*packages["folded"], *packages["inline"]]
         comparison = measure(paths, lengths, documents, threads)

@@ -1,7 +1,8 @@
 """One checkpoint through Optimum and onnxruntime's own quantizers, and through this project, in one table.
 
-    python -m benchmarks.off_the_shelf demo/checkpoint
+    python -m benchmarks.off_the_shelf runs/plain
 
+of `expe-edge train --config examples/plain-slopes.yaml --out runs/plain`: a plain override cannot compute other slopes.
 Needs the `dev` extra and onnx-ir, which onnxruntime's MatMulNBits quantizer imports but does not require. Every way
 reads the same held-out documents in the same chunks with a cache; what cannot be made or run is a row with its error.
 """
@@ -258,6 +259,8 @@ def require_override(checkpoint: Checkpoint) -> None:
     parameters = checkpoint.config.encoding_parameters
     if not isinstance(parameters, ExPEParameters) or parameters.where == "embedding":
         raise ConfigError(f"{checkpoint.path}: positions do not enter at the projections; give an ExPE or ExQPE model")
+    if parameters.shaped:
+        raise ConfigError(f"{checkpoint.path}: {checkpoint.config.needs_folding}")
 
 
 @contextmanager

@@ -48,6 +48,7 @@ def main(checkpoint: Path, lengths: str) -> None:
             providers=["CPUExecutionProvider"],
         )
         for name, folded in (("graph, folded", True), ("graph, inline", False))
+        if folded or opened.config.needs_folding is None
     }
     for length in (int(part) * opened.config.training_length for part in lengths.split(",")):
         tokens = stream[:length]

@@ -1,6 +1,9 @@
 """Every format of one checkpoint by length, to 64 training lengths: divergence, perplexity, agreement, sizes.
 
-python -m benchmarks.quantization demo/checkpoint --out runs/quantization
+    expe-edge train --config examples/plain-slopes.yaml --out runs/plain
+    python -m benchmarks.quantization runs/plain --out runs/quantization
+
+Of another model, all but the cache of keys that carry their positions (`--package` names some of them).
 """
 
 from __future__ import annotations
