@@ -165,10 +165,9 @@ class Exporter:
         self.config = source.config
         if self.config.too_large is not None:
             raise ExportError(self.config.too_large)
-        if source.weights.folded and self.config.needs_inline is not None:
-            raise ExportError(self.config.needs_inline)
-        if not source.weights.folded and self.config.needs_folding is not None:
-            raise ExportError(self.config.needs_folding)
+        elsewhere = self.config.needs_inline if source.weights.folded else self.config.needs_folding
+        if elsewhere is not None:
+            raise ExportError(elsewhere)
         self.evidence = Evidence(
             source.weights, text.calibration, lambda: text.windows, rounding=source.rounding, progress=progress
         )

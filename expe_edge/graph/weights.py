@@ -92,7 +92,10 @@ def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) ->
             config=config,
             folded=folded,
             embedding=embedding,
-            layers=tuple(_read_layer(tensors, f"layers.{index}") for index in range(config.num_hidden_layers)),
+            layers=tuple(
+                _read_layer(tensors, f"layers.{index}", gated=config.output_gate)
+                for index in range(config.num_hidden_layers)
+            ),
             norm=tensors["norm.gain"],
             head=embedding.T if config.tie_word_embeddings else tensors["head.weight"],
             relative_table=tensors.get("relative.table"),
@@ -123,8 +126,6 @@ def _require_shapes(weights: ModelWeights) -> None:
     for owner, expected in ((weights, outer), *((layer, shapes) for layer in weights.layers)):
         for name, shape in expected.items():
             value = getattr(owner, name)
-            if value is None:
-                raise PackageError(f"the graph has no {name}, which its manifest speaks of; export the package again")
             if value.dtype != np.float32 or value.shape != shape:
                 raise PackageError(
                     f"the graph's {name} is {value.dtype} {value.shape}, but float32 {shape} by its manifest; export "
@@ -132,7 +133,7 @@ def _require_shapes(weights: ModelWeights) -> None:
                 )
 
 
-def _read_layer(tensors: Mapping[str, Float], layer: str) -> LayerWeights:
+def _read_layer(tensors: Mapping[str, Float], layer: str, *, gated: bool) -> LayerWeights:
     attention = f"{layer}.attention"
     qkv = tensors.get(f"{attention}.qkv.weight")
     if qkv is None:  # positions inline: one product for each input
@@ -142,7 +143,7 @@ def _read_layer(tensors: Mapping[str, Float], layer: str) -> LayerWeights:
         attention_norm=tensors[f"{attention}.norm.gain"],
         qkv=qkv,
         positions=_read_positions(tensors, attention) if f"{attention}.slope.weight" in tensors else None,
-        gate=tensors.get(f"{attention}.gate.weight"),
+        gate=tensors[f"{attention}.gate.weight"] if gated else None,
         out=tensors[f"{attention}.out.weight"],
         feed_forward_norm=tensors[f"{layer}.feed_forward.norm.gain"],
         up=tensors[f"{layer}.feed_forward.up.weight"],

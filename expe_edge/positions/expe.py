@@ -19,6 +19,8 @@ WHERE = ("key", "query_key", "query_key_value", "embedding")
 HOW = ("override", "add")
 #: How the slopes of the heads begin: as ALiBi's, at zero, or as the random weights give them.
 SLOPES = ("alibi", "zero", "random")
+#: Settings of the relative form that came after slopes, as configs and records that say nothing of them mean them.
+LATER = {"softplus": False, "content_heads": 0, "temperature": 0.0}
 #: How steep a head's softplus is, in units of the slope that it begins with.
 SHARPNESS = 4.0
 #: The largest temperature.
@@ -74,7 +76,7 @@ class ExPEParameters(EncodingParameters):
             )
         if self.slopes != "random" and self.where not in ("key", "query_key"):
             raise ConfigError(f"slopes is {self.slopes!r}, which needs where: key or query_key, not {self.where}")
-        for name in ("softplus", "content_heads", "temperature"):
+        for name in LATER:
             if getattr(self, name) and not self.relative:
                 raise ConfigError(f"{name} is {getattr(self, name)}, which needs where: key, not {self.where}")
         if self.softplus and (self.code.limbs > 1 or self.slopes in ("zero", "random")):
@@ -115,10 +117,7 @@ class ExPEParameters(EncodingParameters):
         values = dataclasses.asdict(self)
         if not self.halved:
             del values["slopes"]
-        for name in ("softplus", "content_heads", "temperature"):
-            if not values[name]:
-                del values[name]
-        return values
+        return {name: value for name, value in values.items() if name not in LATER or value}
 
     @property
     def code(self) -> PositionCode:

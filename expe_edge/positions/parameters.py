@@ -70,11 +70,14 @@ POSITIONAL_PARAMETERS: dict[str, type[EncodingParameters]] = {
 }
 
 
-def encoding_parameters(name: str, values: Mapping[str, Any], training_length: int | None = None) -> EncodingParameters:
+def encoding_parameters(
+    name: str, values: Mapping[str, Any], training_length: int | None = None, heads: int | None = None
+) -> EncodingParameters:
     """Make the parameters of encoding `name`, refusing unknown keys and naming the nearest known one.
 
     Args:
         training_length: N, for the settings left out that depend on it; None where `values` are complete.
+        heads: of a new run, which has its `recipe` beside; None for a model as it is.
     """
     require_choice("positional encoding", name, tuple(POSITIONAL_PARAMETERS))
     kind = POSITIONAL_PARAMETERS[name]
@@ -82,12 +85,9 @@ def encoding_parameters(name: str, values: Mapping[str, Any], training_length: i
     for key in values:
         if key not in known:
             raise ConfigError(unknown_name(f"parameter of positional encoding {name!r}", key, known))
-    defaults = {} if training_length is None else kind.defaults(values, training_length)
+    defaults = {}
+    if training_length is not None:
+        defaults = kind.defaults(values, training_length)
+        if heads is not None:
+            defaults |= kind.recipe(values, training_length, heads)
     return kind(**{**defaults, **values})
-
-
-def recipe_parameters(name: str, values: Mapping[str, Any], training_length: int, heads: int) -> EncodingParameters:
-    """Make the parameters of a new run: what `values` leave out is as its `recipe` and its `defaults` have it."""
-    require_choice("positional encoding", name, tuple(POSITIONAL_PARAMETERS))
-    recipe = POSITIONAL_PARAMETERS[name].recipe(values, training_length, heads)
-    return encoding_parameters(name, {**recipe, **values}, training_length)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from expe_edge.errors import ConfigError, unknown_name
 from expe_edge.kinds import require_kind, require_kinds
-from expe_edge.positions.parameters import encoding_parameters
 from expe_edge.training.settings import LARGEST_SEED, TrainSettings, make_settings, read_yaml
 
 if TYPE_CHECKING:
@@ -219,8 +218,7 @@ def _axes(place: str, grid: object) -> Iterator[tuple[tuple[str, ...], list[Any]
 
 def _meaning(settings: TrainSettings) -> TrainSettings:
     """Return settings with every parameter of the encoding spelled out."""
-    parameters = encoding_parameters(settings.positional, settings.positional_parameters, settings.training_length)
-    return dataclasses.replace(settings, positional_parameters=parameters.to_dict())
+    return dataclasses.replace(settings, positional_parameters=settings.encoding_parameters.to_dict())
 
 
 def _mapping(name: str, value: object) -> Mapping[str, Any]:

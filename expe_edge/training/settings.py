@@ -16,7 +16,8 @@ from typing import Any
 from expe_edge.errors import CheckpointError, ConfigError, reason_of, unknown_name
 from expe_edge.kinds import require_kinds
 from expe_edge.positions.encoding import EncodingParameters
-from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, recipe_parameters
+from expe_edge.positions.expe import LATER
+from expe_edge.positions.parameters import POSITIONAL_PARAMETERS, encoding_parameters
 from expe_edge.quant.recipe import WEIGHT_BITS, WeightRounding
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -133,7 +134,7 @@ class TrainSettings:
             raise ConfigError(f"seed is {self.seed}; at most {LARGEST_SEED}; change `seed`")
         if self.dtype not in DTYPES:
             raise ConfigError(unknown_name("dtype", self.dtype, DTYPES) + "; change `dtype`")
-        self.encoding_parameters  # noqa: B018  # refuses what cannot be
+        _ = self.encoding_parameters  # made here so that what it refuses is refused
         if self.tokenizer is not None and self.from_checkpoint is not None:
             raise ConfigError("`tokenizer` has no meaning with `from_checkpoint`, which has one; drop it")
         rounding = self.rounding
@@ -147,7 +148,7 @@ class TrainSettings:
     @property
     def encoding_parameters(self) -> EncodingParameters:
         """The encoding's settings, those included that are not given."""
-        return recipe_parameters(
+        return encoding_parameters(
             self.positional, self.positional_parameters, self.training_length, self.num_attention_heads
         )
 
@@ -257,8 +258,7 @@ def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     parameters = settings.get("positional_parameters")
     if settings.get("positional") not in ("expe", "exqpe") or not isinstance(parameters, Mapping):
         return settings
-    before = {"where": "query_key", "softplus": False, "content_heads": 0, "temperature": 0.0}
-    return {**settings, "positional_parameters": {**before, **parameters}}
+    return {**settings, "positional_parameters": {"where": "query_key", **LATER, **parameters}}
 
 
 def stored_settings(out: Path) -> dict[str, Any]:

@@ -67,6 +67,14 @@ def test_an_ablation_that_equals_its_base_shares_its_runs() -> None:
     assert [run.name for run in made.runs] == ["expe-seed0", "alibi-seed0", "expe-dims=8-seed0"]
 
 
+def test_an_ablation_of_what_a_new_run_has_by_itself_has_runs_of_its_own() -> None:
+    """That `tiny` has one content head of four and a softplus unless told otherwise is not in the study."""
+    made = study(ablations={"expe": [{"positional_parameters": {"content_heads": [0, 1]}}, {"output_gate": [False]}]})
+    assert [variant.directory for variant in made.all_variants] == [
+        *("expe", "alibi", "expe-content_heads=0", "expe", "expe-output_gate=False")
+    ]
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"titel": "x"}, "unknown key of a study 'titel'; did you mean 'title'?"),
     ({"against": "alib"}, "unknown variant in against 'alib'; did you mean 'alibi'?"),
