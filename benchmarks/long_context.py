@@ -32,10 +32,10 @@ from expe_edge.cli.flags import Setting, with_flags
 from expe_edge.errors import ExPEEdgeError
 from expe_edge.progress import counted, note
 from expe_edge.quality.comparison import long_documents, measure_chunk, require_rising, require_same_vocabulary
-from expe_edge.quality.losses import Panel, Predictions, predictions
+from expe_edge.quality.losses import Panel
 from expe_edge.quality.needles import COPIED, CUE, Case
 from expe_edge.quality.recall import Grid, Recall, needle_cases, recall
-from expe_edge.quality.scoring import Ids, PackageScorer, Scorer
+from expe_edge.quality.scoring import Ids, PackageScorer, Predictions, Scorer
 from expe_edge.runtime import PackageSession
 from expe_edge.runtime.session import PREFILL_CHUNK
 from expe_edge.text.tokenization import load_tokenizer
@@ -114,7 +114,7 @@ def ask(scorer: PackageScorer, cases: Sequence[Case], settings: Settings, record
     note(f"recall takes {scorer.path} {times:.1f} times the work of reading {settings.lengths[-1]} tokens")
     with counted(f"asking {scorer.path.name}", sum(map(len, texts))) as advance:
         for text in texts:
-            found = predictions(branching, text, begins[text.tobytes()])
+            found = branching.predictions(text, begins[text.tobytes()])
             answers[digest_of(text)] = {"nll": found.nll.tolist(), "likeliest": found.likeliest.tolist()}
             records.save()
             advance(len(text))

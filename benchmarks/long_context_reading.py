@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measuring import peak_bytes
-from expe_edge.quality.scoring import Float, Ids, PackageScorer
+from expe_edge.divergence import Float
+from expe_edge.quality.scoring import Ids, PackageScorer
 from expe_edge.runtime import PackageSession
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.session import PREFILL_CHUNK, Step

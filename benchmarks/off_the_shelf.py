@@ -90,7 +90,7 @@ OURS = tuple(
 WAYS = len(REFUSED) + sum(2 + len(theirs) + len(tools.ONNXRUNTIME) for _, theirs in EXPORTS.values()) + len(OURS)
 
 
-class GraphScorer:
+class GraphScorer(Scorer):
     """A float or quantized graph with the inputs and outputs of `contract`, in chunks with a cache."""
 
     def __init__(self, path: Path, contract: GraphContract, training_length: int) -> None:
@@ -103,7 +103,7 @@ class GraphScorer:
         return logits_of(self.session, self.contract, tokens, decoded=0)
 
 
-class StoredScorer:
+class StoredScorer(Scorer):
     """The logits of another scorer, computed once for each text and put aside."""
 
     def __init__(self, scorer: Scorer) -> None:

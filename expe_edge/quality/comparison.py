@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expe_edge.divergence import log_divergence, log_softmax, ratio_of_sums
+from expe_edge.divergence import Double, Float, log_divergence, log_softmax, ratio_of_sums
 from expe_edge.errors import ConfigError, CorpusError
 from expe_edge.progress import counted, note
-from expe_edge.quality.scoring import Float, Ids, Scorer, tokenizer_path
+from expe_edge.quality.scoring import Ids, Scorer, tokenizer_path
 from expe_edge.runtime.session import PREFILL_CHUNK
 from expe_edge.text.corpus import load_corpus
 from expe_edge.text.tokenization import encode_documents, load_tokenizer, token_byte_lengths
-
-Double = npt.NDArray[np.float64]
 
 
 def plain(result: Any) -> dict[str, Any]:

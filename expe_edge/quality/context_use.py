@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from expe_edge.divergence import ratio_of_sums
+from expe_edge.divergence import Double, ratio_of_sums
 from expe_edge.errors import ConfigError
-from expe_edge.quality.comparison import Double, plain
+from expe_edge.quality.comparison import plain
 from expe_edge.quality.losses import Panel
 from expe_edge.quality.scoring import Ids
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from expe_edge.divergence import ratio_of_sums
-from expe_edge.quality.comparison import Double, plain
+from expe_edge.divergence import Double, ratio_of_sums
+from expe_edge.quality.comparison import plain
 
 #: Tokens of the first bin, and bins until the position has doubled.
 FIRST_BIN = 16

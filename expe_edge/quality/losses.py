@@ -4,42 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
-from expe_edge.divergence import log_softmax
-from expe_edge.quality.comparison import Double, unique_names
-from expe_edge.quality.scoring import Bools, CheckpointScorer, Ids, Scorer
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says of consecutive tokens of a text, each predicted from all tokens before it.
-
-    nll: the loss of each token in nats, (t,). likeliest: whether it is the model's likeliest prediction, (t,).
-    """
-
-    nll: Double
-    likeliest: Bools
-
-
-def predictions(scorer: Scorer, tokens: Ids, begin: int) -> Predictions:
-    """Return what a model says of `tokens[begin:]`, teacher-forced over tokens (T,). `begin` is at least 1."""
-    if isinstance(scorer, CheckpointScorer):
-        return Predictions(*scorer.losses(tokens, begin))
-    losses: list[Double] = []
-    likeliest: list[Bools] = []
-    row = 0
-    for logits in scorer.logits(tokens[:-1]):  # row p of the logits predicts token p + 1
-        first = max(begin - 1 - row, 0)
-        if first < len(logits):
-            predicted = log_softmax(logits[first:])
-            targets = tokens[row + first + 1 : row + len(logits) + 1]
-            losses.append(-predicted[np.arange(len(targets)), targets])
-            likeliest.append(predicted.argmax(axis=-1) == targets)
-        row += len(logits)
-    return Predictions(np.concatenate(losses), np.concatenate(likeliest))
+from expe_edge.divergence import Double
+from expe_edge.quality.comparison import unique_names
+from expe_edge.quality.scoring import Ids, Predictions, Scorer
 
 
 class Panel:
@@ -58,9 +28,9 @@ class Panel:
         self.training_length: int = scorers[0].training_length
 
     def score(self, tokens: Ids, begin: int) -> list[Predictions]:
-        """Return what every model says of `tokens[begin:]`; see `predictions`."""
+        """Return what every model says of `tokens[begin:]`; see `Scorer.predictions`."""
         with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(lambda scorer: predictions(scorer, tokens, begin), self.scorers))
+            return list(pool.map(lambda scorer: scorer.predictions(tokens, begin), self.scorers))
 
 
 def document_losses(

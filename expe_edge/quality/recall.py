@@ -13,9 +13,9 @@ from expe_edge.errors import ConfigError
 from expe_edge.kinds import require_choice
 from expe_edge.progress import note
 from expe_edge.quality.comparison import plain
-from expe_edge.quality.losses import Panel, Predictions
+from expe_edge.quality.losses import Panel
 from expe_edge.quality.needles import PUZZLES, Case, Material, Puzzle, place
-from expe_edge.quality.scoring import Ids
+from expe_edge.quality.scoring import Ids, Predictions
 
 #: Shares of the text before the needle.
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from expe_edge.divergence import Double, Float, log_softmax
 from expe_edge.errors import ConfigError
 from expe_edge.package.directory import TOKENIZER_FILE, is_package
 from expe_edge.package.manifest import MANIFEST_FILE
@@ -22,15 +24,23 @@ if TYPE_CHECKING:
     from expe_edge.training.checkpoint import Checkpoint
 
 Ids = npt.NDArray[np.int64]
-Float = npt.NDArray[np.float32]
-Double = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
 #: Tokens that a GPU reads at once.
 GPU_CHUNK = 2048
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of consecutive tokens of a text, each predicted from all tokens before it.
+
+    nll: the loss of each token in nats, (t,). likeliest: whether it is the model's likeliest prediction, (t,).
+    """
+
+    nll: Double
+    likeliest: npt.NDArray[np.bool_]
+
+
 class Scorer(Protocol):
-    """A model that can be asked for the logits of a text.
+    """A model that can be asked for the logits of a text, and so for its losses.
 
     Attributes:
         training_length: N. corpus: what `corpus.load_corpus` needs to find the training text and its held-out part.
@@ -44,8 +54,26 @@ class Scorer(Protocol):
         """Yield logits (t, V) for consecutive chunks of `PREFILL_CHUNK` tokens (the last may be shorter) of (T,)."""
         ...
 
+    def predictions(self, tokens: Ids, begin: int) -> Predictions:
+        """Return what the model says of `tokens[begin:]`, teacher-forced over tokens (T,). `begin` is at least 1."""
+        parts: list[Predictions] = []
+        row = 0
+        for logits in self.logits(tokens[:-1]):  # row p of the logits predicts token p + 1
+            first = max(begin - 1 - row, 0)
+            if first < len(logits):
+                predicted = log_softmax(logits[first:])
+                targets = tokens[row + first + 1 : row + len(logits) + 1]
+                losses = -predicted[np.arange(len(targets)), targets]
+                parts.append(Predictions(losses, predicted.argmax(axis=-1) == targets))
+            row += len(logits)
+        return _joined(parts)
 
-class CheckpointScorer:
+
+def _joined(parts: Sequence[Predictions]) -> Predictions:
+    return Predictions(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("nll", "likeliest")))
+
+
+class CheckpointScorer(Scorer):
     """A checkpoint in PyTorch, float32, with a cache; on a GPU where there is one."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -59,21 +87,18 @@ class CheckpointScorer:
         for chunk in self._logits(tokens, PREFILL_CHUNK):
             yield chunk.cpu().numpy()
 
-    def losses(self, tokens: Ids, begin: int) -> tuple[Double, Bools]:
-        """Return the loss of each of `tokens[begin:]` in nats, (t,), and whether it is the likeliest, (t,).
-
-        On the model's own device, which hands over no logits: those of a vocabulary take longer than a GPU's work.
-        """
+    def predictions(self, tokens: Ids, begin: int) -> Predictions:
+        """Do it on the model's own device, which hands over no logits: to move them takes longer than a GPU's work."""
         import torch
 
         chunk = GPU_CHUNK if self.model.device.type == "cuda" else PREFILL_CHUNK
-        targets, row = torch.from_numpy(tokens[begin:]).to(self.model.device), begin - 1
-        losses, likeliest = [], []
-        for logits in self._logits(tokens[:-1], chunk, first=row):
+        targets, parts = torch.from_numpy(tokens[begin:]).to(self.model.device), []
+        for logits in self._logits(tokens[:-1], chunk, first=begin - 1):
             of_chunk, targets = targets[: len(logits)], targets[len(logits) :]
-            losses.append(torch.nn.functional.cross_entropy(logits.double(), of_chunk, reduction="none").cpu().numpy())
-            likeliest.append((logits.argmax(dim=-1) == of_chunk).cpu().numpy())
-        return np.concatenate(losses), np.concatenate(likeliest)
+            losses = torch.nn.functional.cross_entropy(logits.double(), of_chunk, reduction="none")
+            likeliest = logits.argmax(dim=-1) == of_chunk
+            parts.append(Predictions(losses.cpu().numpy(), likeliest.cpu().numpy()))
+        return _joined(parts)
 
     def _logits(self, tokens: Ids, chunk: int, first: int = 0) -> Iterator[Tensor]:
         """Yield logits (t, V) float32 of the rows from `first` on, in runs of `chunk` tokens over a cache."""
@@ -92,7 +117,7 @@ class CheckpointScorer:
                 yield output.logits[0].float()
 
 
-class PackageScorer:
+class PackageScorer(Scorer):
     """A package in onnxruntime."""
 
     def __init__(self, session: PackageSession) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from expe_edge.divergence import Double
 from expe_edge.package.directory import TOKENIZER_FILE
 from expe_edge.study.cost import ratios, read_cost
 from expe_edge.study.machine import processor, versions
 from expe_edge.study.plan import Study, Variant
-from expe_edge.study.scores import Double, paired_difference
+from expe_edge.study.scores import paired_difference
 from expe_edge.study.state import losses_of, trouble
 from expe_edge.study.work import read_probes
 from expe_edge.training.settings import TRAINING_FILE, WEIGHTS_FILE

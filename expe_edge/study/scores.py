@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from expe_edge.divergence import Double
 from expe_edge.quality.comparison import long_documents
-from expe_edge.quality.losses import predictions
 from expe_edge.quality.scoring import Ids, Scorer
-
-Double = npt.NDArray[np.float64]
 
 #: The losses of a run's documents, in its directory; those of an unfinished scoring are in a hidden file beside.
 SCORES_FILE = "losses.json"
@@ -62,7 +59,7 @@ def losses_by_length(scorer: Scorer, document: Ids, ends: Sequence[int]) -> list
 
     document: token ids (T,), more than the last of `ends`.
     """
-    losses = predictions(scorer, document[: ends[-1] + 1], 1).nll
+    losses = scorer.predictions(document[: ends[-1] + 1], 1).nll
     return [float(bucket.mean()) for bucket in np.split(losses, ends[:-1])]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from expe_edge.quality.scoring import Scorer
 from expe_edge.runtime.session import PREFILL_CHUNK
 
 #: What an oracle that knows the next token leaves to all others together.
@@ -17,7 +18,7 @@ DOUBT = 1e-3
 LONGEST = 8
 
 
-class Oracle:
+class Oracle(Scorer):
     """Looks up what followed the same tokens before, among the last `window` tokens that it sees.
 
     It takes the longest match, of `shortest` tokens at least and with all beyond `LONGEST` as good as that; of equally

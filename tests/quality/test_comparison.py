@@ -197,7 +197,7 @@ def test_one_document_has_no_standard_error(scorers: list[Scorer]) -> None:
     assert "NaN" not in json.dumps(result.to_dict())
 
 
-class Fixed:
+class Fixed(Scorer):
     """A scorer whose logits are given."""
 
     training_length = 4

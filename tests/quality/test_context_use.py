@@ -15,7 +15,7 @@ from expe_edge.errors import ConfigError
 from expe_edge.quality.comparison import long_documents
 from expe_edge.quality.context_use import ContextUse, context_use, near_tokens, require_far
 from expe_edge.quality.loss_by_position import bin_edges, loss_by_position
-from expe_edge.quality.losses import Panel, document_losses, predictions
+from expe_edge.quality.losses import Panel, document_losses
 from expe_edge.quality.scoring import Scorer
 from expe_edge.training.checkpoint import load_checkpoint
 from tests.quality.oracles import DOUBT, Oracle
@@ -143,7 +143,7 @@ def test_edges_of_bins(tokens: int, edges: list[int]) -> None:
 def test_predictions_from_any_token_on_are_those_of_the_whole(begin: int) -> None:
     (document,) = repeated(1, 40, 300)
     oracle = Oracle(Path("m"), V)
-    whole, part = predictions(oracle, document, 1), predictions(oracle, document, begin)
+    whole, part = oracle.predictions(document, 1), oracle.predictions(document, begin)
 
     np.testing.assert_array_equal(part.nll, whole.nll[begin - 1 :])
     np.testing.assert_array_equal(part.likeliest, whole.likeliest[begin - 1 :])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from expe_edge.divergence import log_softmax
-from expe_edge.quality.losses import predictions
 from expe_edge.quality.scoring import CheckpointScorer
 from expe_edge.training.checkpoint import load_checkpoint
 
@@ -20,7 +19,7 @@ def test_losses_of_a_checkpoint_are_those_of_its_logits(checkpoint: Path, begin:
     tokens = np.random.default_rng(0).integers(scorer.model.config.vocab_size, size=600)
     logits = np.concatenate(list(scorer.logits(tokens[:-1])))[begin - 1 :]
 
-    found = predictions(scorer, tokens, begin)
+    found = scorer.predictions(tokens, begin)
 
     expected = -log_softmax(logits)[np.arange(600 - begin), tokens[begin:]]
     np.testing.assert_allclose(found.nll, expected, rtol=1e-5)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from expe_edge.divergence import Float
+from expe_edge.divergence import Double, Float
 from expe_edge.errors import CheckpointError, ConfigError, CorpusError
 from expe_edge.progress import counted
 from expe_edge.quality.analysis.embedding import Moments, Neighbours, Spread, neighbours
@@ -18,7 +18,7 @@ from expe_edge.quality.analysis.observing import AttentionView, observe
 from expe_edge.quality.analysis.position_probe import FEWEST_FOLDS, PositionProbe, PositionSums
 from expe_edge.quality.analysis.reach import SINKS, HeadReach, Reached, first_query, head_reaches, reached
 from expe_edge.quality.analysis.slopes import HeadSlopes, head_slopes
-from expe_edge.quality.comparison import Double, long_documents, require_same_vocabulary, unique_names
+from expe_edge.quality.comparison import long_documents, require_same_vocabulary, unique_names
 from expe_edge.quality.scoring import CheckpointScorer, Ids
 from expe_edge.text.tokenization import load_tokenizer
 from expe_edge.training.checkpoint import load_checkpoint

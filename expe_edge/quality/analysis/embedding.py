@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from expe_edge.divergence import Float, ratio_of_sums
-from expe_edge.quality.comparison import Double, plain
+from expe_edge.divergence import Double, Float, ratio_of_sums
+from expe_edge.quality.comparison import plain
 from expe_edge.quality.scoring import Ids
 
 #: k, neighbours of a token that are looked at; tokens that are shown with theirs.

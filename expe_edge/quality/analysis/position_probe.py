@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from expe_edge.quality.comparison import Double, plain
+from expe_edge.divergence import Double
+from expe_edge.quality.comparison import plain
 
 #: Most folds; of fewer documents each is one. Three are needed: to fit, to choose the penalty, to test.
 MOST_FOLDS, FEWEST_FOLDS = 4, 3

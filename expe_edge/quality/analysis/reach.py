@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expe_edge.quality.comparison import Double, plain
+from expe_edge.divergence import Double
+from expe_edge.quality.comparison import plain
 
 #: The first tokens of a text, which heads attend to for want of anything else, are not counted as far text.
 SINKS = 16
