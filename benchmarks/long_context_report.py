@@ -16,14 +16,14 @@ from benchmarks.measuring import quartiles
 from expe_edge.cli.plots import drawing, scale_by_length
 from expe_edge.cli.tables import short
 from expe_edge.divergence import ratio_of_sums
-from expe_edge.quality.comparison import plain
 from expe_edge.quality.recall import Recall
 from expe_edge.quality.scoring import Ids, PackageScorer
+from expe_edge.results import Result
 from expe_edge.runtime.session import PREFILL_CHUNK
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Result):
     """One package between two lengths.
 
     perplexity, kl, top1: over tokens, with standard errors over texts; see `BucketResult`. seconds: median over texts
@@ -145,7 +145,7 @@ def write_report(out: Path, rows: Sequence[Row], recalls: Mapping[str, Sequence[
     text = table(rows, recalls, settings)
     data = {
         "settings": {"threads": settings.threads, "chunk": settings.chunk, "decoded": settings.decoded},
-        "rows": [plain(row) for row in rows],
+        "rows": [row.to_dict() for row in rows],
         "recall": [{**r.to_dict(), "model": package} for package, of in recalls.items() for r in of],
     }
     (out / "report.md").write_text(text, encoding="utf-8")

@@ -89,10 +89,14 @@ def _text(value: Callable[..., object] | ModuleType, heading: str = "") -> list[
 
 
 def _methods(value: object) -> Iterator[tuple[str, Callable[..., object]]]:
-    """Public methods and class methods of a class, in its order."""
-    for name, method in vars(value).items() if inspect.isclass(value) else ():
-        if not name.startswith("_") and (inspect.isfunction(method) or isinstance(method, classmethod)):
-            yield name, getattr(value, name)
+    """Public methods and class methods of a class, in its order, then what a base here gives it."""
+    seen: set[str] = set()
+    for base in value.__mro__ if inspect.isclass(value) else ():
+        for name, method in vars(base).items() if base.__module__.startswith("expe_edge") else ():
+            is_method = inspect.isfunction(method) or isinstance(method, classmethod)
+            if is_method and not name.startswith("_") and name not in seen:
+                seen.add(name)
+                yield name, getattr(value, name)
 
 
 PAGES = {HERE / "cli.md": command_line, HERE / "api.md": python}

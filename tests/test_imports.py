@@ -35,12 +35,13 @@ HEAVY = {
 }
 SOURCES = sorted(ROOT.rglob("*.py"))
 #: What every folder may import, and what it may of the others. docs/design.md draws it.
-GROUND = ("errors", "kinds", "progress", "divergence", "spool", "__version__")
+GROUND = ("errors", "kinds", "progress", "divergence", "results", "spool", "__version__")
 MAY_IMPORT = {
     "errors": (),
     "kinds": (),
     "progress": (),
     "divergence": (),
+    "results": (),
     "spool": (),
     "positions": (),
     "package": (),
@@ -64,6 +65,7 @@ MAY_IMPORT = {
 LIGHT = {
     "errors": set[str](),
     "kinds": set[str](),
+    "results": set[str](),
     "package": set[str](),
     "positions": {"numpy"},
     "quant": {"numpy"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 
 from expe_edge.errors import ConfigError
 from expe_edge.package.directory import why_unwritable
+from expe_edge.results import finite
 
 #: A path option or argument; whether it exists is for the command to say, in its own words.
 PATH = click.Path(path_type=Path)
@@ -28,17 +28,9 @@ def write_json(path: Path | None, value: Any) -> None:
     """Write `value` to `path`, where one is given; numbers that are not finite, which JSON does not have, as null."""
     if path is None:
         return
-    text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    text = json.dumps(finite(value), indent=2, allow_nan=False)
     require_writable(path)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report_written(*files: Path | None) -> None:

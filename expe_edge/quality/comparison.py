@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +15,14 @@ from expe_edge.divergence import Double, Float, log_divergence, log_softmax, rat
 from expe_edge.errors import ConfigError, CorpusError
 from expe_edge.progress import counted, note
 from expe_edge.quality.scoring import Ids, Scorer, tokenizer_path
+from expe_edge.results import Result
 from expe_edge.runtime.session import PREFILL_CHUNK
 from expe_edge.text.corpus import load_corpus
 from expe_edge.text.tokenization import encode_documents, load_tokenizer, token_byte_lengths
 
 
-def plain(result: Any) -> dict[str, Any]:
-    """Return the fields of a result for JSON: numbers that are not finite as null."""
-    values = dataclasses.asdict(result)
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-
-
 @dataclass(frozen=True)
-class BucketResult:
+class BucketResult(Result):
     """One model's quality over the tokens predicted at positions [bucket_start, bucket_end).
 
     nll: nats per token. perplexity_change: against the reference, relative; its error is that of the paired
@@ -60,13 +53,9 @@ class BucketResult:
     top1_clear_stderr: float
     near_ties: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
-
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Results of every model and bucket; the first model is the reference."""
 
     models: tuple[str, ...]
@@ -77,15 +66,6 @@ class Comparison:
     def of(self, model: str) -> list[BucketResult]:
         """The buckets of one model, shortest first."""
         return [result for result in self.results if result.model == model]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "models": list(self.models),
-            "training_length": self.training_length,
-            "lengths": list(self.lengths),
-            "results": [result.to_dict() for result in self.results],
-        }
 
 
 def compare_by_length(

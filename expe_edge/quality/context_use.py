@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from expe_edge.divergence import Double, ratio_of_sums
 from expe_edge.errors import ConfigError
-from expe_edge.quality.comparison import plain
 from expe_edge.quality.losses import Panel
 from expe_edge.quality.scoring import Ids
+from expe_edge.results import Result
 
 #: Targets come in strides of N / 8, and so many strides make the targets of one length.
 STRIDES_PER_LENGTH = 4
 
 
 @dataclass(frozen=True)
-class ContextUse:
+class ContextUse(Result):
     """What one model gains from far text, over the same target tokens read twice.
 
     length: the targets are the last tokens of the first `length` predicted ones. tokens: targets of all documents.
@@ -38,10 +37,6 @@ class ContextUse:
     near_loss_stderr: float
     gained: float
     gained_stderr: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
 
 
 def require_far(lengths: Sequence[int]) -> None:

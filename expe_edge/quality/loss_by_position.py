@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from expe_edge.divergence import Double, ratio_of_sums
-from expe_edge.quality.comparison import plain
+from expe_edge.results import Result
 
 #: Tokens of the first bin, and bins until the position has doubled.
 FIRST_BIN = 16
@@ -18,7 +17,7 @@ BINS_PER_OCTAVE = 2
 
 
 @dataclass(frozen=True)
-class PositionLoss:
+class PositionLoss(Result):
     """One model's mean loss over the tokens predicted at positions [bin_start, bin_end), in nats per token.
 
     tokens: of all documents. loss_stderr: over documents.
@@ -31,10 +30,6 @@ class PositionLoss:
     tokens: int
     loss: float
     loss_stderr: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
 
 
 def bin_edges(tokens: int) -> list[int]:

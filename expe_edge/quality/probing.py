@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from expe_edge.errors import ConfigError, CorpusError
 from expe_edge.kinds import require_choice
@@ -17,6 +16,7 @@ from expe_edge.quality.losses import Panel, document_losses
 from expe_edge.quality.needles import COPIED, CUE, PUZZLES
 from expe_edge.quality.recall import DEPTHS, Grid, Recall, needle_cases, recall
 from expe_edge.quality.scoring import Ids, Scorer
+from expe_edge.results import Result
 from expe_edge.text.tokenization import load_tokenizer
 
 CONTEXT_USE = "context-use"
@@ -65,7 +65,7 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
-class ProbeReport:
+class ProbeReport(Result):
     """Results of every model; what was not chosen is empty."""
 
     models: tuple[str, ...]
@@ -75,18 +75,6 @@ class ProbeReport:
     context_use: tuple[ContextUse, ...] = ()
     recall: tuple[Recall, ...] = ()
     loss_by_position: tuple[PositionLoss, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "models": list(self.models),
-            "training_length": self.training_length,
-            "lengths": list(self.lengths),
-            "seed": self.seed,
-            "context_use": [result.to_dict() for result in self.context_use],
-            "recall": [result.to_dict() for result in self.recall],
-            "loss_by_position": [result.to_dict() for result in self.loss_by_position],
-        }
 
 
 def probe(

@@ -12,17 +12,17 @@ from expe_edge.divergence import ratio_of_sums
 from expe_edge.errors import ConfigError
 from expe_edge.kinds import require_choice
 from expe_edge.progress import note
-from expe_edge.quality.comparison import plain
 from expe_edge.quality.losses import Panel
 from expe_edge.quality.needles import PUZZLES, Case, Material, Puzzle, place
 from expe_edge.quality.scoring import Ids, Predictions
+from expe_edge.results import Result
 
 #: Shares of the text before the needle.
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(Result):
     """One model's answers in one cell of a probe.
 
     length: tokens of the texts; of `code-definition` the longest distance in the cell. depth: place of the needle, 0 at
@@ -45,10 +45,6 @@ class Recall:
     gained_stderr: float
     loss: float
     loss_without: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +19,7 @@ from expe_edge.quality.analysis.reach import SINKS, HeadReach, Reached, first_qu
 from expe_edge.quality.analysis.slopes import HeadSlopes, head_slopes
 from expe_edge.quality.comparison import long_documents, require_same_vocabulary, unique_names
 from expe_edge.quality.scoring import CheckpointScorer, Ids
+from expe_edge.results import Result
 from expe_edge.text.tokenization import load_tokenizer
 from expe_edge.training.checkpoint import load_checkpoint
 
@@ -43,7 +43,7 @@ class AnalysisSettings:
 
 
 @dataclass(frozen=True)
-class ModelAnalysis:
+class ModelAnalysis(Result):
     """Results of one model. dims: l; where it is 0, no dimensions hold positions, and `neighbours` is None.
 
     spreads: of the embedding, then by layer of the residual stream and of the same behind the norm. positions: from the
@@ -58,21 +58,9 @@ class ModelAnalysis:
     slopes: tuple[HeadSlopes, ...]
     reaches: tuple[HeadReach, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "model": self.model,
-            "dims": self.dims,
-            "spreads": [result.to_dict() for result in self.spreads],
-            "neighbours": None if self.neighbours is None else self.neighbours.to_dict(),
-            "positions": [result.to_dict() for result in self.positions],
-            "slopes": [result.to_dict() for result in self.slopes],
-            "reaches": [result.to_dict() for result in self.reaches],
-        }
-
 
 @dataclass(frozen=True)
-class AnalysisReport:
+class AnalysisReport(Result):
     """Results of every model over the same texts. training_length: N of the first. length: of texts, in tokens."""
 
     training_length: int
@@ -80,16 +68,6 @@ class AnalysisReport:
     documents: int
     seed: int
     models: tuple[ModelAnalysis, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "training_length": self.training_length,
-            "length": self.length,
-            "documents": self.documents,
-            "seed": self.seed,
-            "models": [model.to_dict() for model in self.models],
-        }
 
 
 def analyze(

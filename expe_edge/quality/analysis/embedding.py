@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from expe_edge.divergence import Double, Float, ratio_of_sums
-from expe_edge.quality.comparison import plain
 from expe_edge.quality.scoring import Ids
+from expe_edge.results import Result
 
 #: k, neighbours of a token that are looked at; tokens that are shown with theirs.
 NEIGHBOURS, EXAMPLES = 10, 6
@@ -21,7 +20,7 @@ ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(Result):
     """Size and variance of the first l dimensions of some states beside the others'.
 
     place: `embedding`, the table's rows of tokens that occur; `residual`, the stream that enters `layer`; `normed`, the
@@ -42,10 +41,6 @@ class Spread:
     share: float
     chance: float
     chance_deviation: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
 
 
 class Moments:
@@ -94,7 +89,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbours(Result):
     """How much of a token's neighbourhood in the embedding table survives without the first l dimensions.
 
     tokens: those that occur in the text, compared with one another. neighbours: k nearest by cosine. overlap: share of
@@ -111,10 +106,6 @@ class Neighbours:
     overlap_without_others: float
     overlap_without_others_stderr: float
     examples: tuple[Example, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
 
 
 def neighbours(table: Float, dims: int, texts: Sequence[str], seed: int, most: int = NEIGHBOURS) -> Neighbours:

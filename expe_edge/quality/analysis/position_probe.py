@@ -8,12 +8,11 @@ are kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from expe_edge.divergence import Double
-from expe_edge.quality.comparison import plain
+from expe_edge.results import Result
 
 #: Most folds; of fewer documents each is one. Three are needed: to fit, to choose the penalty, to test.
 MOST_FOLDS, FEWEST_FOLDS = 4, 3
@@ -24,7 +23,7 @@ BESIDE = 3
 
 
 @dataclass(frozen=True)
-class PositionProbe:
+class PositionProbe(Result):
     """R² of the position n, and of log(1 + n), as read off the residual stream behind `layer` of unseen documents.
 
     layer: from 1, 0 for the embeddings. within: over tokens within N. beyond: over those from N on, by weights fitted
@@ -38,10 +37,6 @@ class PositionProbe:
     position_beyond: float
     log_position_within: float
     log_position_beyond: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
 
 
 class PositionSums:

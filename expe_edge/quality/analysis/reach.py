@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expe_edge.divergence import Double
-from expe_edge.quality.comparison import plain
+from expe_edge.results import Result
 
 #: The first tokens of a text, which heads attend to for want of anything else, are not counted as far text.
 SINKS = 16
@@ -21,7 +21,7 @@ TAIL = 1e-3
 
 
 @dataclass(frozen=True)
-class HeadReach:
+class HeadReach(Result):
     """How far one head looks, over the queries of the second half of every text.
 
     layer, head: from 1. reach: the least distance beyond which no more than `TAIL` of a query's attention lies, the
@@ -36,10 +36,6 @@ class HeadReach:
     reach_90: int
     sinks: float
     entropy: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
 
 
 class Reached(NamedTuple):

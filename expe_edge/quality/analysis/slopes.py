@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from expe_edge.divergence import Float
-from expe_edge.quality.comparison import plain
+from expe_edge.results import Result
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
-class HeadSlopes:
+class HeadSlopes(Result):
     """Slopes of one head, what its scores lose by each token of distance, in nats; below zero, it prefers far tokens.
 
     layer, head: from 1. limb: of ExQPE's code, from 0, None of a code of one; its slope is in nats per position, so
@@ -33,10 +32,6 @@ class HeadSlopes:
     def constant(self) -> bool:
         """Whether all queries have one slope."""
         return self.quantiles[0] == self.quantiles[-1]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return plain(self)
 
 
 def head_slopes(layer: int, observed: Sequence[Float]) -> list[HeadSlopes]:
