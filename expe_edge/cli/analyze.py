@@ -7,19 +7,12 @@ from pathlib import Path
 import click
 
 from expe_edge.cli.flags import Setting
-from expe_edge.cli.output import PATH, TEXT_FIELD, report_written, require_plot, require_writable, write_json
+from expe_edge.cli.output import PATH, TEXT_FIELD, report_written, require_plot, require_writable, sources, write_json
 
 
 @click.command(short_help="Show what positions leave of the embedding, and where attention reaches.")
 @click.argument("models", nargs=-1, type=PATH, required=True, metavar="CHECKPOINT …")
-@click.option(
-    "--data",
-    cls=Setting,
-    setting="sources",
-    multiple=True,
-    metavar="PATH",
-    help="Text to read; else the first checkpoint's held-out documents.",
-)
+@sources("--data", "Text to read; else the first checkpoint's held-out documents.")
 @TEXT_FIELD
 @click.option(
     "--length",

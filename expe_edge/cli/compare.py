@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from expe_edge.cli.flags import Setting
 from expe_edge.cli.output import (
     PATH,
     TEXT_FIELD,
@@ -15,6 +14,7 @@ from expe_edge.cli.output import (
     require_counts,
     require_plot,
     require_writable,
+    sources,
     write_json,
 )
 from expe_edge.cli.reference import introduce_reference
@@ -23,14 +23,7 @@ from expe_edge.errors import ConfigError
 
 @click.command(short_help="Measure quality by length.")
 @click.argument("models", nargs=-1, type=PATH, metavar="[REFERENCE OTHER …]")
-@click.option(
-    "--data",
-    cls=Setting,
-    setting="sources",
-    multiple=True,
-    metavar="PATH",
-    help="Text to score; else the reference's held-out documents.",
-)
+@sources("--data", "Text to score; else the reference's held-out documents.")
 @TEXT_FIELD
 @click.option("--lengths", default="1,2,4,8,16", show_default=True, help="Ends of the buckets, in training lengths.")
 @click.option("--documents", default=24, show_default=True, help="Most documents to score.")

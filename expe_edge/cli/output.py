@@ -5,21 +5,32 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from expe_edge.cli.flags import Setting
 from expe_edge.errors import ConfigError
 from expe_edge.package.directory import why_unwritable
 from expe_edge.results import finite
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: A path option or argument; whether it exists is for the command to say, in its own words.
 PATH = click.Path(path_type=Path)
 #: The options of commands that read text, and of those that compute several models.
 TEXT_FIELD = click.option("--text-field", default="text", show_default=True, help="Field of JSON lines and parquet.")
 THREADS = click.option("--threads", type=int, help="Threads of all packages together.  [default: every core]")
+
+
+def sources(flag: str, help_text: str) -> Callable[[Command], Command]:
+    """Return the repeatable option of a command by which text is named."""
+    return click.option(flag, cls=Setting, setting="sources", multiple=True, metavar="PATH", help=help_text)
+
+
 #: Formats of `--plot`.
 PLOT_SUFFIXES = (".png", ".svg")
 

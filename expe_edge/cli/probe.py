@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from expe_edge.cli.compare import parse_integers, parse_lengths
-from expe_edge.cli.flags import Setting
 from expe_edge.cli.output import (
     PATH,
     TEXT_FIELD,
@@ -16,6 +15,7 @@ from expe_edge.cli.output import (
     require_counts,
     require_plot,
     require_writable,
+    sources,
     write_json,
 )
 from expe_edge.cli.reference import introduce_reference
@@ -23,14 +23,7 @@ from expe_edge.cli.reference import introduce_reference
 
 @click.command(short_help="Measure whether a model uses far text.")
 @click.argument("models", nargs=-1, type=PATH, metavar="[MODEL …]")
-@click.option(
-    "--data",
-    cls=Setting,
-    setting="sources",
-    multiple=True,
-    metavar="PATH",
-    help="Text to read; else the first model's held-out documents.",
-)
+@sources("--data", "Text to read; else the first model's held-out documents.")
 @TEXT_FIELD
 @click.option(
     "--probe",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from expe_edge.cli.flags import Setting
-from expe_edge.cli.output import PATH, TEXT_FIELD, require_writable, write_json
+from expe_edge.cli.output import PATH, TEXT_FIELD, require_writable, sources, write_json
 from expe_edge.errors import ExportError
 from expe_edge.quant.recipe import (
     BLOCK_SIZES,
@@ -62,14 +62,7 @@ _OPTIONS = (
         metavar="folded|inline",
         help="Positions folded out of the products, exactly, or left inside as an off-the-shelf exporter would.",
     ),
-    click.option(
-        "--calibration-data",
-        cls=Setting,
-        setting="sources",
-        multiple=True,
-        metavar="PATH",
-        help="Text; else the training text.",
-    ),
+    sources("--calibration-data", "Text; else the training text."),
     click.option(
         "--calibration-method",
         cls=Setting,

@@ -15,6 +15,7 @@ from expe_edge.cli.output import (
     require_counts,
     require_plot,
     require_writable,
+    sources,
     write_json,
 )
 from expe_edge.quant.recipe import (
@@ -61,14 +62,7 @@ MEASURABLE = tuple(name for name in PRECISIONS if name not in ("float32", "auto"
     help="Length of each text, in training lengths.",
 )
 @click.option("--documents", default=32, show_default=True, help="Most texts: beginnings of documents.")
-@click.option(
-    "--calibration-data",
-    cls=Setting,
-    setting="sources",
-    multiple=True,
-    metavar="PATH",
-    help="Text to calibrate and measure on; else the training text.",
-)
+@sources("--calibration-data", "Text to calibrate and measure on; else the training text.")
 @TEXT_FIELD
 @click.option("--seed", default=0, show_default=True, help="Which texts.")
 @click.option("--json", "json_file", type=PATH, help="Write all figures there.")

@@ -11,8 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from expe_edge.cli.flags import Setting
-from expe_edge.cli.output import PATH, require_writable, write_json
+from expe_edge.cli.output import PATH, require_writable, sources, write_json
 from expe_edge.errors import ConfigError
 from expe_edge.training.settings import PRESETS, TrainSettings, make_settings, stored_settings
 
@@ -25,7 +24,7 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for setting in reversed(dataclasses.fields(TrainSettings)):
         name, shown = FLAGS.get(setting.name, "--" + setting.name.replace("_", "-")), setting.metadata["help"]
         if setting.name == "data":
-            option = click.option(name, cls=Setting, setting="sources", multiple=True, metavar="PATH", help=shown)
+            option = sources(name, shown)
         elif setting.name == "positional_parameters":
             option = click.option(name, setting.name, multiple=True, metavar="KEY=VALUE", help=shown)
         elif isinstance(setting.default, bool):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from expe_edge.progress import counted
 from expe_edge.runtime.session import PackageSession, Step
 from expe_edge.study.machine import processor
 from expe_edge.study.plan import Study
+from expe_edge.study.records import read_record, write_record
 from expe_edge.training.settings import WEIGHTS_FILE
 
 PRECISIONS = ("float32", "int8-dynamic")
@@ -85,9 +85,9 @@ def measure(checkpoints: Mapping[str, Path], lengths: Sequence[int], out: Path) 
         "lengths": list(lengths),
         "turns": TURNS,
     }
-    kept = read_cost(out, asked)
-    if kept is not None:
-        return kept
+    kept = read_record(out / COST_FILE)
+    if kept is not None and kept["asked"] == asked:
+        return list(kept["results"])
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=out) as directory:
         for precision in PRECISIONS:
@@ -114,19 +114,8 @@ def measure(checkpoints: Mapping[str, Path], lengths: Sequence[int], out: Path) 
                         }
                     )
                     advance()
-    text = json.dumps({"asked": asked, "results": found}, indent=2)
-    (out / f".{COST_FILE}").write_text(text + "\n", encoding="utf-8")
-    (out / f".{COST_FILE}").replace(out / COST_FILE)
+    write_record(out / COST_FILE, asked, results=found)
     return found
-
-
-def read_cost(out: Path, asked: Mapping[str, Any] | None = None) -> list[dict[str, Any]] | None:
-    """Return the results that are kept in `out`, if they are there and of what is `asked`."""
-    try:
-        record = json.loads((out / COST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return list(record["results"]) if asked in (None, record["asked"]) else None
 
 
 def ratios(times: Mapping[str, Sequence[float]], against: str) -> dict[str, list[float]]:

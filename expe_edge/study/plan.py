@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expe_edge.errors import ConfigError, unknown_name
-from expe_edge.kinds import require_kind, require_kinds
+from expe_edge.errors import ConfigError
+from expe_edge.kinds import require_choice, require_kind, require_kinds
 from expe_edge.training.settings import LARGEST_SEED, TrainSettings, make_settings, read_yaml
 
 if TYPE_CHECKING:
@@ -196,8 +196,7 @@ def read_study(path: Path) -> Study:
 def require_known(kind: str, names: Iterable[str], known: Collection[str]) -> None:
     """Raise `ConfigError` at the first of `names` that is not known; the nearest is named."""
     for name in names:
-        if name not in known:
-            raise ConfigError(unknown_name(kind, name, known))
+        require_choice(kind, name, tuple(known))
 
 
 def directory_of(variant: str) -> str:

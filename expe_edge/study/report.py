@@ -12,9 +12,10 @@ import numpy as np
 
 from expe_edge.divergence import Double
 from expe_edge.package.directory import TOKENIZER_FILE
-from expe_edge.study.cost import ratios, read_cost
+from expe_edge.study.cost import COST_FILE, ratios
 from expe_edge.study.machine import processor, versions
 from expe_edge.study.plan import Study, Variant
+from expe_edge.study.records import read_record
 from expe_edge.study.scores import paired_difference
 from expe_edge.study.state import losses_of, trouble
 from expe_edge.study.work import read_probes
@@ -137,9 +138,10 @@ def _probes(study: Study, out: Path) -> list[dict[str, Any]]:
 
 def _cost(study: Study, out: Path) -> list[dict[str, Any]]:
     """Return what `cost.measure` has found, with quartiles of the ratios to `against` where it is among them."""
-    results = read_cost(out) if study.cost else None
-    for result in results or ():
+    kept = read_record(out / COST_FILE) if study.cost else None
+    results: list[dict[str, Any]] = kept["results"] if kept else []
+    for result in results:
         for what in ("prefill", "step"):
             if study.against in result[what]:
                 result[f"{what}_ratio"] = ratios(result[what], study.against)
-    return results or []
+    return results

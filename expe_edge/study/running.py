@@ -151,7 +151,9 @@ def watched(study: Study, out: Path) -> Iterator[None]:
     totals = {"runs": len(study.runs), "training steps": steps, "documents": len(study.runs) * study.documents}
 
     def done() -> tuple[int, ...]:
-        return (len(known), *map(sum, zip(*(counts(study, out, run) for run in study.runs), strict=True)))
+        whole = [(run.settings.max_steps, study.documents) for run in study.runs if run.name in known]
+        parts = [counts(study, out, run) for run in study.runs if run.name not in known]
+        return (len(known), *map(sum, zip(*whole, *parts, strict=True)))
 
     def look() -> None:
         for run in study.runs:

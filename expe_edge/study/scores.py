@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from expe_edge.divergence import Double
 from expe_edge.quality.comparison import long_documents
 from expe_edge.quality.scoring import Ids, Scorer
+from expe_edge.study.records import read_record, write_record
 
 #: The losses of a run's documents, in its directory; those of an unfinished scoring are in a hidden file beside.
 SCORES_FILE = "losses.json"
@@ -35,8 +35,7 @@ def score(scorer: Scorer, lengths: Sequence[int], documents: int, texts: Sequenc
     losses = read_losses(run / PARTIAL_SCORES_FILE, asked)
     for document in chosen[len(losses) :]:
         losses.append(losses_by_length(scorer, document, ends))
-        record = json.dumps({"asked": asked, "losses": losses})
-        (run / PARTIAL_SCORES_FILE).write_text(record + "\n", encoding="utf-8")
+        write_record(run / PARTIAL_SCORES_FILE, asked, losses=losses)
     (run / PARTIAL_SCORES_FILE).replace(run / SCORES_FILE)
 
 
@@ -47,11 +46,8 @@ def asked_for(lengths: Sequence[int], documents: int, texts: Sequence[str]) -> d
 
 def read_losses(path: Path, asked: Mapping[str, Any]) -> list[list[float]]:
     """Return the losses in a file, (documents, buckets), if it answers what is asked; none otherwise."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or it was being written
-        return []
-    return list(record["losses"]) if {"texts": [], **record["asked"]} == asked else []
+    record = read_record(path)
+    return list(record["losses"]) if record is not None and {"texts": [], **record["asked"]} == asked else []
 
 
 def losses_by_length(scorer: Scorer, document: Ids, ends: Sequence[int]) -> list[float]:

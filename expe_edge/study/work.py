@@ -7,14 +7,15 @@ does it in a process of its own, by the study file in OUT, one thread unless OMP
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from expe_edge.errors import ExPEEdgeError
+from expe_edge.results import finite
 from expe_edge.study.plan import Run, Study, read_study
+from expe_edge.study.records import read_record, write_record
 from expe_edge.training.settings import TRAINER_DIRECTORY, WEIGHTS_FILE
 
 #: The study file as the runs of a directory are made by it, and what a run's probes have found.
@@ -39,9 +40,7 @@ def carry_out(study: Study, out: Path, run: Run) -> None:
         from expe_edge.quality.probing import probe
 
         found = probe([scorer], study.probe_settings, sources=study.data).to_dict()
-        record = json.dumps({"asked": asked_of_probes(study), "report": found}, allow_nan=False)
-        (directory / f".{PROBES_FILE}").write_text(record + "\n", encoding="utf-8")
-        (directory / f".{PROBES_FILE}").replace(directory / PROBES_FILE)
+        write_record(directory / PROBES_FILE, asked_of_probes(study), report=found)
 
 
 def train_run(out: Path, run: Run) -> Path:
@@ -60,18 +59,15 @@ def train_run(out: Path, run: Run) -> Path:
 
 
 def asked_of_probes(study: Study) -> dict[str, Any]:
-    """Return what tells one probing of a run from another."""
-    return {**dict(study.probes or {}), "texts": list(study.data)}
+    """Return what tells one probing of a run from another, as plain data."""
+    asked: dict[str, Any] = finite({**dict(study.probes or {}), "texts": study.data})
+    return asked
 
 
 def read_probes(directory: Path, study: Study) -> Mapping[str, Any] | None:
     """Return what probes of a run have found, as `ProbeReport.to_dict`, if they are those of the study."""
-    try:
-        record = json.loads((directory / PROBES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = record["asked"] == json.loads(json.dumps(asked_of_probes(study)))
-    return dict(record["report"]) if same else None
+    record = read_record(directory / PROBES_FILE)
+    return dict(record["report"]) if record is not None and record["asked"] == asked_of_probes(study) else None
 
 
 def main() -> None:
