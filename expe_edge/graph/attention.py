@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from expe_edge.graph.encoding import Projection
+from expe_edge.graph.encoding import Projection, split
 from expe_edge.graph.nodes import MICROSOFT, GraphBuilder
 from expe_edge.graph.padding import TokensFirst
 from expe_edge.model.config import ExPEConfig
@@ -98,9 +98,11 @@ class PortableAttention:
         """Append the attention of one layer; return (B, T, H·D)."""
         graph, config = self.graph, self.config
         shared, size = config.num_key_value_heads, config.head_dim
-        query = self._heads(f"{name}.query", projection.query, config.num_attention_heads)
-        key = self._append(f"{name}.key", f"{layer}.key", projection.key)
-        value = self._append(f"{name}.value", f"{layer}.value", projection.value)
+        parts = [projection.query, projection.key, projection.value]
+        query, key, value = parts if projection.key else split(graph, config, name, projection.query)
+        query = self._heads(f"{name}.query", query, config.num_attention_heads)
+        key = self._append(f"{name}.key", f"{layer}.key", key)
+        value = self._append(f"{name}.value", f"{layer}.value", value)
         scaled = graph.op("Mul", self._grouped(query, shared), graph.scalar(1 / math.sqrt(size)), name=f"{name}.scaled")
         turned = graph.op("Transpose", key, name=f"{name}.turned", perm=[0, 1, 3, 2])
         scores = graph.op("MatMul", scaled, turned, name=f"{name}.scores")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 
 from expe_edge import __version__
@@ -15,10 +16,11 @@ from expe_edge.graph.encodings import POSITION_NODES
 from expe_edge.graph.linears import Float32, LinearFormat
 from expe_edge.graph.matrices import EMBEDDING_FORMATS, StoredMatrix
 from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.norms import FusedNorms, StandardNorms
 from expe_edge.graph.padding import AsGiven, TokensFirst
 from expe_edge.graph.weights import LayerWeights, ModelWeights
 from expe_edge.model.config import ExPEConfig
-from expe_edge.package.contract import GraphContract
+from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
 from expe_edge.quant.blocks import Float
 from expe_edge.quant.channels import CacheScales
 
@@ -116,24 +118,48 @@ class _Decoder:
         self.contract = graph_contract(self.config, int8_cache=cache is not None, portable=portable)
         self.tied = self._format(HEAD).store(HEAD, weights.head) if self.config.tie_word_embeddings else None
         self.embedding = self.tied or embedding or EMBEDDING_FORMATS["float32"](weights.embedding, None)
+        self.norms = StandardNorms(graph, self.config) if portable else FusedNorms(graph, self.config)
 
     def build(self) -> BuiltGraph:
-        graph = self.graph
+        graph, layers = self.graph, self.weights.layers
         self.positions.begin()
         hidden = self.positions.embed(self.embedding.lookup(graph, self.run.token_ids))
-        for index, weights in enumerate(self.weights.layers):
-            hidden = self._block(f"layers.{index}", index, hidden, weights)
-        hidden = self._norm("norm", hidden, self.weights.norm)
-        logits = self.linear(HEAD, self.run.restore(hidden), self.weights.head, tied=self.tied)
+        gains = [(f"layers.{index}.attention.norm", weights.attention_norm) for index, weights in enumerate(layers)]
+        gains.append(("norm", self.weights.norm))
+        normed = self.norms.norm(*gains[0], hidden)
+        for index, weights in enumerate(layers):
+            name = f"layers.{index}"
+            written = self._attention(f"{name}.attention", index, normed, weights)
+            norm = f"{name}.feed_forward.norm", weights.feed_forward_norm
+            hidden, normed = self.norms.add(f"{name}.attention.residual", hidden, written, *norm)
+            written = self._feed_forward(f"{name}.feed_forward", normed, weights)
+            hidden, normed = self.norms.add(f"{name}.feed_forward.residual", hidden, written, *gains[index + 1])
+        logits = self.linear(HEAD, self._kept(self.run.restore(normed)), self.weights.head, tied=self.tied)
         graph.emit("Identity", [logits], ["logits"], name="logits")
         proto = graph.model(self.contract.inputs, self.contract.outputs, f"expe-edge {__version__}")
         return BuiltGraph(proto, self.linears)
+
+    def _kept(self, hidden: str) -> str:
+        """Append what leaves those of `hidden` (B, T, C) that logits are wanted of; all in a portable graph."""
+        graph = self.graph
+        if isinstance(self.attention, PortableAttention):
+            return hidden
+        begin = graph.op("Neg", graph.optional(LOGITS_TO_KEEP, 0), name="kept.begin")
+        begin = graph.op("Unsqueeze", begin, graph.ints(0), name="kept.begin")
+        return graph.op("Slice", hidden, begin, graph.ints(np.iinfo(np.int64).max), graph.ints(1), name="kept")
 
     def _format(self, name: str) -> LinearFormat[Any]:
         return self.formats if isinstance(self.formats, LinearFormat) else self.formats[name]
 
     def linear(
-        self, name: str, hidden: str, weight: Float, *, peaked: bool = False, tied: StoredMatrix | None = None
+        self,
+        name: str,
+        hidden: str,
+        weight: Float,
+        *,
+        bias: Float | None = None,
+        peaked: bool = False,
+        tied: StoredMatrix | None = None,
     ) -> str:
         """Append the product `name` in its format, and note what calibration needs to find."""
         if all(hidden != linear.input for linear in self.linears.values()):
@@ -141,31 +167,26 @@ class _Decoder:
         self.linears[name] = Linear(hidden, weight, peaked)
         linear_format = self._format(name)
         matrix = tied or linear_format.store(name, weight)
-        return linear_format.emit(self.graph, name, hidden, matrix, peaked=peaked)
+        return linear_format.emit(self.graph, name, hidden, matrix, bias=bias, peaked=peaked)
 
-    def _block(self, name: str, index: int, hidden: str, weights: LayerWeights) -> str:
-        graph = self.graph
-        normed = self._norm(f"{name}.attention.norm", hidden, weights.attention_norm)
-        projection = self.positions.project(f"{name}.attention", normed, weights)
-        mixed = self.attention.emit(f"{name}.attention.mix", index, projection)
-        if weights.gate is not None:
-            mixed = self._gated(f"{name}.attention", normed, mixed, weights.gate)
-        peaked = projection.positioned_values
-        written = self.linear(f"{name}.attention.out", mixed, weights.out, peaked=peaked)
-        hidden = graph.op("Add", hidden, written, name=f"{name}.attention.residual")
-        normed = self._norm(f"{name}.feed_forward.norm", hidden, weights.feed_forward_norm)
-        written = self._feed_forward(f"{name}.feed_forward", normed, weights)
-        return graph.op("Add", hidden, written, name=f"{name}.feed_forward.residual")
+    def _attention(self, name: str, index: int, normed: str, weights: LayerWeights) -> str:
+        projection = self.positions.project(name, normed, weights)
+        mixed = self.attention.emit(f"{name}.mix", index, projection)
+        if projection.gate:
+            mixed = self._gated(name, mixed, projection.gate)
+        return self.linear(f"{name}.out", mixed, weights.out, peaked=projection.positioned_values)
 
-    def _gated(self, name: str, hidden: str, mixed: str, weight: Float) -> str:
-        """Multiply each head's result, of (B, T, H·D), by the sigmoid of its column of the gate, (C, H)."""
-        graph = self.graph
-        opened = graph.op("MatMul", hidden, graph.weight(f"{name}.gate.weight", weight), name=f"{name}.gate")
-        opened = graph.op("Sigmoid", opened, name=f"{name}.gate.opened")
-        opened = graph.op("Unsqueeze", opened, graph.ints(3), name=f"{name}.gate.heads")
-        heads = graph.op("Reshape", mixed, graph.ints(0, 0, -1, self.config.head_dim), name=f"{name}.mix.heads")
-        gated = graph.op("Mul", heads, opened, name=f"{name}.mix.gated")
-        return graph.op("Reshape", gated, graph.ints(0, 0, -1), name=f"{name}.mix.joined")
+    def _gated(self, name: str, mixed: str, gate: str) -> str:
+        """Multiply each head's result, of (B, T, H·D), by the sigmoid of its row of the gate, (B, H, T).
+
+        A product with ones spreads a gate over its head's columns.
+        """
+        graph, config = self.graph, self.config
+        spread = np.repeat(np.eye(config.num_attention_heads, dtype=np.float32), config.head_dim, axis=1)
+        opened = graph.op("Sigmoid", gate, name=f"{name}.gate.opened")
+        opened = graph.op("Transpose", opened, name=f"{name}.gate.tokens", perm=[0, 2, 1])
+        opened = graph.op("MatMul", opened, graph.constant(spread), name=f"{name}.gate.spread")
+        return graph.op("Mul", mixed, opened, name=f"{name}.mix.gated")
 
     def _feed_forward(self, name: str, hidden: str, weights: LayerWeights) -> str:
         graph = self.graph
@@ -177,13 +198,3 @@ class _Decoder:
             sigmoid = graph.op("Sigmoid", gate, name=f"{name}.sigmoid")
             active = graph.op("Mul", graph.op("Mul", gate, sigmoid, name=f"{name}.silu"), up, name=f"{name}.active")
         return self.linear(f"{name}.down", active, weights.down, peaked=True)
-
-    def _norm(self, name: str, hidden: str, gain: Float) -> str:
-        """RMSNorm in the form that onnxruntime fuses into one kernel."""
-        graph = self.graph
-        squares = graph.op("Pow", hidden, graph.scalar(2.0), name=f"{name}.square")
-        mean = graph.op("ReduceMean", squares, graph.ints(-1), name=f"{name}.mean", keepdims=1)
-        shifted = graph.op("Add", mean, graph.scalar(self.config.rms_norm_eps), name=f"{name}.shifted")
-        root = graph.op("Sqrt", shifted, name=f"{name}.root")
-        scaled = graph.op("Div", hidden, root, name=f"{name}.scaled")
-        return graph.op("Mul", scaled, graph.weight(f"{name}.gain", gain), name=name)

@@ -5,8 +5,8 @@ An emitter has the same places to act as the PyTorch encoding: embeddings, proje
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -15,22 +15,36 @@ from expe_edge.graph.weights import Float, LayerWeights, ModelWeights
 from expe_edge.model.config import ExPEConfig
 from expe_edge.positions.encoding import EncodingParameters
 
-#: Appends a linear's nodes: its name, the tensor that enters it, its weight (C_in, C_out); returns its output.
-EmitLinear = Callable[[str, str, Float], str]
+
+class EmitLinear(Protocol):
+    """Appends the nodes of linear `name` on tensor `hidden`: its product with `weight` (C_in, C_out), and `bias`."""
+
+    def __call__(self, name: str, hidden: str, weight: Float, /, *, bias: Float | None = None) -> str:
+        """Return the name of its output."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Tensor names: query (B, T, H·D), key and value (B, T, Hkv·D), bias (B or 1, H or 1, T, S) or empty.
+    """Names of the tensors that attention takes in one layer.
 
+    query: (B, T, H·D); keys and values behind it, (B, T, (H + 2·Hkv)·D), where `key` and `value` are empty.
+    key, value: (B, T, Hkv·D). bias: (B or 1, H or 1, T, S), or empty.
+    gate: what a sigmoid makes the heads' gates of, (B, H, T), or empty.
     positioned_values: whether values carry positions, and so the attention's output grows with them.
     """
 
     query: str
-    key: str
-    value: str
+    key: str = ""
+    value: str = ""
     bias: str = ""
+    gate: str = ""
     positioned_values: bool = False
+
+
+def split(graph: GraphBuilder, config: ExPEConfig, name: str, fused: str) -> list[str]:
+    """Split (B, T, (H + 2·Hkv)·D) into queries, keys and values."""
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return graph.multi("Split", [fused, graph.ints(queries, keys, keys)], 3, name=f"{name}.split", axis=-1)
 
 
 @dataclass
@@ -71,14 +85,20 @@ class PositionNodes:
 
     def project(self, layer: str, hidden: str, weights: LayerWeights) -> Projection:
         """Append the fused product of `hidden` (B, T, C) and what positions add to it."""
-        query, key, value = self.split(layer, self.linear(f"{layer}.qkv", hidden, weights.qkv))
-        return Projection(query, key, value, self.shared.get("bias", ""))
+        fused = self.linear(f"{layer}.qkv", hidden, weights.qkv)
+        return Projection(fused, bias=self.shared.get("bias", ""), gate=self.gate(layer, hidden, weights))
 
-    def split(self, layer: str, fused: str) -> list[str]:
-        """Split (B, T, H·D + 2·Hkv·D) into queries, keys and values."""
-        queries, keys = self.sizes
-        sizes = self.graph.ints(queries, keys, keys)
-        return self.graph.multi("Split", [fused, sizes], 3, name=f"{layer}.split", axis=-1)
+    def gate(self, layer: str, hidden: str, weights: LayerWeights) -> str:
+        """Append what opens the gates of the heads, (B, H, T); return an empty name where there are none."""
+        return "" if weights.gate is None else self.by_head(f"{layer}.gate.weight", hidden, weights.gate)
+
+    def by_head(self, weight: str, hidden: str, columns: Float) -> str:
+        """Append `hidden` (B, T, C) times `columns` (C, n), stored as `weight`: a few numbers for each token, (B, n, T).
+
+        onnxruntime makes one node of it.
+        """
+        turned = self.graph.op("Transpose", hidden, name=f"{weight}.tokens", perm=[0, 2, 1])
+        return self.graph.op("MatMul", self.graph.weight(weight, columns.T), turned, name=weight)
 
     def float_positions(self) -> str:
         """The queries' positions as (B, T, 1) float32; exact below 2^24."""

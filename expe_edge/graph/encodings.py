@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from expe_edge.graph.encoding import PositionNodes, Projection
+from expe_edge.graph.encoding import PositionNodes, Projection, split
 from expe_edge.graph.expe import ExPENodes
 from expe_edge.graph.weights import LayerWeights
 from expe_edge.model.encodings import inverse_frequencies
@@ -44,8 +44,9 @@ class RotaryNodes(PositionNodes):
 
     def project(self, layer: str, hidden: str, weights: LayerWeights) -> Projection:
         plain = super().project(layer, hidden, weights)
-        query, key = self.rotate(f"{layer}.query", plain.query), self.rotate(f"{layer}.key", plain.key)
-        return Projection(query, key, plain.value)
+        query, key, value = split(self.graph, self.config, layer, plain.query)
+        query, key = self.rotate(f"{layer}.query", query), self.rotate(f"{layer}.key", key)
+        return Projection(query, key, value, gate=plain.gate)
 
     def rotate(self, name: str, states: str) -> str:
         """Turn (B, T, heads·D) by the shared angles."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from expe_edge.graph.encoding import PositionNodes, Projection
-from expe_edge.graph.weights import Float, FoldedPositions, LayerWeights
+from expe_edge.graph.weights import FoldedPositions, LayerWeights
 from expe_edge.positions.codes import PositionCode
 from expe_edge.positions.expe import ExPEParameters
 
@@ -23,10 +23,13 @@ class ExPENodes(PositionNodes):
             self.shared["temperature"] = self.temperature()
 
     def temperature(self) -> str:
-        """What queries that see n keys are multiplied by, (B, T, H·D): 1 + c·ln(n/N) in content heads, else 1."""
+        """What queries that see n keys are multiplied by, (B, T, (H + 2·Hkv)·D): 1 + c·ln(n/N) in content heads.
+
+        It is 1 in others, and for the keys and values that stand behind the queries.
+        """
         graph, heads = self.graph, self.config.num_attention_heads
         strength = self.parameters.temperature * np.array(self.parameters.content(heads), dtype=np.float32)
-        strengths = graph.constant(np.repeat(strength, self.config.head_dim))
+        strengths = graph.constant(np.pad(np.repeat(strength, self.config.head_dim), (0, 2 * self.sizes[1])))
         seen = graph.op("Add", self.float_positions(), graph.scalar(1.0), name="temperature.seen")
         growth = graph.op("Div", seen, graph.scalar(float(self.config.training_length)), name="temperature.lengths")
         growth = graph.op("Log", growth, name="temperature.growth")
@@ -89,63 +92,69 @@ class ExPENodes(PositionNodes):
     def project_inline(self, layer: str, hidden: str, positioned: str, weights: LayerWeights) -> Projection:
         """Positions inside the query/key product, as an exporter that knows nothing of ExPE leaves them."""
         queries, keys = self.sizes
+        gate = self.gate(layer, hidden, weights)
         if self.parameters.relative:
             started = self.positioned(f"{layer}.query", hidden, constant=True)
             query = self.linear(f"{layer}.q", started, weights.qkv[:, :queries])
             key = self.linear(f"{layer}.k", positioned, weights.qkv[:, queries : queries + keys])
             value = self.linear(f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
-            return Projection(query, key, value)
+            return Projection(query, key, value, gate=gate)
         product = self.linear(f"{layer}.qk", positioned, weights.qkv[:, : queries + keys])
         sizes = self.graph.ints(queries, keys)
         query, key = self.graph.multi("Split", [product, sizes], 2, name=f"{layer}.split", axis=-1)
         value = self.linear(f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
-        return Projection(query, key, value)
+        return Projection(query, key, value, gate=gate)
 
     def project_folded(self, layer: str, hidden: str, weights: LayerWeights, positions: FoldedPositions) -> Projection:
         """One product over content; positions beside it, and in the scores' bias."""
-        graph, plain = self.graph, super().project(layer, hidden, weights)
-        query = self.affine(f"{layer}.query", plain.query, positions.query_start, positions.query_limbs)
+        graph, product = self.graph, f"{layer}.qkv"
+        fused = self.linear(product, hidden, weights.qkv, bias=positions.start(self.sizes[1]))
+        limbs = positions.limbs(self.sizes[1])
+        if limbs is not None:
+            grown = graph.op("MatMul", self.shared["codes"], graph.weight(f"{product}.limbs", limbs))
+            fused = graph.op("Add", fused, grown, name=f"{product}.positioned")
         if "temperature" in self.shared:
-            query = graph.op("Mul", query, self.shared["temperature"], name=f"{layer}.query.tempered")
-        bias = self.bias(layer, hidden, positions)
-        if positions.value_start is None or positions.value_limbs is None:
-            return Projection(query, plain.key, plain.value, bias)
-        value = self.affine(f"{layer}.value", plain.value, positions.value_start, positions.value_limbs)
-        return Projection(query, plain.key, value, bias, positioned_values=True)
-
-    def affine(self, name: str, states: str, start: Float, limbs: Float | None) -> str:
-        """states + start + codes · limbs; nothing grows where limbs are None."""
-        graph = self.graph
-        if limbs is None:
-            return graph.op("Add", states, graph.weight(f"{name}.start", start), name=f"{name}.started")
-        grown = graph.op("MatMul", self.shared["codes"], graph.weight(f"{name}.limbs", limbs), name=f"{name}.grown")
-        term = graph.op("Add", grown, graph.weight(f"{name}.start", start), name=f"{name}.position")
-        return graph.op("Add", states, term, name=f"{name}.positioned")
+            fused = graph.op("Mul", fused, self.shared["temperature"], name=f"{product}.tempered")
+        return Projection(
+            fused,
+            bias=self.bias(layer, hidden, positions),
+            gate=self.gate(layer, hidden, weights),
+            positioned_values=positions.value_start is not None,
+        )
 
     def bias(self, layer: str, hidden: str, positions: FoldedPositions) -> str:
         """Σ_g slope_g(i)·(c_g(j) − c_g(i)) for every head, (B, H, T, S)."""
         graph, limbs = self.graph, self.parameters.code.limbs
-        content = graph.op("MatMul", hidden, graph.weight(f"{layer}.slope.weight", positions.slope_weight))
-        slopes = self.affine(f"{layer}.slope", content, positions.slope_start, positions.slope_limbs)
-        slopes = self.softplus(layer, slopes)
-        shape = graph.ints(0, 0, self.config.num_attention_heads, limbs)
-        slopes = graph.op("Reshape", slopes, shape, name=f"{layer}.slope.heads")
-        slopes = graph.op("Transpose", slopes, name=f"{layer}.slopes", perm=[3, 0, 2, 1])  # (G, B, H, T)
-        slopes = graph.op("Unsqueeze", slopes, graph.ints(4), name=f"{layer}.slopes")  # (G, B, H, T, 1)
-        parts = graph.op("Mul", slopes, self.relative_codes(), name=f"{layer}.bias.limbs")  # (G, B, H, T, S)
+        slopes = self.softplus(layer, self.slopes(layer, hidden, positions))  # (B, H·G, T)
         if limbs == 1:
-            return graph.op("Squeeze", parts, graph.ints(0), name=f"{layer}.bias")
+            slopes = graph.op("Unsqueeze", slopes, graph.ints(3), name=f"{layer}.slopes")
+            return graph.op("Mul", slopes, self.float_distances(), name=f"{layer}.bias")
+        shape = graph.ints(0, self.config.num_attention_heads, limbs, -1)
+        slopes = graph.op("Reshape", slopes, shape, name=f"{layer}.slope.heads")
+        slopes = graph.op("Transpose", slopes, name=f"{layer}.slopes", perm=[2, 0, 1, 3])  # (G, B, H, T)
+        slopes = graph.op("Unsqueeze", slopes, graph.ints(4), name=f"{layer}.slopes")
+        parts = graph.op("Mul", slopes, self.relative_codes(), name=f"{layer}.bias.limbs")  # (G, B, H, T, S)
         return graph.op("ReduceSum", parts, graph.ints(0), name=f"{layer}.bias", keepdims=0)
 
+    def slopes(self, layer: str, hidden: str, positions: FoldedPositions) -> str:
+        """Slopes of every head and limb, (B, H·G, T), or what enters their softplus."""
+        graph, name = self.graph, f"{layer}.slope"
+        slopes = self.by_head(f"{name}.weight", hidden, positions.slope_weight)
+        if positions.slope_limbs is not None:
+            grown = self.by_head(f"{name}.limbs", self.shared["codes"], positions.slope_limbs)
+            slopes = graph.op("Add", slopes, grown, name=f"{name}.grown")
+        start = graph.weight(f"{name}.start", positions.slope_start[:, None])
+        return graph.op("Add", slopes, start, name=f"{name}.started")
+
     def softplus(self, layer: str, slopes: str) -> str:
-        """Slopes (B, T, H) kept above 0, and content heads' at 0, from slopes times their sharpness."""
+        """Slopes (B, H, T) kept above 0, and content heads' at 0, from slopes times their sharpness."""
         heads = self.config.num_attention_heads
         sharpness = self.parameters.sharpness(heads)
         if sharpness is None:
             return slopes
         scale = np.logical_not(self.parameters.content(heads)) / np.array(sharpness)
         positive = self.graph.op("Softplus", slopes, name=f"{layer}.slope.positive")
-        constant = self.graph.constant(scale.astype(np.float32))
+        constant = self.graph.constant(scale.astype(np.float32)[:, None])
         return self.graph.op("Mul", positive, constant, name=f"{layer}.slope.softplus")
 
     def key_codes(self, code: PositionCode) -> str:
@@ -156,16 +165,18 @@ class ExPENodes(PositionNodes):
         keys = graph.op("Transpose", keys, name="keys.limbs", perm=[1, 0])  # (G, S)
         return graph.op("Unsqueeze", keys, graph.ints(1, 2, 3), name="keys.limbs")
 
+    def float_distances(self) -> str:
+        """j − i, (B, 1, T, S) float32, once for all layers."""
+        if "distances" not in self.shared:
+            self.shared["distances"] = self.graph.op("Cast", self.distances(), name="distances.float", to=1)
+        return self.shared["distances"]
+
     def relative_codes(self) -> str:
-        """c_g(j) − c_g(i), (G, B, 1, T, S) float32, once for all layers; for one limb the distance itself."""
+        """c_g(j) − c_g(i), (G, B, 1, T, S) float32, once for all layers."""
         if "relative_codes" not in self.shared:
-            graph, code = self.graph, self.parameters.code
-            if code.limbs == 1:
-                distance = graph.op("Cast", self.distances(), name="distances.float", to=1)
-                self.shared["relative_codes"] = graph.op("Unsqueeze", distance, graph.ints(0), name="codes.relative")
-            else:
-                keys = self.key_codes(code)
-                queries = graph.op("Transpose", self.shared["codes"], name="queries.limbs", perm=[2, 0, 1])
-                queries = graph.op("Unsqueeze", queries, graph.ints(2, 4), name="queries.limbs")  # (G, B, 1, T, 1)
-                self.shared["relative_codes"] = graph.op("Sub", keys, queries, name="codes.relative")
+            graph = self.graph
+            keys = self.key_codes(self.parameters.code)
+            queries = graph.op("Transpose", self.shared["codes"], name="queries.limbs", perm=[2, 0, 1])
+            queries = graph.op("Unsqueeze", queries, graph.ints(2, 4), name="queries.limbs")  # (G, B, 1, T, 1)
+            self.shared["relative_codes"] = graph.op("Sub", keys, queries, name="codes.relative")
         return self.shared["relative_codes"]

@@ -70,15 +70,31 @@ class LinearFormat(ABC, Generic[Matrix]):
     ) -> str:
         """Append the product itself. within: a range that `hidden` is known to stay in."""
 
-    def emit(self, graph: GraphBuilder, linear: str, hidden: str, matrix: Matrix, *, peaked: bool = False) -> str:
+    def biased(self, graph: GraphBuilder, linear: str, hidden: str, matrix: Matrix, bias: str) -> str:
+        """Append the product and the addition of `bias` (C_out,). onnxruntime makes one node of it where it can."""
+        return graph.op("Add", self.product(graph, linear, hidden, matrix), bias, name=f"{linear}.biased")
+
+    def emit(
+        self,
+        graph: GraphBuilder,
+        linear: str,
+        hidden: str,
+        matrix: Matrix,
+        *,
+        bias: Float | None = None,
+        peaked: bool = False,
+    ) -> str:
         """Append the nodes of linear `linear` on tensor `hidden`; return the name of its float32 output.
 
         Args:
             matrix: of this format's `store`; an embedding, where the head is tied to it.
+            bias: (C_out,), added to the product in float32; of linears that are not peaked.
             peaked: the input's largest value differs much from token to token, as behind a gate. Rounding then acts
                 on rows divided by their largest magnitude, W·x = m·(W·(x/m)), exactly as good a product, so that
                 one token's peak does not coarsen the others.
         """
+        if bias is not None:
+            return self.biased(graph, linear, hidden, matrix, graph.weight(f"{linear}.bias", bias))
         if not (peaked and self.rounds_activations):
             return self.product(graph, linear, hidden, matrix)
         magnitudes = graph.op("Abs", hidden, name=f"{linear}.magnitudes")
@@ -211,12 +227,21 @@ class BlockWeight(LinearFormat[BlockMatrix]):
         del within
         if self.options.portable:
             return graph.op("MatMul", hidden, matrix.floats(graph, linear), name=linear)
+        return self._blocks(graph, linear, hidden, matrix)
+
+    def biased(self, graph: GraphBuilder, linear: str, hidden: str, matrix: BlockMatrix, bias: str) -> str:
+        if self.options.portable:
+            return super().biased(graph, linear, hidden, matrix, bias)
+        return self._blocks(graph, linear, hidden, matrix, "", "", bias)  # no zero points, no order of groups
+
+    def _blocks(self, graph: GraphBuilder, linear: str, hidden: str, matrix: BlockMatrix, *optional: str) -> str:
         codes = matrix.codes
         sizes = {"K": codes.columns, "N": len(codes.scale), "bits": self.bits, "block_size": codes.block_size}
         return graph.op(
             "MatMulNBits",
             hidden,
             *matrix.packed(graph, linear),
+            *optional,
             name=linear,
             domain=MICROSOFT,
             accuracy_level=INT8_ACTIVATIONS,

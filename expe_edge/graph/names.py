@@ -14,7 +14,7 @@ def name_tensors(model: onnx.ModelProto) -> None:
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         for index, name in enumerate(node.output):
-            if name not in outputs:
+            if name and name not in outputs:
                 called = f"{node.name}.{index}" if len(node.output) > 1 else node.name
                 renamed[name] = f"{called}.result" if called in taken else called
                 taken.add(renamed[name])

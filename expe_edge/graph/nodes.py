@@ -38,6 +38,7 @@ class GraphBuilder:
         self.graph = self._model.graph
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._counts: dict[str, int] = {}
+        self._optional: list[TensorSpec] = []
         self._tensors = 0
 
     def _name(self, name: str) -> str:
@@ -45,7 +46,8 @@ class GraphBuilder:
         self._counts[name] = count + 1
         return f"{name}_{count}" if count else name
 
-    def _tensor(self) -> str:
+    def tensor(self) -> str:
+        """Return a name for a tensor between two nodes."""
         self._tensors += 1
         return f"t{self._tensors - 1}"
 
@@ -64,7 +66,7 @@ class GraphBuilder:
         **attributes: Any,
     ) -> list[str]:
         """Append a node with several outputs."""
-        names = [self._tensor() for _ in range(outputs)]
+        names = [self.tensor() for _ in range(outputs)]
         self.emit(kind, inputs, names, name=self._name(name or kind), domain=domain, **attributes)
         return names
 
@@ -121,6 +123,11 @@ class GraphBuilder:
             self._shared[key] = self.weight(f"c{len(self._shared)}", value)
         return self._shared[key]
 
+    def optional(self, spec: TensorSpec, value: int) -> str:
+        """Make an input that a client may leave away; it is `value` then (an initializer that is an input as well)."""
+        self._optional.append(spec)
+        return self.weight(spec.name, np.array(value, dtype=spec.dtype))
+
     def ints(self, *values: int) -> str:
         """A constant vector of int64."""
         return self.constant(np.array(values, dtype=np.int64))
@@ -130,15 +137,15 @@ class GraphBuilder:
         return self.constant(np.array(value, dtype=dtype))
 
     def describe(self, name: str, width: int) -> None:
-        """Record that tensor `name` is float32 (batch, sequence, width): shape inference stops at custom operators."""
-        described = helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, "sequence", width])
+        """Record that tensor `name` is float32 (batch, tokens, width): shape inference stops at custom operators."""
+        described = helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, None, width])
         self.graph.value_info.append(described)
 
     def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:
         """Finish the model and return it; nothing can be added after."""
         model, graph = self._model, self.graph
         graph.name = "expe"
-        graph.input.extend(map(_value_info, inputs))
+        graph.input.extend(map(_value_info, [*inputs, *self._optional]))
         graph.output.extend(map(_value_info, outputs))
         blocks = any(map(_restores_blocks, graph.node))
         opset, model.ir_version = (OPSET_BLOCKS, IR_VERSION_BLOCKS) if blocks else (OPSET, IR_VERSION)

@@ -39,6 +39,19 @@ class FoldedPositions:
     slope_start: Float
     slope_limbs: Float | None
 
+    def start(self, keys: int) -> Float:
+        """What is added to queries, keys and values at every position, (H·D + 2·keys,); `keys` is Hkv·D."""
+        zeros = np.zeros(keys, dtype=np.float32)
+        return np.concatenate([self.query_start, zeros, zeros if self.value_start is None else self.value_start])
+
+    def limbs(self, keys: int) -> Float | None:
+        """What grows with their position, (G, H·D + 2·keys); None where nothing does."""
+        if self.query_limbs is None:
+            return None
+        zeros = np.zeros((len(self.query_limbs), keys), dtype=np.float32)
+        values = zeros if self.value_limbs is None else self.value_limbs
+        return np.concatenate([self.query_limbs, zeros, values], axis=1)
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -92,10 +105,7 @@ def read_weights(model: onnx.ModelProto, config: ExPEConfig, *, folded: bool) ->
             config=config,
             folded=folded,
             embedding=embedding,
-            layers=tuple(
-                _read_layer(tensors, f"layers.{index}", gated=config.output_gate)
-                for index in range(config.num_hidden_layers)
-            ),
+            layers=tuple(_read_layer(tensors, f"layers.{index}", config) for index in range(config.num_hidden_layers)),
             norm=tensors["norm.gain"],
             head=embedding.T if config.tie_word_embeddings else tensors["head.weight"],
             relative_table=tensors.get("relative.table"),
@@ -133,7 +143,7 @@ def _require_shapes(weights: ModelWeights) -> None:
                 )
 
 
-def _read_layer(tensors: Mapping[str, Float], layer: str, *, gated: bool) -> LayerWeights:
+def _read_layer(tensors: Mapping[str, Float], layer: str, config: ExPEConfig) -> LayerWeights:
     attention = f"{layer}.attention"
     qkv = tensors.get(f"{attention}.qkv.weight")
     if qkv is None:  # positions inline: one product for each input
@@ -142,8 +152,8 @@ def _read_layer(tensors: Mapping[str, Float], layer: str, *, gated: bool) -> Lay
     return LayerWeights(
         attention_norm=tensors[f"{attention}.norm.gain"],
         qkv=qkv,
-        positions=_read_positions(tensors, attention) if f"{attention}.slope.weight" in tensors else None,
-        gate=tensors[f"{attention}.gate.weight"] if gated else None,
+        positions=_read_positions(tensors, attention, config) if f"{attention}.slope.weight" in tensors else None,
+        gate=tensors[f"{attention}.gate.weight"].T if config.output_gate else None,
         out=tensors[f"{attention}.out.weight"],
         feed_forward_norm=tensors[f"{layer}.feed_forward.norm.gain"],
         up=tensors[f"{layer}.feed_forward.up.weight"],
@@ -151,13 +161,17 @@ def _read_layer(tensors: Mapping[str, Float], layer: str, *, gated: bool) -> Lay
     )
 
 
-def _read_positions(tensors: Mapping[str, Float], attention: str) -> FoldedPositions:
+def _read_positions(tensors: Mapping[str, Float], attention: str, config: ExPEConfig) -> FoldedPositions:
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    start, limbs = tensors[f"{attention}.qkv.bias"], tensors.get(f"{attention}.qkv.limbs")
+    slope_limbs = tensors.get(f"{attention}.slope.limbs")
+    in_values = limbs is not None and config.positional_parameters["where"] == "query_key_value"
     return FoldedPositions(
-        query_start=tensors[f"{attention}.query.start"],
-        query_limbs=tensors.get(f"{attention}.query.limbs"),
-        value_start=tensors.get(f"{attention}.value.start"),
-        value_limbs=tensors.get(f"{attention}.value.limbs"),
-        slope_weight=tensors[f"{attention}.slope.weight"],
-        slope_start=tensors[f"{attention}.slope.start"],
-        slope_limbs=tensors.get(f"{attention}.slope.limbs"),
+        query_start=start[:queries],
+        query_limbs=None if limbs is None else limbs[:, :queries],
+        value_start=start[queries + keys :] if in_values else None,
+        value_limbs=limbs[:, queries + keys :] if in_values and limbs is not None else None,
+        slope_weight=tensors[f"{attention}.slope.weight"].T,
+        slope_start=tensors[f"{attention}.slope.start"][:, 0],
+        slope_limbs=None if slope_limbs is None else slope_limbs.T,
     )

@@ -50,6 +50,11 @@ class Node(Protocol):
     shape: Sequence[Any]
 
 
+#: Positions at the end of a run that logits are wanted of, 0 for all: an input that a client may leave away. The name is
+#: the one that Optimum and transformers.js look for.
+LOGITS_TO_KEEP = TensorSpec("num_logits_to_keep", "int64", ())
+
+
 @dataclass(frozen=True)
 class GraphContract:
     """The inputs and outputs of an exported graph, in order. A `ValueError` says which size is out of `BOUNDS`.
