@@ -16,8 +16,9 @@ from onnx import TensorProto
 
 from expe_edge.graph.encoding import Projection, split
 from expe_edge.graph.nodes import MICROSOFT, GraphBuilder
-from expe_edge.graph.padding import TokensFirst
+from expe_edge.graph.windows import Keys
 from expe_edge.model.config import ExPEConfig
+from expe_edge.package.contract import GraphContract, HeadGroup
 from expe_edge.quant.channels import CacheScales
 
 #: What is added to the score of a key that a query does not see. Finite: a row of padding alone sees none.
@@ -30,40 +31,67 @@ SINCE_BIAS, SINCE_INT8_CACHE = "1.22", "1.27"
 class GroupedAttention:
     """Attention through GroupQueryAttention, which appends to the cache in place where past and present are one.
 
-    run: the lengths of the rows, whose tokens stand first. cache: scales of every layer where it is int8, PER_CHANNEL.
+    One operator for every group of heads of `contract`. keys: of each group.
+    cache: scales of every layer where it is int8, PER_CHANNEL.
     """
 
     graph: GraphBuilder
     config: ExPEConfig
-    run: TokensFirst
+    contract: GraphContract
+    keys: Sequence[Keys]
     cache: Sequence[CacheScales] | None = None
 
     def emit(self, name: str, layer: int, projection: Projection) -> str:
         """Append the attention of one layer; return (B, T, H·D)."""
-        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-        inputs = [projection.query, projection.key, projection.value, *past, self.run.last, self.run.total]
-        attributes: dict[str, Any] = {}
-        if projection.bias or self.cache is not None:
-            inputs += ["", "", "", projection.bias]
+        groups = self.contract.groups
+        if len(groups) == 1:
+            queries = [projection.query, projection.key, projection.value]
+            return self._group(name, layer, 0, queries, *projection.biases)
+        parts = self._parts(name, projection.query)
+        mixed = [
+            self._group(f"{name}.{index}", layer, index, parts[index :: len(groups)], bias)
+            for index, bias in enumerate(projection.biases)
+        ]
+        return self.graph.op("Concat", *mixed, name=name, axis=-1)
+
+    def _parts(self, name: str, fused: str) -> list[str]:
+        """Split (B, T, (H + 2·Hkv)·D) into the queries of every group, then their keys, then their values."""
+        size, shared = self.config.head_dim, self.config.num_attention_heads // self.config.num_key_value_heads
+        keys = [group.heads * size for group in self.contract.groups]
+        sizes = self.graph.ints(*(shared * width for width in keys), *keys, *keys)
+        return self.graph.multi("Split", [fused, sizes], 3 * len(keys), name=f"{name}.groups", axis=-1)
+
+    def _group(self, name: str, layer: int, index: int, queries: Sequence[str], bias: str) -> str:
+        """Append the operator for one group of heads."""
+        contract, group, keys = self.contract, self.contract.groups[index], self.keys[index]
+        begin = 2 * (layer * len(contract.groups) + index)
+        past, present = (names[begin : begin + 2] for names in (contract.past_names, contract.present_names))
+        inputs = [*queries, *past, keys.last, keys.total]
+        attributes: dict[str, Any] = {"local_window_size": group.window} if group.window else {}
+        if bias or self.cache is not None:
+            inputs += ["", "", "", bias]
         if self.cache is not None:
-            inputs += ["", *self._scales(name, self.cache[layer])]
-            attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+            inputs += ["", *self._scales(name, self.cache[layer], group)]
+            attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        mixed = self.graph.tensor()
         self.graph.emit(
             "GroupQueryAttention",
             inputs,
-            [name, f"present.{layer}.key", f"present.{layer}.value"],
+            [mixed, *present],
             name=name,
             domain=MICROSOFT,
-            num_heads=self.config.num_attention_heads,
-            kv_num_heads=self.config.num_key_value_heads,
+            num_heads=group.heads * self.config.num_attention_heads // self.config.num_key_value_heads,
+            kv_num_heads=group.heads,
             do_rotary=0,
             **attributes,
         )
-        return name
+        return mixed
 
-    def _scales(self, name: str, scales: CacheScales) -> list[str]:
+    def _scales(self, name: str, scales: CacheScales, group: HeadGroup) -> list[str]:
         return [
-            self.graph.weight(f"{name}.{part}.scale", np.ascontiguousarray(scale[None, :, None, :]))
+            self.graph.weight(
+                f"{name}.{part}.scale", np.ascontiguousarray(scale[None, group.begin : group.end, None, :])
+            )
             for part, scale in scales._asdict().items()
         ]
 
@@ -107,7 +135,7 @@ class PortableAttention:
         turned = graph.op("Transpose", key, name=f"{name}.turned", perm=[0, 1, 3, 2])
         scores = graph.op("MatMul", scaled, turned, name=f"{name}.scores")
         scores = self._grouped(scores, config.num_attention_heads)
-        scores = graph.op("Add", scores, self._masked(name, projection.bias), name=f"{name}.masked")
+        scores = graph.op("Add", scores, self._masked(name, *projection.biases), name=f"{name}.masked")
         weights = graph.op("Softmax", scores, name=f"{name}.weights", axis=-1)
         mixed = graph.op("MatMul", self._grouped(weights, shared), value, name=f"{name}.mixed")
         mixed = self._grouped(mixed, config.num_attention_heads)

@@ -11,7 +11,7 @@ import onnx
 from expe_edge import __version__
 from expe_edge.errors import ExportError
 from expe_edge.graph.attention import GroupedAttention, PortableAttention
-from expe_edge.graph.encoding import PositionNodes
+from expe_edge.graph.encoding import PositionNodes, Span
 from expe_edge.graph.encodings import POSITION_NODES
 from expe_edge.graph.linears import Float32, LinearFormat
 from expe_edge.graph.matrices import EMBEDDING_FORMATS, StoredMatrix
@@ -19,6 +19,7 @@ from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.norms import FusedNorms, StandardNorms
 from expe_edge.graph.padding import AsGiven, TokensFirst
 from expe_edge.graph.weights import LayerWeights, ModelWeights
+from expe_edge.graph.windows import Keys, window_keys
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
 from expe_edge.quant.blocks import Float
@@ -28,7 +29,9 @@ from expe_edge.quant.channels import CacheScales
 HEAD = "head"
 
 
-def graph_contract(config: ExPEConfig, *, int8_cache: bool = False, portable: bool = False) -> GraphContract:
+def graph_contract(
+    config: ExPEConfig, *, int8_cache: bool = False, portable: bool = False, windows: Sequence[int] = ()
+) -> GraphContract:
     """Return the contract of the graph of a model with `config`.
 
     Raises:
@@ -42,6 +45,7 @@ def graph_contract(config: ExPEConfig, *, int8_cache: bool = False, portable: bo
             vocab_size=config.vocab_size,
             cache_dtype="int8" if int8_cache else "float32",
             growing_cache=portable,
+            windows=windows,
         )
     except ValueError as error:
         raise ExportError(f"no package holds this model: {error}") from error
@@ -69,6 +73,7 @@ def build_graph(
     embedding: StoredMatrix | None = None,
     cache: Sequence[CacheScales] | None = None,
     portable: bool = False,
+    windows: Sequence[int] = (),
 ) -> BuiltGraph:
     """Return the model as an ONNX graph with the tensors of `graph_contract`.
 
@@ -77,6 +82,7 @@ def build_graph(
         embedding: the stored embedding; float32 by default. Of a tied one, the head's format decides.
         cache: scales of every layer, for an int8 cache.
         portable: standard operators alone, and so a cache that grows. The formats must be made for it too.
+        windows: of every key/value head, how many tokens a query sees, 0 for all; empty where all see all.
 
     Raises:
         ExportError: a head size that the attention operator does not take, or slopes that only folded weights have.
@@ -85,12 +91,14 @@ def build_graph(
         raise ExportError(weights.config.needs_portable)
     if not weights.folded and weights.config.needs_folding is not None:
         raise ExportError(weights.config.needs_folding)
-    return _Decoder(GraphBuilder(), weights, formats, embedding, cache, portable=portable).build()
+    contract = graph_contract(weights.config, int8_cache=cache is not None, portable=portable, windows=windows)
+    return _Decoder(GraphBuilder(), weights, formats, embedding, cache, contract).build()
 
 
 def linears_of(weights: ModelWeights, *, portable: bool) -> dict[str, Linear]:
     """Return the linears of the float32 graph by name, in its order, without the memory that its weights take."""
-    return _Decoder(GraphBuilder(weights=False), weights, Float32(), None, None, portable=portable).build().linears
+    contract = graph_contract(weights.config, portable=portable)
+    return _Decoder(GraphBuilder(weights=False), weights, Float32(), None, None, contract).build().linears
 
 
 class _Decoder:
@@ -101,24 +109,36 @@ class _Decoder:
         formats: LinearFormat[Any] | Mapping[str, LinearFormat[Any]],
         embedding: StoredMatrix | None,
         cache: Sequence[CacheScales] | None,
-        *,
-        portable: bool,
+        contract: GraphContract,
     ) -> None:
         self.weights, self.config, self.formats = weights, weights.config, formats
-        self.graph = graph
+        self.graph, self.contract = graph, contract
         self.linears: dict[str, Linear] = {}
-        self.run = AsGiven(graph) if portable else TokensFirst(graph)
+        self.run: AsGiven
+        self.positions: PositionNodes
+        self.attention: GroupedAttention | PortableAttention
         kind = POSITION_NODES[self.config.positional]
-        self.positions: PositionNodes = kind(graph, weights, self.linear, self.run.positions, growing_cache=portable)
-        self.attention: GroupedAttention | PortableAttention = (
-            GroupedAttention(graph, self.config, self.run, cache)
-            if isinstance(self.run, TokensFirst)
-            else PortableAttention(graph, self.config, self.positions.key_positions)
-        )
-        self.contract = graph_contract(self.config, int8_cache=cache is not None, portable=portable)
+        if contract.growing_cache:
+            self.run = AsGiven(graph)
+            self.positions = kind(graph, weights, self.linear, self.run.positions, growing_cache=True)
+            self.attention = PortableAttention(graph, self.config, self.positions.key_positions)
+            self.norms = StandardNorms(graph, self.config)
+        else:
+            self.run = run = TokensFirst(graph)
+            keys = [
+                window_keys(graph, run, name) if name else Keys(run.last, run.total) for name in contract.window_lengths
+            ]
+            self.positions = kind(graph, weights, self.linear, run.positions, spans=self._spans(keys))
+            self.attention = GroupedAttention(graph, self.config, contract, keys, cache)
+            self.norms = FusedNorms(graph, self.config)
         self.tied = self._format(HEAD).store(HEAD, weights.head) if self.config.tie_word_embeddings else None
         self.embedding = self.tied or embedding or EMBEDDING_FORMATS["float32"](weights.embedding, None)
-        self.norms = StandardNorms(graph, self.config) if portable else FusedNorms(graph, self.config)
+
+    def _spans(self, keys: Sequence[Keys]) -> list[Span]:
+        """Return the query heads of every group, with the keys that they see."""
+        shared = self.config.num_attention_heads // self.config.num_key_value_heads
+        groups = zip(self.contract.groups, keys, strict=True)
+        return [Span(group.begin * shared, group.end * shared, seen.distances) for group, seen in groups]
 
     def build(self) -> BuiltGraph:
         graph, layers = self.graph, self.weights.layers

@@ -5,6 +5,7 @@ An emitter has the same places to act as the PyTorch encoding: embeddings, proje
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,7 +29,8 @@ class Projection:
     """Names of the tensors that attention takes in one layer.
 
     query: (B, T, H·D); keys and values behind it, (B, T, (H + 2·Hkv)·D), where `key` and `value` are empty.
-    key, value: (B, T, Hkv·D). bias: (B or 1, H or 1, T, S), or empty.
+    key, value: (B, T, Hkv·D).
+    biases: for each group of heads what is added to their scores, (B or 1, H of the group or 1, T, S), or empty.
     gate: what a sigmoid makes the heads' gates of, (B, H, T), or empty.
     positioned_values: whether values carry positions, and so the attention's output grows with them.
     """
@@ -36,7 +38,7 @@ class Projection:
     query: str
     key: str = ""
     value: str = ""
-    bias: str = ""
+    biases: tuple[str, ...] = ("",)
     gate: str = ""
     positioned_values: bool = False
 
@@ -45,6 +47,19 @@ def split(graph: GraphBuilder, config: ExPEConfig, name: str, fused: str) -> lis
     """Split (B, T, (H + 2·Hkv)·D) into queries, keys and values."""
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return graph.multi("Split", [fused, graph.ints(queries, keys, keys)], 3, name=f"{name}.split", axis=-1)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A group of heads and the keys that they see.
+
+    heads: the query heads [begin, end).
+    distances: appends j − i of its keys, (B, 1, T, S) int64, exact; None where it sees all keys, at 0, 1, 2, ….
+    """
+
+    begin: int
+    end: int
+    distances: Callable[[], str] | None = None
 
 
 @dataclass
@@ -58,12 +73,15 @@ class PositionNodes:
     positions: str = "position_ids"
     #: Whether the cache grows, so that padding may stand between a row's keys.
     growing_cache: bool = False
+    #: The groups of heads; empty for one group, which sees all keys.
+    spans: Sequence[Span] = ()
     #: Shared tensors by what they are.
     shared: dict[str, str] = field(default_factory=dict)
     parameters: EncodingParameters = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = self.config.encoding_parameters
+        self.spans = self.spans or (Span(0, self.config.num_attention_heads),)
 
     @property
     def config(self) -> ExPEConfig:
@@ -86,14 +104,19 @@ class PositionNodes:
     def project(self, layer: str, hidden: str, weights: LayerWeights) -> Projection:
         """Append the fused product of `hidden` (B, T, C) and what positions add to it."""
         fused = self.linear(f"{layer}.qkv", hidden, weights.qkv)
-        return Projection(fused, bias=self.shared.get("bias", ""), gate=self.gate(layer, hidden, weights))
+        return Projection(fused, biases=self.biases, gate=self.gate(layer, hidden, weights))
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """What is added to the scores of every group in all layers."""
+        return ("",) * len(self.spans)
 
     def gate(self, layer: str, hidden: str, weights: LayerWeights) -> str:
         """Append what opens the gates of the heads, (B, H, T); return an empty name where there are none."""
         return "" if weights.gate is None else self.by_head(f"{layer}.gate.weight", hidden, weights.gate)
 
     def by_head(self, weight: str, hidden: str, columns: Float) -> str:
-        """Append `hidden` (B, T, C) times `columns` (C, n), stored as `weight`: a few numbers for each token, (B, n, T).
+        """Append `hidden` (B, T, C) times `columns` (C, n), stored as `weight`: n numbers of each token, (B, n, T).
 
         onnxruntime makes one node of it.
         """
@@ -122,6 +145,14 @@ class PositionNodes:
             before = graph.op("Sub", tokens, graph.scalar(1, np.int64), name="keys.before")
             self.shared["counted"] = graph.op("Unsqueeze", before, graph.ints(1, 2), name="keys.positions")
         return self.shared["counted"]
+
+    def float_distances(self, span: Span) -> str:
+        """j − i of the keys that a group sees, (B, 1, T, S) float32, once for all layers."""
+        name = f"distances.{span.begin}"
+        if name not in self.shared:
+            distances = self.distances() if span.distances is None else span.distances()
+            self.shared[name] = self.graph.op("Cast", distances, name="distances.float", to=1)
+        return self.shared[name]
 
     def distances(self) -> str:
         """j − i for every query i and key j, (B, 1, T, S) int64, exact."""

@@ -74,14 +74,24 @@ class RelativeNodes(PositionNodes):
         bias = graph.op("Gather", graph.weight("relative.table", table), back, name="relative.gather")
         self.shared["bias"] = graph.op("Transpose", bias, name="relative.bias", perm=[0, 3, 1, 2])
 
+    @property
+    def biases(self) -> tuple[str, ...]:
+        return (self.shared["bias"],)
+
 
 class ALiBiNodes(PositionNodes):
     """A fixed slope for each head times the distance."""
 
     def begin(self) -> None:
         slopes = np.array(alibi_slopes(self.config.num_attention_heads), dtype=np.float32).reshape(1, -1, 1, 1)
-        distance = self.graph.op("Cast", self.distances(), name="alibi.distance", to=1)
-        self.shared["bias"] = self.graph.op("Mul", distance, self.graph.constant(slopes), name="alibi.bias")
+        for span in self.spans:
+            steep = self.graph.constant(slopes[:, span.begin : span.end])
+            bias = self.graph.op("Mul", self.float_distances(span), steep, name="alibi.bias")
+            self.shared[f"bias.{span.begin}"] = bias
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        return tuple(self.shared[f"bias.{span.begin}"] for span in self.spans)
 
 
 #: Name of the encoding to its emitter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from expe_edge.graph.encoding import PositionNodes, Projection
+from expe_edge.graph.encoding import PositionNodes, Projection, Span
 from expe_edge.graph.weights import FoldedPositions, LayerWeights
 from expe_edge.positions.codes import PositionCode
 from expe_edge.positions.expe import ExPEParameters
@@ -117,18 +117,32 @@ class ExPENodes(PositionNodes):
             fused = graph.op("Mul", fused, self.shared["temperature"], name=f"{product}.tempered")
         return Projection(
             fused,
-            bias=self.bias(layer, hidden, positions),
+            biases=self.layer_biases(layer, hidden, positions),
             gate=self.gate(layer, hidden, weights),
             positioned_values=positions.value_start is not None,
         )
 
-    def bias(self, layer: str, hidden: str, positions: FoldedPositions) -> str:
-        """Σ_g slope_g(i)·(c_g(j) − c_g(i)) for every head, (B, H, T, S)."""
+    def layer_biases(self, layer: str, hidden: str, positions: FoldedPositions) -> tuple[str, ...]:
+        """What is added to the scores of every group of heads in one layer."""
+        slopes = self.softplus(layer, self.slopes(layer, hidden, positions))
+        if self.parameters.code.limbs > 1:
+            return (self.bias_of_limbs(layer, slopes),)
+        parts = [slopes]
+        if len(self.spans) > 1:
+            sizes = self.graph.ints(*(span.end - span.begin for span in self.spans))
+            parts = self.graph.multi("Split", [slopes, sizes], len(self.spans), name=f"{layer}.slope.groups", axis=1)
+        return tuple(self.bias(layer, part, span) for part, span in zip(parts, self.spans, strict=True))
+
+    def bias(self, layer: str, slopes: str, span: Span) -> str:
+        """slope(i)·(j − i) for the heads of a group, (B, H, T, S), of their slopes (B, H, T); empty where all are 0."""
+        if all(self.parameters.content(self.config.num_attention_heads)[span.begin : span.end]):
+            return ""
+        slopes = self.graph.op("Unsqueeze", slopes, self.graph.ints(3), name=f"{layer}.slopes")
+        return self.graph.op("Mul", slopes, self.float_distances(span), name=f"{layer}.bias")
+
+    def bias_of_limbs(self, layer: str, slopes: str) -> str:
+        """Σ_g slope_g(i)·(c_g(j) − c_g(i)) for every head, (B, H, T, S), of slopes (B, H·G, T)."""
         graph, limbs = self.graph, self.parameters.code.limbs
-        slopes = self.softplus(layer, self.slopes(layer, hidden, positions))  # (B, H·G, T)
-        if limbs == 1:
-            slopes = graph.op("Unsqueeze", slopes, graph.ints(3), name=f"{layer}.slopes")
-            return graph.op("Mul", slopes, self.float_distances(), name=f"{layer}.bias")
         shape = graph.ints(0, self.config.num_attention_heads, limbs, -1)
         slopes = graph.op("Reshape", slopes, shape, name=f"{layer}.slope.heads")
         slopes = graph.op("Transpose", slopes, name=f"{layer}.slopes", perm=[2, 0, 1, 3])  # (G, B, H, T)
@@ -164,12 +178,6 @@ class ExPENodes(PositionNodes):
             return graph.op("Transpose", keys, name="keys.limbs", perm=[4, 0, 1, 2, 3])
         keys = graph.op("Transpose", keys, name="keys.limbs", perm=[1, 0])  # (G, S)
         return graph.op("Unsqueeze", keys, graph.ints(1, 2, 3), name="keys.limbs")
-
-    def float_distances(self) -> str:
-        """j − i, (B, 1, T, S) float32, once for all layers."""
-        if "distances" not in self.shared:
-            self.shared["distances"] = self.graph.op("Cast", self.distances(), name="distances.float", to=1)
-        return self.shared["distances"]
 
     def relative_codes(self) -> str:
         """c_g(j) − c_g(i), (G, B, 1, T, S) float32, once for all layers."""

@@ -38,15 +38,19 @@ class TokensFirst(AsGiven):
 
     last: str = field(init=False)
     total: str = field(init=False)
+    #: T, (1,) int64, and the places of its tokens, (T,) int64.
+    length: str = field(init=False)
+    places: str = field(init=False)
 
     def __post_init__(self) -> None:
         graph = self.graph
-        length = graph.op("Shape", "input_ids", name="run.length", start=1, end=2)  # (1,)
+        self.length = length = graph.op("Shape", "input_ids", name="run.length", start=1, end=2)
         padding = graph.op("Unsqueeze", self._padding(length), graph.ints(1), name="run.padding")  # (B, 1)
         zero, one = graph.scalar(0, np.int64), graph.scalar(1, np.int64)
-        places = graph.op("Range", zero, graph.op("Squeeze", length, name="run.end"), one, name="run.places")
-        ahead = graph.op("Mod", graph.op("Add", places, padding), length, name="run.tokens_first")  # (B, T)
-        behind = graph.op("Mod", graph.op("Sub", places, padding), length, name="run.as_given")
+        end = graph.op("Squeeze", length, name="run.end")
+        self.places = graph.op("Range", zero, end, one, name="run.places")
+        ahead = graph.op("Mod", graph.op("Add", self.places, padding), length, name="run.tokens_first")  # (B, T)
+        behind = graph.op("Mod", graph.op("Sub", self.places, padding), length, name="run.as_given")
         self.restored = graph.op("Unsqueeze", behind, graph.ints(2), name="run.as_given")
         self.token_ids = graph.op("GatherElements", "input_ids", ahead, name="run.token_ids", axis=1)
         self.positions = graph.op("GatherElements", "position_ids", ahead, name="run.positions", axis=1)

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 #: Endings of the tensors that hold what positions add.
-POSITION_TENSOR = re.compile(r"\.(limbs|bias|slope\.\w+)$|^positions\.|^relative\.")
+POSITION_TENSOR = re.compile(r"\.(limbs|start|slope\.\w+)$|^positions\.|^relative\.")
 
 
 def measure_parts(model: onnx.ModelProto, linears: Mapping[str, str], embedding: str) -> list[dict[str, Any]]:
@@ -31,10 +31,10 @@ def _part(tensor: str, linears: Mapping[str, str], embedding: str) -> tuple[str,
     owner = tensor.rpartition(".")[0]
     if owner == "embedding":
         return "embedding", embedding
-    if POSITION_TENSOR.search(tensor):
-        return "positions", "float32"
     if owner in linears:
         return owner, linears[owner]
+    if POSITION_TENSOR.search(tensor):
+        return "positions", "float32"
     if tensor.endswith(".gain"):
         return "norms", "float32"
     if tensor.endswith((".key.scale", ".value.scale")):

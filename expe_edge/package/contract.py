@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from expe_edge.package.checks import BOOLEAN, Check, one_of, whole
+from expe_edge.package.checks import BOOLEAN, Check, list_of, one_of, whole
 
 #: Bytes of a number in the cache, by dtype.
 CACHE_ITEM_BYTES = {"float32": 4, "int8": 1}
@@ -20,6 +20,7 @@ BOUNDS: dict[str, Check] = {
     "vocab_size": whole(1, WIDEST),
     "cache_dtype": one_of(*CACHE_ITEM_BYTES),
     "growing_cache": BOOLEAN,
+    "windows": list_of(whole(0, LONGEST)),
 }
 #: The most bytes of one token's keys and values: several times what the largest published models take.
 LARGEST_TOKEN = 2**26
@@ -42,6 +43,23 @@ class TensorSpec:
     shape: Shape
 
 
+@dataclass(frozen=True)
+class HeadGroup:
+    """Neighbouring key/value heads [begin, end) whose keys and values are one tensor of the cache.
+
+    window: how many tokens each query sees, its own included; 0 for all.
+    """
+
+    begin: int
+    end: int
+    window: int = 0
+
+    @property
+    def heads(self) -> int:
+        """How many they are."""
+        return self.end - self.begin
+
+
 class Node(Protocol):
     """An input or output as onnxruntime describes it; its shape has numbers, names, or None."""
 
@@ -50,8 +68,8 @@ class Node(Protocol):
     shape: Sequence[Any]
 
 
-#: Positions at the end of a run that logits are wanted of, 0 for all: an input that a client may leave away. The name is
-#: the one that Optimum and transformers.js look for.
+#: Positions at the end of a run that logits are wanted of, 0 for all: an input that a client may leave away. The name
+#: is the one that Optimum and transformers.js look for.
 LOGITS_TO_KEEP = TensorSpec("num_logits_to_keep", "int64", ())
 
 
@@ -65,6 +83,8 @@ class GraphContract:
     growing_cache: false where past and present are one buffer, written in place: cached keys stand at 0, 1, 2, …, and
         rows of a batch are padded on the right. True where present is past with all new keys appended, those of
         padding too: the mask says which are tokens, and padding may stand anywhere.
+    windows: of every key/value head, as `HeadGroup.window`; empty where all see all. A client keeps of a windowed group
+        the last `window` − 1 tokens at least, says in `window_lengths` how many it keeps, and pads no run on the left.
     """
 
     layers: int
@@ -73,12 +93,16 @@ class GraphContract:
     vocab_size: int
     cache_dtype: str = "float32"
     growing_cache: bool = False
+    windows: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "windows", tuple(self.windows))
         for name, check in BOUNDS.items():
             check(name, getattr(self, name))
-        if self.cache_bytes > LARGEST_TOKEN:
-            raise ValueError(f"a token takes {self.cache_bytes} bytes of cache, more than {LARGEST_TOKEN}")
+        if self.windows and (len(self.windows) != self.key_value_heads or self.growing_cache):
+            raise ValueError(f"windows are given for {len(self.windows)} heads of {self.key_value_heads}")
+        if self._bytes(self.key_value_heads) > LARGEST_TOKEN:
+            raise ValueError(f"a token takes {self._bytes(self.key_value_heads)} bytes, more than {LARGEST_TOKEN}")
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -87,6 +111,7 @@ class GraphContract:
             TensorSpec("input_ids", "int64", (BATCH, "sequence")),
             TensorSpec("attention_mask", "int64", (BATCH, "total_sequence")),
             TensorSpec("position_ids", "int64", (BATCH, "sequence")),
+            *(TensorSpec(name, "int64", (BATCH,)) for name in self.window_lengths if name),
             *self._cache("past_key_values", "past"),
         )
 
@@ -107,19 +132,49 @@ class GraphContract:
         return tuple(spec.name for spec in self._cache("present", "total_sequence"))
 
     @property
+    def groups(self) -> tuple[HeadGroup, ...]:
+        """The key/value heads, as few groups as their windows allow."""
+        heads, windows = self.key_value_heads, self.windows or [0] * self.key_value_heads
+        begins = [head for head in range(heads) if head == 0 or windows[head] != windows[head - 1]]
+        ends = [*begins[1:], heads]
+        return tuple(HeadGroup(begin, end, windows[begin]) for begin, end in zip(begins, ends, strict=True))
+
+    @property
+    def window_lengths(self) -> tuple[str, ...]:
+        """For each group, the input that says how many tokens of each row are kept, (B,); empty where all are."""
+        return tuple(f"window_lengths.{index}" if group.window else "" for index, group in enumerate(self.groups))
+
+    @property
+    def cache_groups(self) -> tuple[HeadGroup, ...]:
+        """The group of every tensor of the cache, in the order of `past_names`."""
+        return tuple(group for _ in range(self.layers) for group in self.groups for _ in ("key", "value"))
+
+    @property
     def cache_bytes(self) -> int:
-        """Bytes of one token's keys and values, in all layers."""
-        return 2 * self.layers * self.key_value_heads * self.head_size * CACHE_ITEM_BYTES[self.cache_dtype]
+        """Bytes that one token more takes in the cache: keys and values of the heads without a window."""
+        return self._bytes(sum(group.heads for group in self.groups if not group.window))
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the keys and values in all windows of a row."""
+        return sum(self._bytes(group.heads) * group.window for group in self.groups)
+
+    def _bytes(self, heads: int) -> int:
+        return 2 * self.layers * heads * self.head_size * CACHE_ITEM_BYTES[self.cache_dtype]
 
     def difference(self, inputs: Sequence[Node], outputs: Sequence[Node]) -> str | None:
         """Say how a graph with these inputs and outputs differs: in number, names, dtypes or axes; None where not."""
         return _difference("input", inputs, self.inputs) or _difference("output", outputs, self.outputs)
 
     def _cache(self, prefix: str, axis: str) -> tuple[TensorSpec, ...]:
-        shape: Shape = (BATCH, self.key_value_heads, axis, self.head_size)
         return tuple(
-            TensorSpec(f"{prefix}.{layer}.{part}", self.cache_dtype, shape)
+            TensorSpec(
+                f"{prefix}.{layer}.{part}" if not self.windows else f"{prefix}.{layer}.{part}.{index}",
+                self.cache_dtype,
+                (BATCH, group.heads, f"window_{index}_{axis}" if group.window else axis, self.head_size),
+            )
             for layer in range(self.layers)
+            for index, group in enumerate(self.groups)
             for part in ("key", "value")
         )
 

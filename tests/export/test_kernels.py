@@ -105,7 +105,9 @@ def test_the_optimised_graph_fuses_norms_and_attention_and_leaves_no_loose_quant
     nodes = [node for node in optimized(built(recipe).model, tmp_path).node if not node.name.startswith("embedding")]
     kinds = Counter(node.op_type for node in nodes)
     kernel = KERNELS[recipe.precision][0]
-    assert kinds["SimplifiedLayerNormalization"] == 2 * CONFIG.num_hidden_layers + 1
+    assert kinds["SimplifiedLayerNormalization"] == 1
+    assert kinds["SkipSimplifiedLayerNormalization"] == 2 * CONFIG.num_hidden_layers
+    assert not kinds["Transpose"]
     assert kinds["GroupQueryAttention"] == CONFIG.num_hidden_layers
     assert kinds[kernel] >= len(LINEARS)
     assert not kinds.keys() & {"DynamicQuantizeLinear", "MatMulInteger", "DequantizeLinear", "Pow", "Sqrt", "Pad"}

@@ -269,7 +269,8 @@ def test_an_operator_of_another_domain_is_refused() -> None:
     with pytest.raises(ExportError) as raised:
         require_standard_operators(model)
     assert str(raised.value) == (
-        "`portable` has standard operators alone, but this graph has com.microsoft::GroupQueryAttention"
+        "`portable` has standard operators alone, but this graph has com.microsoft::GroupQueryAttention, "
+        "com.microsoft::SkipSimplifiedLayerNormalization"
     )
 
 

@@ -20,6 +20,7 @@ from expe_edge.graph.encoding import Projection
 from expe_edge.graph.linears import Float32
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.padding import TokensFirst
+from expe_edge.graph.windows import Keys
 from expe_edge.package.contract import TensorSpec
 from expe_edge.package.directory import read_package
 from expe_edge.quant.channels import CacheScales
@@ -65,8 +66,10 @@ def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.nd
 def run_attention(scales: CacheScales, **inputs: np.ndarray) -> list[np.ndarray]:
     """Output (1, T, H·D) and present of the attention that the exporter emits."""
     builder = GraphBuilder()
-    emitter = GroupedAttention(builder, ONE_LAYER, TokensFirst(builder), [scales])
-    emitter.emit("mixed", 0, Projection("query", "key", "value", "bias"))
+    run, contract = TokensFirst(builder), graph_contract(ONE_LAYER, int8_cache=True)
+    emitter = GroupedAttention(builder, ONE_LAYER, contract, [Keys(run.last, run.total)], [scales])
+    mixed = emitter.emit("mixed", 0, Projection("query", "key", "value", ("bias",)))
+    builder.emit("Identity", [mixed], ["mixed"], name="result")
     names = {"past_key": "past_key_values.0.key", "past_value": "past_key_values.0.value"}
     feeds = {names.get(name, name): value for name, value in inputs.items()}
     feeds |= dict.fromkeys(("input_ids", "position_ids"), np.zeros(inputs["query"].shape[:2], dtype=np.int64))

@@ -136,7 +136,7 @@ def graph_vectors(config: ExPEConfig, positions: np.ndarray) -> np.ndarray:
     """What the nodes of an exported graph that leaves positions in place compute."""
     builder = GraphBuilder()
     weights = extract_weights(strategies.random_model(config), folded=False)
-    nodes = ExPENodes(builder, weights, lambda *_: pytest.fail("position vectors take no product with a weight"))
+    nodes = ExPENodes(builder, weights, lambda *_, **__: pytest.fail("position vectors take no product with a weight"))
     nodes.begin()
     builder.emit("Identity", [nodes.vectors()], ["vectors"], name="vectors")
     axes = ("batch", "sequence")
