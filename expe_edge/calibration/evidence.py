@@ -143,8 +143,8 @@ class Evidence:
         """Tell whether any of the formats `names` is solved with the inputs' moments."""
         return any(needs_moments(name, recipe.solver_for(name, self.rounding)[0]) for name in names)
 
-    def build(self, recipe: Recipe, formats: Formats) -> BuiltGraph:
-        """Return the graph in `formats`. recipe: solver, block size and the like."""
+    def build(self, recipe: Recipe, formats: Formats, windows: Sequence[int] = ()) -> BuiltGraph:
+        """Return the graph in `formats`. recipe: solver, block size and the like. windows: of the key/value heads."""
         names = {linear: formats.linears.get(linear, FLOAT32) for linear in self.linears}
         embedding = EMBEDDING_FORMATS[formats.embedding](self.weights.embedding, recipe.block_size)
         graph = build_graph(
@@ -153,6 +153,7 @@ class Evidence:
             embedding=embedding,
             cache=cache_scales(self.observations.cache) if formats.cache == "int8" else None,
             portable=recipe.portable,
+            windows=windows,
         )
         del graph.model.graph.value_info[:]  # calibration's; a tenth of a small package's overhead
         return graph

@@ -18,6 +18,7 @@ from expe_edge.quant.recipe import (
     CACHES,
     CALIBRATION_WINDOWS,
     EMBEDDINGS,
+    HEAD_WINDOW_COST,
     PRECISIONS,
     SOLVERS,
     Recipe,
@@ -53,6 +54,18 @@ _OPTIONS = (
     click.option("--smoothing", is_flag=True, help="Move outliers of activations into weights where that helps."),
     click.option("--reduce-range", is_flag=True, help="7-bit weights, for WebAssembly and CPUs without VNNI."),
     click.option("--portable", is_flag=True, help="Standard ONNX operators alone."),
+    click.option(
+        "--head-window",
+        type=int,
+        metavar="TOKENS",
+        help="Heads with slopes see and keep so many; N is a good choice. For this runtime alone.",
+    ),
+    click.option(
+        "--head-window-cost",
+        default=HEAD_WINDOW_COST,
+        show_default=True,
+        help="Most nats per token that windows may add to the loss.",
+    ),
     click.option("--budget-kl", type=float, help="For auto: most KL divergence to float32, nats per token."),
     click.option("--max-size", metavar="SIZE", help="For auto: most bytes of model.onnx, as 600kB or 1.5MB."),
     click.option(

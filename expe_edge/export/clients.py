@@ -17,17 +17,26 @@ CLIENT_MODEL_TYPE = "llama"
 #: Optimum starts with a float cache whatever the graph asks for. A type it does not know makes it say so at once, and
 #: this one says why.
 INT8_CACHE_MODEL_TYPE = "expe-with-int8-cache-for-expe-edge-or-onnxruntime-genai"
+#: No other client keeps windows.
+WINDOWED_MODEL_TYPE = "expe-with-windows-for-expe-edge-alone"
 
 
 def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContract, context_length: int) -> None:
-    """Write `config.json`, `generation_config.json` and `genai_config.json`."""
-    model_type = INT8_CACHE_MODEL_TYPE if contract.cache_dtype == "int8" else CLIENT_MODEL_TYPE
-    for name, content in (
-        ("config.json", _transformers_config(config, context_length) | {"model_type": model_type}),
-        ("generation_config.json", _tokens(config) | {"max_length": context_length, "do_sample": False}),
-        ("genai_config.json", _genai_config(config, context_length, share_buffer=not contract.growing_cache)),
-    ):
+    """Write `config.json`, `generation_config.json` and, where it can run there, `genai_config.json`."""
+    files = {
+        "config.json": _transformers_config(config, context_length) | {"model_type": _model_type(contract)},
+        "generation_config.json": _tokens(config) | {"max_length": context_length, "do_sample": False},
+    }
+    if not contract.windows:
+        files["genai_config.json"] = _genai_config(config, context_length, share_buffer=not contract.growing_cache)
+    for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _model_type(contract: GraphContract) -> str:
+    if contract.windows:
+        return WINDOWED_MODEL_TYPE
+    return INT8_CACHE_MODEL_TYPE if contract.cache_dtype == "int8" else CLIENT_MODEL_TYPE
 
 
 def _tokens(config: ExPEConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import Calibration
 from expe_edge.calibration.sensitivity import Sensitivity, measure_sensitivity
 from expe_edge.calibration.text import CalibrationText
+from expe_edge.calibration.windows import Windows, head_windows, measure_windows
 from expe_edge.errors import ExportError, unknown_name
 from expe_edge.export.clients import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
@@ -60,6 +61,8 @@ CONTEXT_LENGTHS = 64
 #: training lengths long as there are.
 TOKENS, LONGER_TOKENS, LONGER = 4096, 32768, (4, 2, 1)
 LEAST_TEXTS = 8
+#: Texts that windows are measured on, in training lengths, as long as there are; and how many.
+WINDOW_LENGTHS, WINDOW_TEXTS = (16, 8, 4, 2), 4
 #: Files of the source's tokenizer that a package carries; the last is of checkpoints that earlier releases made.
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "special_tokens_map.json")
 
@@ -171,6 +174,7 @@ class Exporter:
         self.evidence = Evidence(
             source.weights, text.calibration, lambda: text.windows, rounding=source.rounding, progress=progress
         )
+        self._measured: dict[tuple[int, ...], Windows] = {}
 
     def take_ranges(self, package: Path) -> None:
         """Use the static ranges of another package of the same model."""
@@ -196,6 +200,8 @@ class Exporter:
             )
         if recipe.embedding is not None and self.config.tie_word_embeddings:
             raise ExportError("this model's head is its embedding, stored once in the head's format; drop `embedding`")
+        if recipe.head_window is not None:
+            head_windows(self.source.weights, recipe.head_window)
         self._require_onnxruntime(recipe)
         if recipe.smoothing and self.evidence.given_ranges is not None:
             raise ExportError("`smoothing` changes what the ranges of `ranges_from` were measured on; drop one of them")
@@ -225,7 +231,31 @@ class Exporter:
             )
 
     def plan(self, recipe: Recipe) -> Plan:
-        """Choose the formats."""
+        """Choose the formats, and the windows where there are to be some."""
+        plan = self._formats(recipe)
+        return plan if recipe.head_window is None else dataclasses.replace(plan, windows=self._windows(recipe))
+
+    def _windows(self, recipe: Recipe) -> Windows:
+        """Return the windows that are asked for, whose cost is measured once.
+
+        Raises:
+            ExportError: they cost more than they may.
+        """
+        assert recipe.head_window is not None
+        windows = head_windows(self.source.weights, recipe.head_window)
+        if windows not in self._measured:
+            texts = self.text.beginnings(WINDOW_LENGTHS, WINDOW_TEXTS)
+            self.progress(f"measuring windows on {len(texts)} texts of {len(texts[0])} tokens")
+            self._measured[windows] = measure_windows(self.source.weights, windows, texts)
+        measured = self._measured[windows]
+        if not measured.loss <= recipe.head_window_cost:
+            raise ExportError(
+                f"`head_window` {recipe.head_window} costs {measured.loss:.2g} nats per token, more than "
+                f"`head_window_cost` {recipe.head_window_cost:g}; raise one of them"
+            )
+        return measured
+
+    def _formats(self, recipe: Recipe) -> Plan:
         if recipe.precision == "auto":
             choice = self._choose(recipe)
             return Plan(recipe, self.evidence, Formats.by_weight(choice.formats, recipe.cache), choice=choice)

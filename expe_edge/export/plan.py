@@ -8,6 +8,7 @@ from typing import Any
 from expe_edge.calibration.auto import Choice
 from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import cache_scales
+from expe_edge.calibration.windows import Windows
 from expe_edge.graph.attention import SINCE_BIAS, SINCE_INT8_CACHE
 from expe_edge.graph.build import HEAD, BuiltGraph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS
@@ -22,7 +23,7 @@ class Plan:
     """The formats of one package.
 
     evidence: the model, smoothed or not, and what calibration shows of it. strengths: of smoothing, by linear.
-    choice: what `auto` chose by.
+    choice: what `auto` chose by. windows: of the heads that look near, where that was asked for.
     """
 
     recipe: Recipe
@@ -30,6 +31,7 @@ class Plan:
     formats: Formats
     strengths: dict[str, float] = field(default_factory=dict)
     choice: Choice | None = None
+    windows: Windows | None = None
 
     @property
     def linears(self) -> dict[str, str]:
@@ -44,18 +46,28 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is rounded."""
-        return {*self.linears.values(), self.embedding, self.formats.cache} == {FLOAT32}
+        """Whether nothing is rounded or left away."""
+        return self.windows is None and {*self.linears.values(), self.embedding, self.formats.cache} == {FLOAT32}
 
     @property
     def contract(self) -> GraphContract:
         """The graph's inputs and outputs."""
         recipe = self.recipe
-        return graph_contract(self.evidence.weights.config, int8_cache=recipe.cache == "int8", portable=recipe.portable)
+        return graph_contract(
+            self.evidence.weights.config,
+            int8_cache=recipe.cache == "int8",
+            portable=recipe.portable,
+            windows=self.head_windows,
+        )
+
+    @property
+    def head_windows(self) -> tuple[int, ...]:
+        """The window of every key/value head; empty where all see all tokens."""
+        return self.windows.windows if self.windows else ()
 
     def build(self) -> BuiltGraph:
         """Build the graph."""
-        return self.evidence.build(self.recipe, self.formats)
+        return self.evidence.build(self.recipe, self.formats, self.head_windows)
 
     @property
     def requires_onnxruntime(self) -> str:
@@ -78,6 +90,8 @@ class Plan:
             record["smoothing"] = self.strengths
         if self.choice:
             record["choice"] = self.choice.to_dict()
+        if self.windows:
+            record["windows"] = self.windows.to_dict()
         return {"weights": self.evidence.fingerprint, **record} if record else None
 
 

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
 from expe_edge.errors import ExportError
-from expe_edge.package.contract import GraphContract
+from expe_edge.package.contract import GraphContract, HeadGroup
 
 Float = npt.NDArray[np.float32]
 
@@ -26,18 +26,34 @@ PREFILL_CHUNK = 256
 def graph_feeds(
     contract: GraphContract, tokens: npt.NDArray[np.int64], cache: Sequence[npt.NDArray[Any]] | None = None
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the inputs for `tokens` (B, T) after `cache`, in the order of `contract.past_names`; None for empty."""
+    """Return the inputs for `tokens` (B, T) after `cache`, in the order of `contract.past_names`; None for empty.
+
+    Some heads of the contract see all tokens: by them those before are counted.
+    """
     batch, length = tokens.shape
+    groups = contract.cache_groups
     if cache is None:
-        empty = np.zeros((batch, contract.key_value_heads, 0, contract.head_size), dtype=contract.cache_dtype)
-        cache = [empty] * len(contract.past_names)
-    past = cache[0].shape[2]
+        sizes = [(batch, group.heads, 0, contract.head_size) for group in groups]
+        cache = [np.zeros(size, dtype=contract.cache_dtype) for size in sizes]
+    past = max(part.shape[2] for part in cache)
+    kept = [_kept(part, group) for part, group in zip(cache, groups, strict=True)]
+    lengths = {
+        name: np.full(batch, part.shape[2], dtype=np.int64)
+        for name, part in zip(contract.window_lengths, kept[::2], strict=False)
+        if name
+    }
     return {
         "input_ids": tokens,
         "attention_mask": np.ones((batch, past + length), dtype=np.int64),
         "position_ids": np.arange(past, past + length, dtype=np.int64)[None].repeat(batch, axis=0),
-        **dict(zip(contract.past_names, cache, strict=True)),
+        **lengths,
+        **dict(zip(contract.past_names, kept, strict=True)),
     }
+
+
+def _kept(part: npt.NDArray[Any], group: HeadGroup) -> npt.NDArray[Any]:
+    """Return what the next token sees of a part of the cache (B, heads, past, D)."""
+    return part[:, :, max(part.shape[2] - group.window + 1, 0) :] if group.window else part
 
 
 def check_contract(session: ort.InferenceSession, contract: GraphContract) -> None:
@@ -54,6 +70,7 @@ def open_graph(model: onnx.ModelProto) -> ort.InferenceSession:
     given back, where onnxruntime's arena would keep up to twice as much.
     """
     options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns of an input that may be left away
     options.enable_cpu_mem_arena = False
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "model.onnx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ PER_CHANNEL = ("int8-dynamic", "int8-static")
 #: Bits of the weights of the precisions that store integers, and those of them that have a scale for each block.
 WEIGHT_BITS = {"int8-dynamic": 8, "int8-static": 8, "int8-weight": 8, "int4-weight": 4}
 BLOCKWISE = ("int8-weight", "int4-weight")
+#: Nats per token that windows of heads may cost.
+HEAD_WINDOW_COST = 0.002
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Recipe:
         smoothing: move outliers of activations into weights, as far as that lowers the output error.
         reduce_range: 7-bit weights in the int8 formats.
         portable: standard ONNX operators alone.
+        head_window: tokens that heads with slopes see and keep; None for all. head_window_cost: the most nats per token
+            that this may add to the loss.
         budget_kl: for `auto`, the most KL divergence to float32, nats per token; the loss on text may rise by
             half of it. max_size: the most bytes of the graph.
     """
@@ -80,6 +85,8 @@ class Recipe:
     smoothing: bool = False
     reduce_range: bool = False
     portable: bool = False
+    head_window: int | None = None
+    head_window_cost: float = HEAD_WINDOW_COST
     budget_kl: float | None = None
     max_size: int | None = None
 
@@ -98,7 +105,20 @@ class Recipe:
                 f"`portable` has a float32 cache: no standard operator appends to one of {self.cache}; drop `cache` "
                 f"{self.cache}, or `portable`"
             )
+        self._check_head_window()
         self._check_budget()
+
+    def _check_head_window(self) -> None:
+        if self.head_window is None:
+            return
+        if self.head_window < 1:
+            raise ExportError(f"`head_window` is {self.head_window}; at least 1")
+        if math.isnan(self.head_window_cost):
+            raise ExportError("`head_window_cost` is no number")
+        if self.portable:
+            raise ExportError(
+                "`portable` has no windows: its cache grows with the text; drop `head_window`, or `portable`"
+            )
 
     def _check_budget(self) -> None:
         given = [name for name in ("budget_kl", "max_size") if getattr(self, name) is not None]
@@ -116,7 +136,12 @@ class Recipe:
     @property
     def name(self) -> str:
         """The package's directory: the precision, and whatever else changes what a client must be able to do."""
-        marks = {"7bit": self.reduce_range, "int8-cache": self.cache == "int8", "portable": self.portable}
+        marks = {
+            "7bit": self.reduce_range,
+            "int8-cache": self.cache == "int8",
+            "windowed": self.head_window is not None,
+            "portable": self.portable,
+        }
         return "-".join([self.precision, *(mark for mark, given in marks.items() if given)])
 
     def solver_for(self, precision: str, trained: WeightRounding | None) -> tuple[str, int | None]:
