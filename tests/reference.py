@@ -9,7 +9,7 @@ Notation: T tokens · C hidden size · H heads · Hkv key/value heads · D head 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,23 @@ def model_weights(model: ExPEForCausalLM) -> dict[str, Double]:
     return {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
 
 
-def reference_logits(config: ExPEConfig, weights: Weights, tokens: Ids, positions: Ids | None = None) -> Double:
-    """Logits (T, V) of one sequence (T,), at `positions` (T,), by default 0, 1, 2, …"""
+def reference_logits(
+    config: ExPEConfig,
+    weights: Weights,
+    tokens: Ids,
+    positions: Ids | None = None,
+    windows: Sequence[int] | None = None,
+) -> Double:
+    """Logits (T, V) of one sequence (T,), at `positions` (T,), by default 0, 1, 2, …
+
+    windows: how many tokens each key/value head's queries see, their own included; 0 for all.
+    """
     positions = np.arange(len(tokens)) if positions is None else positions
     hidden = embed(config, weights["embedding.weight"][tokens], positions)
     for layer in range(config.num_hidden_layers):
         block = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
         normed = rms_norm(hidden, block["attention_norm.weight"], config.rms_norm_eps)
-        mixed = attention(config, weights, block["attention.qkv.weight"], normed, positions)
+        mixed = attention(config, weights, block["attention.qkv.weight"], normed, positions, windows)
         if config.output_gate:
             opened = 1 / (1 + np.exp(-normed @ block["attention.gate.weight"].T))
             mixed = mixed * opened.repeat(config.head_dim, axis=1)
@@ -67,19 +76,33 @@ def softmax(scores: Double) -> Double:
     return powers / total
 
 
-def attention(config: ExPEConfig, weights: Weights, fused: Double, hidden: Double, positions: Ids) -> Double:
+def attention(
+    config: ExPEConfig,
+    weights: Weights,
+    fused: Double,
+    hidden: Double,
+    positions: Ids,
+    windows: Sequence[int] | None = None,
+) -> Double:
     """Causal attention of (T, C) with the fused weight (H·D + 2·Hkv·D, C): (T, H·D)."""
     heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     value_weight = fused[(heads + shared) * size :]
     values = attention_inputs(config, hidden, positions)[2] @ value_weight.T
     mixed = [
         attended @ values[:, _head(head * shared // heads, size)]
-        for head, attended in enumerate(attention_weights(config, weights, fused, hidden, positions))
+        for head, attended in enumerate(attention_weights(config, weights, fused, hidden, positions, windows))
     ]
     return np.concatenate(mixed, axis=-1)
 
 
-def attention_weights(config: ExPEConfig, weights: Weights, fused: Double, hidden: Double, positions: Ids) -> Double:
+def attention_weights(
+    config: ExPEConfig,
+    weights: Weights,
+    fused: Double,
+    hidden: Double,
+    positions: Ids,
+    windows: Sequence[int] | None = None,
+) -> Double:
     """What every query gives to every key, (H, T, T); arguments as of `attention`."""
     heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     query_weight, key_weight, _ = np.split(fused, [heads * size, (heads + shared) * size])
@@ -96,7 +119,9 @@ def attention_weights(config: ExPEConfig, weights: Weights, fused: Double, hidde
             scores = shaped_scores(config, head, query_input, hidden, own, group, positions)
         else:
             scores = query @ key.T / math.sqrt(size) + score_bias(config, weights, head, positions)
-        attended.append(softmax(scores + hidden_future))
+        window = windows[head * shared // heads] if windows else 0
+        hidden_past = np.tril(np.full_like(scores, -np.inf), k=-window) if window else 0.0
+        attended.append(softmax(scores + hidden_future + hidden_past))
     return np.stack(attended)
 
 

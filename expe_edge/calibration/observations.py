@@ -22,7 +22,7 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader, Calibratio
 from expe_edge.errors import CorpusError, ExportError, unknown_name
 from expe_edge.graph.build import BuiltGraph, Linear
 from expe_edge.graph.linears import LinearFormat
-from expe_edge.graph.run import graph_feeds, open_graph
+from expe_edge.graph.run import graph_feeds, open_graph, open_model
 from expe_edge.package.contract import GraphContract
 from expe_edge.quant.blocks import Double, Float
 from expe_edge.quant.channels import CacheScales, Range
@@ -207,7 +207,7 @@ def measure_ranges(
             augmented_model_path=str(augmented),
             calibrate_method=ORT_METHODS[calibration.method],
         )
-        session = ort.InferenceSession(str(plain), providers=["CPUExecutionProvider"])
+        session = open_model(plain)
         with redirect_stdout(sys.stderr):  # the histogram methods print what they do
             # They also stack what one call collects, so each call gets feeds of one shape.
             calibrator.collect_data(FeedsReader(graph_feeds(contract, window[None]) for window in windows))

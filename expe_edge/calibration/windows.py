@@ -55,7 +55,7 @@ def head_windows(weights: ModelWeights, window: int) -> tuple[int, ...]:
     if not weights.folded:
         raise ExportError("`head_window` needs `positions` folded; inline they are in the keys")
     content = np.array(parameters.content(config.num_attention_heads)).reshape(config.num_key_value_heads, -1)
-    sees_all: list[bool] = content.any(axis=1).tolist()
+    sees_all = [bool(heads.any()) for heads in content]
     if all(sees_all) or not any(sees_all):
         which = "every key/value head" if all(sees_all) else "no head"
         raise ExportError(f"`head_window`: {which} of this model sees content at any distance; drop it")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from expe_edge.divergence import divergence
 from expe_edge.errors import ExportError
-from expe_edge.graph.run import DECODED, check_contract, logits_of
+from expe_edge.graph.run import DECODED, check_contract, logits_of, open_model
 from expe_edge.package.contract import GraphContract
 
 Float = npt.NDArray[np.float32]
@@ -55,10 +54,7 @@ def measure_parity(
     Raises:
         ExportError: the graph breaks the contract.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False  # it takes memory in powers of two, and keeps it
-    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    session = open_model(model)
     check_contract(session, contract)
     differences, largest, divergences = [], [], []
     for reference, found in zip(expected, logits_of(session, contract, tokens), strict=True):

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 import torch
 from tokenizers import Tokenizer
 
 from expe_edge.errors import ExportError, PackageError, reason_of
 from expe_edge.export.fold import extract_weights
-from expe_edge.graph.run import check_contract, logits_of, parts_of
+from expe_edge.graph.run import check_contract, logits_of, open_model, parts_of
 from expe_edge.graph.weights import ModelWeights, read_weights
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.directory import Package, is_package, read_package
@@ -127,6 +126,6 @@ class _GraphReference:
 
     def __call__(self, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float32]]:
         contract = self.package.manifest.contract
-        session = ort.InferenceSession(str(self.package.model_path), providers=["CPUExecutionProvider"])
+        session = open_model(self.package.model_path)
         check_contract(session, contract)
         return logits_of(session, contract, tokens)

@@ -69,13 +69,18 @@ def open_graph(model: onnx.ModelProto) -> ort.InferenceSession:
     It goes by way of a file, so that its bytes are not held beside it and the session; and what a run has taken is
     given back, where onnxruntime's arena would keep up to twice as much.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns of an input that may be left away
-    options.enable_cpu_mem_arena = False
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "model.onnx")
         onnx.save(model, path)
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return open_model(path)
+
+
+def open_model(path: Path) -> ort.InferenceSession:
+    """Open a graph in a file; what a run has taken is given back, as by `open_graph`."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns of an input that may be left away
+    options.enable_cpu_mem_arena = False
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def parts_of(length: int, decoded: int = DECODED) -> Iterator[slice]:
