@@ -91,7 +91,7 @@ class Plan:
         if self.choice:
             record["choice"] = self.choice.to_dict()
         if self.windows:
-            record["windows"] = self.windows.to_dict()
+            record["head_windows"] = self.windows.to_dict()
         return {"weights": self.evidence.fingerprint, **record} if record else None
 
 

@@ -96,13 +96,14 @@ class GraphContract:
     windows: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", tuple(self.windows))
         for name, check in BOUNDS.items():
             check(name, getattr(self, name))
+        object.__setattr__(self, "windows", tuple(self.windows))  # JSON has lists
         if self.windows and (len(self.windows) != self.key_value_heads or self.growing_cache):
             raise ValueError(f"windows are given for {len(self.windows)} heads of {self.key_value_heads}")
-        if self._bytes(self.key_value_heads) > LARGEST_TOKEN:
-            raise ValueError(f"a token takes {self._bytes(self.key_value_heads)} bytes, more than {LARGEST_TOKEN}")
+        token = self._bytes(self.key_value_heads)
+        if token > LARGEST_TOKEN:
+            raise ValueError(f"a token takes {token} bytes of cache, more than {LARGEST_TOKEN}")
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

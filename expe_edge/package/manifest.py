@@ -48,7 +48,7 @@ _CALIBRATION = record(
         "smoothing": mapping_of(NUMBER),
         "cache_scales": list_of(record({"key": _RANGE, "value": _RANGE})),
         "choice": record({"kl": NUMBER, "size": _COUNT}),
-        "windows": record({"windows": list_of(_COUNT), "tokens": _COUNT, "loss": NUMBER, "kl": NUMBER}),
+        "head_windows": record({"windows": list_of(_COUNT), "tokens": _COUNT, "loss": NUMBER, "kl": NUMBER}),
     },
 )
 _CORPUS = record({"sources": list_of(TEXT), "text_field": TEXT}, sometimes={"held_out": list_of(TEXT)}, closed=True)
