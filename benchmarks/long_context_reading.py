@@ -111,7 +111,7 @@ class BranchingScorer(PackageScorer):
             self.cache, self.held = self.session.new_cache(1, self.capacity), tokens[:0]
         kept = shared(self.held, tokens)
         self.held = tokens[:kept]
-        self.cache.lengths[:] = kept
+        self.cache.truncate(kept)
         for _ in range(0, kept, PREFILL_CHUNK):
             yield np.broadcast_to(np.float32(np.nan), (PREFILL_CHUNK, self.session.contract.vocab_size))
         yield from self.session.prefill(self.cache, tokens[kept:], self.chunk)
