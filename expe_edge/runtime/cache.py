@@ -126,10 +126,13 @@ class Cache:
         return int(self.lengths[0]) + self.dropped
 
     def earliest(self) -> int:
-        """The least length that `truncate` takes: what a window has dropped cannot come back."""
+        """The least length that `truncate` takes: what a window has dropped cannot come back.
+
+        The token read right after that stays, for whoever runs it again.
+        """
         if not self.dropped or self.window is None:
             return 0
-        return self.capacity - self.window.block + self.dropped
+        return self.capacity - self.window.block + self.dropped + 1
 
     def truncate(self, read: int) -> None:
         """Let the one row have read no more than its first `read` tokens.
@@ -140,7 +143,9 @@ class Cache:
         earliest = self.earliest()
         if not earliest <= read <= self.read:
             raise GenerationError(f"{read} tokens are not between {earliest} and {self.read}, those that can be kept")
-        held = read - self.dropped
+        self._keep(read - self.dropped)
+
+    def _keep(self, held: int) -> None:
         self.storage.remove(self.begin, held, int(self.lengths[0]))
         self.histories[0].truncate(held)
 
@@ -169,7 +174,7 @@ class Cache:
     def last(self) -> Ids:
         """Take back the last token that the one row has read; return it, (1,)."""
         last = self.histories[0].ids[-1:].copy()
-        self.truncate(self.read - 1)
+        self._keep(int(self.lengths[0]) - 1)
         return last
 
     def tensors(self) -> list[Array]:
