@@ -38,8 +38,13 @@ class PromptLookup:
         for size in MATCHED:
             place = self.places.get(tuple(self.tokens[-size:]))
             if place is not None and wanted > 0:
-                return self.tokens[place : place + wanted]
+                return self._copied(place, wanted)
         return []
+
+    def _copied(self, place: int, count: int) -> list[int]:
+        """The tokens from `place` on, and, behind the last, again those that the copy began with."""
+        tokens = self.tokens[place : place + count]
+        return [tokens[index % len(tokens)] for index in range(count)]
 
     def judge(self, drafted: int, accepted: int) -> None:
         """Draft more where all was accepted, as much as was where not."""

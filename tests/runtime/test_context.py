@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from expe_edge.errors import GenerationError
 from expe_edge.runtime import Context, Generator
+from tests.conftest import needs_int8_cache
 from tests.runtime.test_generator import LOGITS_TOLERANCE
 
 #: What a context may go through: its name, and a number that says how far.
@@ -28,9 +29,8 @@ def require_fresh(generator: Generator, context: Context, ids: Sequence[int]) ->
     if not ids:
         return
     fresh = generator.context(ids)
-    difference = 1 if generator.session.contract.cache_dtype == "int8" else LOGITS_TOLERANCE  # a level of int8
     for found, expected in zip(context.cache.tensors(), fresh.cache.tensors(), strict=True):
-        np.testing.assert_allclose(found.astype(float), expected, rtol=0, atol=difference)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=LOGITS_TOLERANCE)
     assert following(generator, context.fork(), None) == following(generator, None, ids)
 
 
@@ -121,6 +121,29 @@ def test_many_prompts_begin_with_what_a_context_has_read(cached_generator: Gener
     assert {completion.reused_tokens for completion in found} == {200}
     assert {completion.reused_tokens for completion in expected} == {0}
     require_fresh(cached_generator, context, text[:200])
+
+
+@needs_int8_cache
+def test_contexts_of_an_int8_cache(int8_cache_generator: Generator, text: list[int], tmp_path: Path) -> None:
+    """Copies hold the same bytes and go on alike; what is read in other parts may differ by a level of int8."""
+    generator, whole = int8_cache_generator, int8_cache_generator.context(text[:300])
+    whole.save(tmp_path / "cache")
+    loaded = generator.context()
+    loaded.load(tmp_path / "cache")
+    parts = generator.context(text[:200])
+    parts.append(text[250:290])
+    parts.rewind(150)
+    parts.append(text[150:300])
+
+    for copy in (loaded, whole.fork()):
+        for found, expected in zip(copy.cache.tensors(), whole.cache.tensors(), strict=True):
+            assert found.dtype == np.int8
+            np.testing.assert_array_equal(found, expected)
+        assert following(generator, copy, None, 30) == following(generator, whole.fork(), None, 30)
+    for found, expected in zip(parts.cache.tensors(), whole.cache.tensors(), strict=True):
+        difference = np.abs(found.astype(int) - expected)
+        assert difference.max() <= 1
+        assert difference.mean() < 0.01
 
 
 # Bad input

@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from expe_edge.divergence import divergence
 from expe_edge.errors import GenerationError
 from expe_edge.model.attention import AttentionContext
 from expe_edge.runtime import Context, Generator, PackageSession, Window
 from expe_edge.runtime.session import Step, require_position_free_keys
 from expe_edge.training.checkpoint import load_checkpoint
+from tests.conftest import needs_int8_cache
 from tests.runtime.test_generator import LOGITS_TOLERANCE
 
 WINDOWS = [Window(24, 4), Window(7, 0), Window(1, 1), Window(30, 9), Window(3, 2)]
@@ -92,9 +94,18 @@ def test_chunks_and_steps_see_the_same(cached_generator: Generator, text: list[i
             *text[150 - cache.lengths[0] + window.sinks : 150],
         ]
 
-    tolerance = 1.0 if session.contract.cache_dtype == "int8" else LOGITS_TOLERANCE  # what one level tips over
     for found in logits[1:]:
-        np.testing.assert_allclose(found, logits[0], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(found, logits[0], rtol=0, atol=LOGITS_TOLERANCE)
+
+
+@needs_int8_cache
+def test_windows_of_an_int8_cache(int8_cache_generator: Generator, generator: Generator, text: list[int]) -> None:
+    window, tokens = Window(24, 4), np.array(text[:200])
+    found, expected = (
+        np.concatenate([part.copy() for part in session.prefill(session.new_cache(1, 0, window), tokens)])
+        for session in (int8_cache_generator.session, generator.session)
+    )
+    assert divergence(expected, found).mean() < 0.002
 
 
 def test_a_text_that_fits_is_as_without(cached_generator: Generator, text: list[int]) -> None:
