@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expe_edge.runtime import Generator, Sampling, Window
-from expe_edge.runtime.lookup import FIRST_DRAFT, LONGEST_DRAFT, MATCHED, PromptLookup
+from expe_edge.runtime.lookup import LONGEST_DRAFT, LONGEST_PAUSE, MATCHED, SHORTEST_DRAFT, PromptLookup
 from tests.runtime.test_decoding import runs  # noqa: F401
 
 SAMPLINGS = {
@@ -39,7 +39,7 @@ def draft_of(tokens: Sequence[int], most: int) -> list[int]:
     return []
 
 
-@given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, FIRST_DRAFT))
+@given(st.lists(st.integers(0, 1), max_size=60), st.integers(0, SHORTEST_DRAFT))
 def test_a_draft_is_what_followed_the_last_tokens_where_they_stood_before(tokens: list[int], most: int) -> None:
     assert PromptLookup(np.array(tokens, dtype=np.int64)).draft(most) == draft_of(tokens, most)
 
@@ -47,17 +47,41 @@ def test_a_draft_is_what_followed_the_last_tokens_where_they_stood_before(tokens
 def test_drafts_are_as_long_as_they_are_good() -> None:
     lookup = PromptLookup(np.array([1, 2, 3, 4] * 20))
     lengths = []
-    for accepted in (4, 8, 16, 16, 3, 0, 0, 1):
+    for accepted in (8, 16, 31, 31, 20, 12, 5):
         lengths.append(len(lookup.draft(100)))
-        lookup.judge(lengths[-1], min(accepted, lengths[-1]))
-    assert lengths[:5] == [FIRST_DRAFT, 8, 16, LONGEST_DRAFT, LONGEST_DRAFT]
-    assert lengths[5] < LONGEST_DRAFT
-    assert lengths[6:] == [1, 1]
+        lookup.judge(lengths[-1], accepted)
+    assert lengths == [SHORTEST_DRAFT, 16, 31, LONGEST_DRAFT, 31, 31, 15]
+    assert len(lookup.draft(100)) == SHORTEST_DRAFT
+    assert len(lookup.draft(3)) == 3
+    assert lookup.draft(0) == []
+
+
+def test_after_bad_drafts_none_is_made_for_a_while() -> None:
+    lookup = PromptLookup(np.array([1, 2, 3, 4] * 20))
+    pauses = []
+    for _ in range(7):
+        lookup.judge(len(lookup.draft(9)), 0)
+        pauses.append(0)
+        while not (draft := lookup.draft(9)):
+            pauses[-1] += 1
+    assert pauses == [2, 4, 8, 16, 32, LONGEST_PAUSE, LONGEST_PAUSE]
+    lookup.judge(len(draft), 5)
+    assert lookup.draft(9)
+    lookup.judge(len(draft), 0)
+    assert [bool(lookup.draft(9)) for _ in range(3)] == [False, False, True]
 
 
 # Tokens
 
 
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft wherever a single token stood before, however bad the drafts were."""
+    monkeypatch.setattr("expe_edge.runtime.lookup.MATCHED", (3, 2, 1))
+    monkeypatch.setattr("expe_edge.runtime.lookup.WORTH", 0)
+
+
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("prompt", [(0, 200), (3, 40), (100, 101)], ids=str)
 def test_tokens_are_those_without(
@@ -101,6 +125,7 @@ def test_no_token_too_many(generator: Generator, text: list[int], count: int) ->
     assert len(found.tokens) == count
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_stop_inside_a_draft_ends_the_text_and_the_context(generator: Generator, text: list[int]) -> None:
     (whole,) = generator.generate([text[:200]], max_new_tokens=120)
     for begin in range(10, 60, 7):
@@ -114,6 +139,7 @@ def test_a_stop_inside_a_draft_ends_the_text_and_the_context(generator: Generato
         assert context.tokens.tolist() == [*text[:200], *found.tokens[:-1]]
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("window", [Window(40, 4), Window(16, 0), Window(1, 1)], ids=str)
 def test_within_a_window(cached_generator: Generator, text: list[int], window: Window) -> None:
     expected, found = (
@@ -123,6 +149,7 @@ def test_within_a_window(cached_generator: Generator, text: list[int], window: W
     assert found.tokens == expected.tokens
 
 
+@pytest.mark.usefixtures("eager")
 def test_in_a_batch_the_last_row_drafts(generator: Generator, text: list[int]) -> None:
     prompts = [text[:30], text[100:400], text[200:260]]
     expected, found = (
@@ -132,6 +159,7 @@ def test_in_a_batch_the_last_row_drafts(generator: Generator, text: list[int]) -
     assert sum(completion.accepted_tokens for completion in found) > 0
 
 
+@pytest.mark.usefixtures("eager")
 def test_sampled_tokens_have_the_model_s_distribution(generator: Generator) -> None:
     """Whatever is drafted, the first tokens that it is judged by are distributed as without: over seeds, a χ² test.
 
