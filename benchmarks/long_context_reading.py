@@ -18,7 +18,8 @@ from expe_edge.divergence import Float
 from expe_edge.quality.scoring import Ids, PackageScorer
 from expe_edge.runtime import PackageSession
 from expe_edge.runtime.cache import Cache
-from expe_edge.runtime.session import PREFILL_CHUNK, Step
+from expe_edge.runtime.memory import PREFILL_CHUNK
+from expe_edge.runtime.session import Step
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,7 +66,9 @@ class Context:
             ids = encode_prompt(self.tokenizer, prompt, opened=len(self) == 0)
             if self.cache.window is None:
                 self.session.require_within_reach(len(self) + len(ids))
-            self.cache.reserve(int(self.cache.lengths[0]) + len(ids))
+            needed = min(int(self.cache.lengths[0]) + len(ids), self.cache.capacity)
+            self.session.require_memory(needed, chunk=self.prefill_chunk, held=self.nbytes)
+            self.cache.reserve(needed)
             for _ in self.session.prefill(self.cache, ids, self.prefill_chunk):
                 pass
 

@@ -96,12 +96,13 @@ class Generator:
             if prompt is None:
                 raise GenerationError("there is nothing to go on from; give a `prompt` or a `context`")
             ids = self.encode(prompt)
-            cache = self.session.new_cache(1, _capacity(ids, max_new_tokens, cache_length, window), window)
+            capacity = _capacity(ids, max_new_tokens, cache_length, window)
+            cache = self.session.new_cache(1, capacity, window)
         else:
             ids, cache = self._going_on(prompt, context), context.cache
             capacity = _capacity(ids, max_new_tokens, cache_length, cache.window)
-            if cache.window is None:
-                self.session.require_within_reach(capacity)
+            self.session.require_within_reach(capacity)
+        self.session.require_memory(capacity, chunk=self.prefill_chunk, held=cache.nbytes)
         row = self.row(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, prompt_lookup=prompt_lookup)
         if context is not None:
             row.prefix, row.goes_on = cache, prompt is None
@@ -139,11 +140,10 @@ class Generator:
         window = context.cache.window if window is None and context is not None else window
         all_ids = [self.encode(prompt) for prompt in prompts]
         capacity = max(_capacity(ids, max_new_tokens, cache_length, window) for ids in all_ids)
-        batch = Batch(
-            self.session,
-            self.session.new_cache(min(batch_size, len(all_ids)), capacity, window),
-            self.prefill_chunk,
-        )
+        places = min(batch_size, len(all_ids))
+        cache = self.session.new_cache(places, capacity, window)
+        self.session.require_memory(capacity, rows=places, chunk=self.prefill_chunk, held=cache.nbytes)
+        batch = Batch(self.session, cache, self.prefill_chunk)
         rows = [
             self.row(
                 ids,

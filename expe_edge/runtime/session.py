@@ -15,14 +15,10 @@ from expe_edge.package.directory import Package, read_package
 from expe_edge.package.manifest import Manifest, release
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.history import Window
+from expe_edge.runtime.memory import LEAST_CHUNK, available_memory, bounded_chunk, most_tokens, plan_memory
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-
-#: The most tokens per prefill step: enough to fill the matrix kernels.
-PREFILL_CHUNK = 256
-#: The least tokens per prefill step, and the most numbers in its (H, T, S) position bias, which makes it shorter.
-LEAST_CHUNK, MOST_SCORES = 16, 2**24
 
 #: Threads beyond any machine's, each of which would take memory.
 MOST_THREADS = 1024
@@ -77,7 +73,9 @@ class PackageSession:
                 keys that carry positions.
         """
         if window is not None:
-            require_position_free_keys(self.package.manifest)
+            refusal = window_refusal(self.package.manifest)
+            if refusal is not None:
+                raise GenerationError(refusal)
             capacity = window.capacity
         self.require_within_reach(capacity)
         return Cache(self.contract, batch, capacity, window)
@@ -99,9 +97,32 @@ class PackageSession:
 
     def chunk_at(self, depth: int) -> int:
         """Return how many tokens to read at once behind `depth` others, so that the position bias stays bounded."""
-        heads = int(self.package.manifest.model["num_attention_heads"])
-        most = MOST_SCORES // (heads * (depth + PREFILL_CHUNK)) // LEAST_CHUNK * LEAST_CHUNK
-        return min(PREFILL_CHUNK, max(LEAST_CHUNK, most))
+        return bounded_chunk(int(self.package.manifest.model["num_attention_heads"]), depth)
+
+    def require_memory(self, tokens: int, *, rows: int = 1, chunk: int | None = None, held: int = 0) -> None:
+        """Refuse what cannot fit: a cache of `rows` × `tokens` and the steps that fill it. held: bytes of it there are.
+
+        Raises:
+            GenerationError: it needs more than the machine, or a control group, has left. The message says what fits.
+        """
+        plan, free = plan_memory(self.package, tokens, rows=rows, chunk=chunk), available_memory()
+        if free is None or plan.needed - held <= free:
+            return
+        fitting = most_tokens(self.package, free + held, rows=rows, chunk=chunk, limit=tokens)
+        mended = [f"at most {fitting:,} tokens fit: ask for fewer or shorten the prompt"]
+        if rows > 1:
+            mended.append("lower `batch_size`")
+        if window_refusal(self.package.manifest) is None:
+            mended.append("give a `window`")
+        if self.contract.cache_dtype == "float32" and not self.contract.growing_cache:
+            mended.append("export a package with `cache` int8, a quarter of the size")
+        if chunk is not None and chunk > LEAST_CHUNK:
+            mended.append("lower `prefill_chunk`")
+        raise GenerationError(
+            f"{rows} × {tokens:,} tokens need {gigabytes(plan.cache)} of keys and values and "
+            f"{gigabytes(plan.needed - plan.cache)} to read them, but {gigabytes(free + held)} are free; "
+            + ", or ".join(mended)
+        )
 
     def forward(self, rows: Sequence[Ids]) -> list[Logits]:
         """Return the logits (T, V) of each of `rows` (T,), all computed in one run that keeps no cache.
@@ -205,22 +226,27 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     return session
 
 
-def require_position_free_keys(manifest: Manifest) -> None:
-    """Refuse a window where it would be wrong: where what stays in the cache holds the position that it once had.
+def window_refusal(manifest: Manifest) -> str | None:
+    """Say why a package takes no window: what stays in the cache holds the position that it once had. None where not.
 
-    Raises:
-        GenerationError: the encoding puts positions into keys, values or embeddings, or limbs of them into scores.
+    So it is where the encoding puts positions into keys, values or embeddings, or limbs of them into scores.
     """
     model = manifest.model
     encoding, where = model["positional"], model["positional_parameters"].get("where")
     relative = encoding == "expe" and where == "key" and manifest.positions == "folded"
-    if not (relative or encoding in WITHOUT_POSITIONS):
-        form = f"{encoding} with `where` {where}" if where not in (None, "key") else encoding
-        inline = " with positions inline" if manifest.positions == "inline" else ""
-        raise GenerationError(
-            f"`window`: tokens of {form}{inline} cannot be counted anew when others are dropped; leave `window` out "
-            "or take a package of relative positions (`where` key, folded), alibi, relative or none"
-        )
+    if relative or encoding in WITHOUT_POSITIONS:
+        return None
+    form = f"{encoding} with `where` {where}" if where not in (None, "key") else encoding
+    inline = " with positions inline" if manifest.positions == "inline" else ""
+    return (
+        f"`window`: tokens of {form}{inline} cannot be counted anew when others are dropped; leave `window` out "
+        "or take a package of relative positions (`where` key, folded), alibi, relative or none"
+    )
+
+
+def gigabytes(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
 def _run_failed(path: Path, error: Exception) -> PackageError:

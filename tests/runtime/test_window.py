@@ -18,7 +18,7 @@ from expe_edge.divergence import divergence
 from expe_edge.errors import GenerationError
 from expe_edge.model.attention import AttentionContext
 from expe_edge.runtime import Context, Generator, PackageSession, Window
-from expe_edge.runtime.session import Step, require_position_free_keys
+from expe_edge.runtime.session import Step, window_refusal
 from expe_edge.training.checkpoint import load_checkpoint
 from tests.conftest import needs_int8_cache
 from tests.runtime.test_generator import LOGITS_TOLERANCE
@@ -244,7 +244,7 @@ def test_keys_that_carry_positions_are_refused(
 def test_encodings_of_distances_alone_are_taken(packages: Path, positional: str) -> None:
     manifest = PackageSession.load(packages / "float32").package.manifest
     model = {**manifest.model, "positional": positional, "positional_parameters": {}}
-    require_position_free_keys(dataclasses.replace(manifest, model=model))
+    assert window_refusal(dataclasses.replace(manifest, model=model)) is None
 
 
 @pytest.mark.parametrize(
