@@ -37,7 +37,7 @@ from expe_edge.quality.needles import COPIED, CUE, Case
 from expe_edge.quality.recall import Grid, Recall, needle_cases, recall
 from expe_edge.quality.scoring import Ids, PackageScorer, Predictions, Scorer
 from expe_edge.runtime import PackageSession
-from expe_edge.runtime.session import PREFILL_CHUNK
+from expe_edge.runtime.memory import PREFILL_CHUNK
 from expe_edge.text.tokenization import load_tokenizer
 
 COUNT = click.IntRange(1)

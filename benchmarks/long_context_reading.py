@@ -18,7 +18,8 @@ from expe_edge.divergence import Float
 from expe_edge.quality.scoring import Ids, PackageScorer
 from expe_edge.runtime import PackageSession
 from expe_edge.runtime.cache import Cache
-from expe_edge.runtime.session import PREFILL_CHUNK, Step
+from expe_edge.runtime.memory import PREFILL_CHUNK
+from expe_edge.runtime.session import Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ class BranchingScorer(PackageScorer):
             self.cache, self.held = self.session.new_cache(1, self.capacity), tokens[:0]
         kept = shared(self.held, tokens)
         self.held = tokens[:kept]
-        self.cache.lengths[:] = kept
+        self.cache.truncate(kept)
         for _ in range(0, kept, PREFILL_CHUNK):
             yield np.broadcast_to(np.float32(np.nan), (PREFILL_CHUNK, self.session.contract.vocab_size))
         yield from self.session.prefill(self.cache, tokens[kept:], self.chunk)

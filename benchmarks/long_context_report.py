@@ -19,7 +19,7 @@ from expe_edge.divergence import ratio_of_sums
 from expe_edge.quality.recall import Recall
 from expe_edge.quality.scoring import Ids, PackageScorer
 from expe_edge.results import Result
-from expe_edge.runtime.session import PREFILL_CHUNK
+from expe_edge.runtime.memory import PREFILL_CHUNK
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from expe_edge.cli.contexts import context_options, kept_context, window_of
 from expe_edge.cli.output import PATH
 from expe_edge.cli.reference import say_reference
 from expe_edge.errors import GenerationError
@@ -29,6 +30,7 @@ from expe_edge.text.documents import decoded
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--cache-length", type=int, help="Tokens to reserve a cache for; by default prompt and new tokens.")
+@context_options
 @click.option("--threads", type=int, help="By default one for each physical core.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
@@ -39,6 +41,10 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...],
     cache_length: int | None,
+    prompt_cache: Path | None,
+    window: int | None,
+    sinks: int | None,
+    prompt_lookup: bool,
     threads: int | None,
     device: str,
     as_json: bool,
@@ -47,24 +53,28 @@ def generate(
     """Continue a prompt with PACKAGE, or with the reference model, printing the text as it comes."""
     from expe_edge.runtime import Generator, Sampling
 
-    settings = Sampling(**sampling)
+    settings, kept = Sampling(**sampling), window_of(window, sinks)
     text = read_prompt(prompt, prompt_file)
     if not text:
         raise GenerationError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
     generator = Generator.load(package, threads=threads, device=device)
-    stream = generator.stream(
-        text,
-        max_new_tokens=max_new_tokens,
-        sampling=settings,
-        stop=stop,
-        cache_length=cache_length,
-    )
-    if package is None:
-        say_reference([generator.session.package.path])
-    for piece in stream:
-        if not as_json:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
+    with kept_context(generator, prompt_cache, kept) as context:
+        stream = generator.stream(
+            text,
+            max_new_tokens=max_new_tokens,
+            sampling=settings,
+            stop=stop,
+            cache_length=cache_length,
+            context=context,
+            window=kept,
+            prompt_lookup=prompt_lookup,
+        )
+        if package is None:
+            say_reference([generator.session.package.path])
+        for piece in stream:
+            if not as_json:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
     click.echo(json.dumps({"prompt": text, **dataclasses.asdict(stream.completion)}, indent=2) if as_json else "")
 
 

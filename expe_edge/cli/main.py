@@ -19,6 +19,7 @@ from expe_edge.cli.export import export
 from expe_edge.cli.flags import with_flags
 from expe_edge.cli.generate import generate
 from expe_edge.cli.inspect import inspect
+from expe_edge.cli.plan import plan
 from expe_edge.cli.probe import probe
 from expe_edge.cli.quantize import quantize
 from expe_edge.cli.reproduce import reproduce
@@ -113,5 +114,18 @@ def main() -> None:
     prepare_streams()
 
 
-for command in (train, export, quantize, sensitivity, inspect, generate, compare, probe, analyze, evaluate, reproduce):
+for command in (
+    train,
+    export,
+    quantize,
+    sensitivity,
+    inspect,
+    plan,
+    generate,
+    compare,
+    probe,
+    analyze,
+    evaluate,
+    reproduce,
+):
     main.add_command(command)

@@ -16,7 +16,7 @@ from expe_edge.errors import ConfigError, CorpusError
 from expe_edge.progress import counted, note
 from expe_edge.quality.scoring import Ids, Scorer, tokenizer_path
 from expe_edge.results import Result
-from expe_edge.runtime.session import PREFILL_CHUNK
+from expe_edge.runtime.memory import PREFILL_CHUNK
 from expe_edge.text.corpus import load_corpus
 from expe_edge.text.tokenization import encode_documents, load_tokenizer, token_byte_lengths
 

@@ -27,8 +27,9 @@ from expe_edge.divergence import log_softmax
 from expe_edge.errors import ConfigError, GenerationError, unknown_name
 from expe_edge.progress import counted, note
 from expe_edge.runtime.generator import Generator
+from expe_edge.runtime.memory import PREFILL_CHUNK
 from expe_edge.runtime.sampling import Sampling
-from expe_edge.runtime.session import PREFILL_CHUNK, Ids, Logits, PackageSession
+from expe_edge.runtime.session import Ids, Logits, PackageSession
 from expe_edge.text.tokenization import END_OF_TEXT
 
 Item = TypeVar("Item")

@@ -15,7 +15,8 @@ from expe_edge.divergence import Double, Float, log_softmax
 from expe_edge.errors import ConfigError
 from expe_edge.package.directory import TOKENIZER_FILE, is_package
 from expe_edge.package.manifest import MANIFEST_FILE
-from expe_edge.runtime.session import PREFILL_CHUNK, PackageSession
+from expe_edge.runtime.memory import PREFILL_CHUNK
+from expe_edge.runtime.session import PackageSession
 from expe_edge.text.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class PackageScorer(Scorer):
 
     def logits(self, tokens: Ids) -> Iterator[Float]:
         cache = self.session.new_cache(1, len(tokens))
-        yield from self.session.prefill(cache, tokens)
+        yield from self.session.prefill(cache, tokens, PREFILL_CHUNK)
 
 
 def open_scorer(path: Path, threads: int | None = None) -> Scorer:

@@ -6,9 +6,22 @@ print(generator.generate(["def main("], max_new_tokens=64)[0].text)
 """
 
 from expe_edge.package.reference import reference_package
+from expe_edge.runtime.batch import Batch
+from expe_edge.runtime.context import Context
 from expe_edge.runtime.decoding import Completion, Stream
 from expe_edge.runtime.generator import Generator
+from expe_edge.runtime.history import Window
 from expe_edge.runtime.sampling import Sampling
 from expe_edge.runtime.session import PackageSession
 
-__all__ = ["Completion", "Generator", "PackageSession", "Sampling", "Stream", "reference_package"]
+__all__ = [
+    "Batch",
+    "Completion",
+    "Context",
+    "Generator",
+    "PackageSession",
+    "Sampling",
+    "Stream",
+    "Window",
+    "reference_package",
+]

@@ -1,220 +1,193 @@
-"""The key/value cache: a buffer that the graph appends to in place, or two between which it grows."""
+"""The key/value cache: rows that each hold what they have read, as keys and values and as tokens."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from expe_edge.errors import GenerationError
 from expe_edge.package.contract import GraphContract
+from expe_edge.runtime.history import History, Window
+from expe_edge.runtime.storage import Array, Ids, make_storage
 
-Ids = npt.NDArray[np.int64]
-Array = npt.NDArray[Any]
 
+class Cache:
+    """Keys and values of `batch` rows with room for up to `capacity` tokens each, in memory that is taken in blocks.
 
-class Cache(ABC):
-    """Keys and values of `batch` rows with room for `capacity` tokens each, in CPU memory.
+    window: lets rows drop what is oldest where there is no more room. Where keys carry no positions, those that stay
+        are counted anew, so that a row with a window is a shorter text.
 
     Attributes:
-        lengths: tokens held by each row, (batch,) int64.
+        lengths: tokens held by each row, (batch,) int64. histories: which they are, one for each row.
+
+    Raises:
+        GenerationError: memory has no room for it.
     """
 
-    def __init__(self, contract: GraphContract, batch: int, capacity: int, lengths: Ids | None = None) -> None:
-        self.contract, self.batch, self.capacity = contract, batch, capacity
-        self.lengths = np.zeros(batch, dtype=np.int64) if lengths is None else lengths
-        self.columns = np.arange(capacity, dtype=np.int64)
-        self.ones = np.ones((1, capacity), dtype=np.int64)
+    def __init__(self, contract: GraphContract, batch: int, capacity: int, window: Window | None = None) -> None:
+        self.contract, self.capacity, self.window = contract, capacity, window
+        self.storage = make_storage(contract, batch, capacity)
+        self.lengths: Ids = self.storage.lengths
+        self.histories = [History() for _ in range(batch)]
+        self.begin, self.batch = 0, batch
+        self._ones: Ids = np.ones((1, 0), dtype=np.int64)
+
+    def rows(self, begin: int, end: int) -> Cache:
+        """Return rows [begin, end) as a cache over the same memory: what is put there is put here."""
+        view = object.__new__(Cache)
+        view.contract, view.capacity, view.window = self.contract, self.capacity, self.window
+        view.storage = self.storage
+        view.lengths, view.histories = self.lengths[begin:end], self.histories[begin:end]
+        view.begin, view.batch, view._ones = self.begin + begin, end - begin, self._ones
+        return view
+
+    def row(self, index: int) -> Cache:
+        """Return row `index` as a cache of one row over the same memory."""
+        return self.rows(index, index + 1)
 
     @property
-    @abstractmethod
+    def end(self) -> int:
+        """The row of the memory behind the last."""
+        return self.begin + self.batch
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """Bytes of all buffers, those of rows beside these included."""
+        return self.storage.nbytes
 
-    @abstractmethod
-    def row(self, index: int) -> Cache:
-        """Return row `index` as a cache of one row: what is put there is put here."""
+    @property
+    def version(self) -> int:
+        """Differs whenever what was bound is no longer where it was."""
+        return self.storage.version
 
-    @abstractmethod
-    def bind(self, binding: ort.IOBinding, tokens: int) -> None:
-        """Bind past and present for a run that appends `tokens` to every row."""
+    # What a run needs
 
-    def advance(self, tokens: int) -> None:
-        """Note that a run has appended `tokens` to every row."""
-        self.lengths += tokens
-
-    def mask(self, tokens: int) -> Ids:
-        """Return the attention mask of a run that appends `tokens` to every row, (batch, total_sequence).
+    def prepare(self, tokens: int) -> Ids:
+        """Make room for a run that appends `tokens` to every row; return its attention mask, (batch, total_sequence).
 
         Raises:
             GenerationError: they do not fit.
         """
         longest = max(self.lengths.tolist()) + tokens
         if longest > self.capacity:
+            longest = self._drop(tokens)
+        self.storage.reserve(longest)
+        if self.batch > 1:
+            return self.storage.mask(self.begin, self.end, tokens)
+        if longest > self._ones.shape[1]:  # made seldom: each token's microseconds count
+            self._ones = np.ones((1, longest + longest // 4 + 64), dtype=np.int64)
+        return self._ones[:, :longest]
+
+    def bind(self, binding: ort.IOBinding, tokens: int) -> None:
+        """Bind past and present for that run."""
+        self.storage.bind(binding, self.begin, self.end, tokens)
+
+    def advance(self, tokens: Ids) -> None:
+        """Note that the run has appended `tokens` (batch, T)."""
+        self.storage.advance(self.begin, self.end, tokens.shape[1])
+        for history, ids in zip(self.histories, tokens, strict=True):
+            history.append(ids)
+
+    def reserve(self, columns: int) -> None:
+        """Take the memory for `columns` tokens in every row at once, or for as many as there may be."""
+        self.storage.reserve(min(columns, self.capacity))
+
+    @property
+    def room(self) -> int:
+        """Tokens that the next run may append; where a window is full, as many as it will drop."""
+        room = self.capacity - max(self.lengths.tolist())
+        return self.window.block if self.window is not None and room == 0 else room
+
+    def _drop(self, tokens: int) -> int:
+        """Let rows that are full drop the oldest block of their window; return the longest row after the run."""
+        if self.window is not None and tokens <= self.window.block:
+            begin, end = self.window.sinks, self.window.sinks + self.window.block
+            for index, length in enumerate(self.lengths.tolist()):
+                if length + tokens > self.capacity:
+                    self.storage.remove(self.begin + index, begin, end)
+                    self.histories[index].drop(begin, end)
+        longest: int = max(self.lengths.tolist()) + tokens
+        if longest > self.capacity:
             raise GenerationError(f"the cache holds {self.capacity} tokens; {longest} are needed")
-        if self.batch == 1:  # nothing to compute where each token's microseconds count
-            return self.ones[:, :longest]
-        return self._mask(tokens, longest)
+        return longest
 
-    @abstractmethod
-    def _mask(self, tokens: int, longest: int) -> Ids:
-        """The mask of several rows, of which the longest will have `longest` tokens."""
-
-
-class SharedCache(Cache):
-    """One buffer for each layer and part, (batch, Hkv, capacity, D), allocated once: past and present of every step.
-
-    GroupQueryAttention appends in place when both are the same memory.
-    """
-
-    def __init__(self, contract: GraphContract, batch: int, capacity: int) -> None:
-        super().__init__(contract, batch, capacity)
-        shape = (batch, contract.key_value_heads, capacity, contract.head_size)
-        self._hold([np.zeros(shape, dtype=contract.cache_dtype) for _ in contract.past_names])
-
-    def _hold(self, arrays: list[Array]) -> None:
-        self.arrays = arrays
-        self.values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
-        self.bound: ort.IOBinding | None = None
+    # What is done to one row
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(array.nbytes for array in self.arrays)
-
-    def row(self, index: int) -> SharedCache:
-        """Return row `index` as a cache of one row over the same memory."""
-        view = object.__new__(SharedCache)
-        Cache.__init__(view, self.contract, 1, self.capacity, self.lengths[index : index + 1])
-        view._hold([array[index : index + 1] for array in self.arrays])
-        return view
-
-    def bind(self, binding: ort.IOBinding, tokens: int) -> None:
-        """Bind every buffer as past and as present: once, for it stays where it is."""
-        if binding is self.bound:
-            return
-        names = zip(self.contract.past_names, self.contract.present_names, self.values, strict=True)
-        for past, present, value in names:
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
-        self.bound = binding
-
-    def _mask(self, tokens: int, longest: int) -> Ids:
-        mask: Ids = (self.columns[:longest] < self.lengths[:, None] + tokens).astype(np.int64)
-        return mask
-
-
-class GrowingCache(Cache):
-    """Two buffers for each layer and part: every step reads the past from one and writes the present to the other.
-
-    Rows of a batch are filled apart and joined when they first run together: padded to the longest, so that padding
-    lies between the tokens they had and those to come. The mask says where.
-    """
-
-    def __init__(self, contract: GraphContract, batch: int, capacity: int, lengths: Ids | None = None) -> None:
-        super().__init__(contract, batch, capacity, lengths)
-        self.names = list(zip(contract.past_names, contract.present_names, strict=True))
-        size = batch * contract.key_value_heads * capacity * contract.head_size
-        # Memory that is never written to, as that of rows apart, is never taken.
-        self.buffers = [[np.empty(size, dtype=contract.cache_dtype) for _ in self.names] for _ in range(2)]
-        self.rows: list[GrowingCache] = []  # where they are apart
-        self.tokens = np.ones((batch, capacity), dtype=np.bool_)  # which columns are tokens
-        self._hold(0)
-
-    def _hold(self, columns: int) -> None:
-        self.held = columns
-        self.past = self._values(0, columns)
-
-    def _arrays(self, side: int, columns: int) -> list[Array]:
-        """The first `columns` tokens' worth of one buffer of each pair, (batch, Hkv, columns, D) each."""
-        shape = (self.batch, self.contract.key_value_heads, columns, self.contract.head_size)
-        size = int(np.prod(shape))
-        return [buffer[:size].reshape(shape) for buffer in self.buffers[side]]
-
-    def _values(self, side: int, columns: int) -> list[ort.OrtValue]:
-        return [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays(side, columns)]
+    def dropped(self) -> int:
+        """Tokens that the one row has read and no longer holds."""
+        return self.histories[0].dropped
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, whether memory has been taken for them yet or not; rows that are apart have more."""
-        return sum(buffer.nbytes for side in self.buffers for buffer in side)
+    def read(self) -> int:
+        """Tokens that the one row has read, those that a window has dropped included."""
+        return int(self.lengths[0]) + self.dropped
 
-    def row(self, index: int) -> GrowingCache:
-        """Return row `index` as a cache of one row, until all rows run together again."""
-        if self.batch == 1:
-            return self
-        if not self.rows:
-            self._part()
-        return self.rows[index]
+    def earliest(self) -> int:
+        """The least length that `truncate` takes: what a window has dropped cannot come back.
 
-    def bind(self, binding: ort.IOBinding, tokens: int) -> None:
-        """Bind the one buffer of each pair as past and the other as present."""
-        self._join()
-        self.present = self._values(1, self.held + tokens)
-        for (past, present), old, new in zip(self.names, self.past, self.present, strict=True):
-            binding.bind_ortvalue_input(past, old)
-            binding.bind_ortvalue_output(present, new)
+        The token read right after that stays, for whoever runs it again.
+        """
+        if not self.dropped or self.window is None:
+            return 0
+        return self.capacity - self.window.block + self.dropped + 1
 
-    def advance(self, tokens: int) -> None:
-        """Make the present the past."""
-        super().advance(tokens)
-        self.held += tokens
-        self.past = self.present
-        self.buffers.reverse()
+    def truncate(self, read: int) -> None:
+        """Let the one row have read no more than its first `read` tokens.
 
-    def _mask(self, tokens: int, longest: int) -> Ids:
-        self._join()
-        return self.tokens[:, : self.held + tokens].astype(np.int64)
+        Raises:
+            GenerationError: there are not as many, or a window has dropped what the last of them saw.
+        """
+        earliest = self.earliest()
+        if not earliest <= read <= self.read:
+            raise GenerationError(f"{read} tokens are not between {earliest} and {self.read}, those that can be kept")
+        self._keep(read - self.dropped)
 
-    def _part(self) -> None:
-        """Give every row a cache of its own, without the padding."""
-        with memory_for(self.contract, self.batch, self.capacity):
-            self.rows = [
-                GrowingCache(self.contract, 1, self.capacity, self.lengths[index : index + 1])
-                for index in range(self.batch)
-            ]
-        for index, row in enumerate(self.rows):
-            kept = self.tokens[index, : self.held]
-            row._hold(int(self.lengths[index]))
-            for own, joined in zip(row._arrays(0, row.held), self._arrays(0, self.held), strict=True):
-                own[0] = joined[index][:, kept]
+    def _keep(self, held: int) -> None:
+        self.storage.remove(self.begin, held, int(self.lengths[0]))
+        self.histories[0].truncate(held)
 
-    def _join(self) -> None:
-        """Bring rows that are apart together, padded with zeros, and note where."""
-        if not self.rows:
-            return
-        self._hold(max(row.held for row in self.rows))
-        self.tokens[:] = True
-        for index, row in enumerate(self.rows):
-            self.tokens[index, row.held : self.held] = False
-            for joined, own in zip(self._arrays(0, self.held), row._arrays(0, row.held), strict=True):
-                joined[index, :, : row.held] = own[0]
-                joined[index, :, row.held :] = 0
-        self.rows = []
+    def clear(self) -> None:
+        """Let the one row hold nothing."""
+        self.storage.remove(self.begin, 0, int(self.lengths[0]))
+        self.histories[0].clear()
 
+    def shared(self, ids: Ids) -> int:
+        """Return how many tokens at the beginning of `ids` (T,) the one row has read and can go on from."""
+        shared = self.histories[0].shared(ids, self.window)
+        return shared if shared >= self.earliest() else 0
 
-def make_cache(contract: GraphContract, batch: int, capacity: int) -> Cache:
-    """Return an empty cache of the kind that the graph wants.
+    def reuse(self, ids: Ids) -> Ids:
+        """Take back what the one row has read but for the beginning of `ids` (T,); return the rest of these to read.
 
-    Raises:
-        GenerationError: memory has no room for it.
-    """
-    with memory_for(contract, batch, capacity):
-        return (GrowingCache if contract.growing_cache else SharedCache)(contract, batch, capacity)
+        They are one at least, for the logits that follow it.
+        """
+        kept = self.shared(ids[:-1])
+        if kept == 0:
+            self.clear()
+        else:
+            self.truncate(kept)
+        return ids[kept:]
 
+    def last(self) -> Ids:
+        """Take back the last token that the one row has read; return it, (1,)."""
+        last = self.histories[0].ids[-1:].copy()
+        self._keep(int(self.lengths[0]) - 1)
+        return last
 
-@contextmanager
-def memory_for(contract: GraphContract, batch: int, capacity: int) -> Iterator[None]:
-    """Turn what NumPy says where memory has no room for a cache into `GenerationError`."""
-    try:
-        yield
-    except MemoryError as error:
-        raise GenerationError(
-            f"no memory for a cache of {batch} × {capacity} tokens, {batch * capacity * contract.cache_bytes:,} bytes; "
-            "lower `max_new_tokens` or `cache_length`"
-        ) from error
+    def tensors(self) -> list[Array]:
+        """Return what the one row holds, (Hkv, length, D) each in the contract's order, valid until the next change."""
+        return self.storage.read(self.begin)
+
+    def restore(self, tensors: Sequence[Array], history: History) -> None:
+        """Let the one row hold `tensors`, as `tensors` returns them, which are those of `history`."""
+        self.clear()
+        self.reserve(len(history.ids))
+        self.storage.write(self.begin, tensors)
+        self.histories[0].assign(history)
+
+    def take(self, other: Cache) -> None:
+        """Become a copy of another cache of one row, of which there may be more room."""
+        self.restore(other.tensors(), other.histories[0])

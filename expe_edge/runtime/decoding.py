@@ -1,16 +1,14 @@
-"""The decode loop: rows that are prefilled one by one and decoded together, and the stream of one row's text."""
+"""One sequence being generated, what comes of it, and the stream of its text."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from expe_edge.runtime.cache import Cache
+from expe_edge.runtime.lookup import PromptLookup
 from expe_edge.runtime.sampling import Sampler
-from expe_edge.runtime.session import Ids, Logits, PackageSession, Step
+from expe_edge.runtime.session import Ids, Logits
 from expe_edge.runtime.streaming import TextStream
 
 
@@ -21,6 +19,8 @@ class Completion:
     Attributes:
         text: the new text, without the prompt. tokens: the new ids, the closing end-of-text included.
         finish_reason: `length`, `end_of_text` or `stop`; None until the text is complete.
+        reused_tokens: of the prompt's, those that a context had read before.
+        drafted_tokens: proposed by prompt lookup. accepted_tokens: of these, those that were chosen.
     """
 
     text: str = ""
@@ -29,20 +29,39 @@ class Completion:
     finish_reason: str | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Row:
     """One sequence being generated: its sampler, its text, its completion.
 
-    ids: of the prompt, (T,) int64. end_of_text: the id that ends the sequence, or None.
+    ids: of the prompt, (T,) int64. end_of_text: the id that ends the sequence, or None. lookup: drafts tokens where the
+        row decodes alone.
+
+    Attributes:
+        prefix: a cache of one row that may have read the beginning of the prompt; None for none. goes_on: whether that
+            has read all of it, some of which it may have dropped.
     """
 
+    prefix: Cache | None = None
+    goes_on = False
+
     def __init__(
-        self, ids: Ids, sampler: Sampler, text: TextStream, *, max_new_tokens: int, end_of_text: int | None
+        self,
+        ids: Ids,
+        sampler: Sampler,
+        text: TextStream,
+        *,
+        max_new_tokens: int,
+        end_of_text: int | None,
+        lookup: PromptLookup | None = None,
     ) -> None:
         self.ids, self.sampler, self.text = ids, sampler, text
-        self.max_new_tokens, self.end_of_text = max_new_tokens, end_of_text
+        self.max_new_tokens, self.end_of_text, self.lookup = max_new_tokens, end_of_text, lookup
         self.completion = Completion(prompt_tokens=len(ids))
+        self.began = 0.0  # when it was first decoded, by `time.perf_counter`
 
     @property
     def finish_reason(self) -> str | None:
@@ -58,6 +77,8 @@ class Row:
         """Choose the next token from `logits` (V,); return the text that is now certain."""
         token = self.sampler.choose(logits)
         self.completion.tokens.append(token)
+        if self.lookup is not None:
+            self.lookup.push(token)
         piece = self.text.push(token)
         self.completion.text += piece
         return piece
@@ -73,15 +94,15 @@ class Row:
 class Stream(Iterator[str]):
     """The text that follows a prompt, piece by piece, never part of a character. Asking for a piece decodes it.
 
-    steps: `decode` of one row.
+    pieces: what a batch of one row adds to its text.
 
     Attributes:
         completion: what has been generated so far; complete once iteration has ended.
     """
 
-    def __init__(self, steps: Iterator[list[str]], completion: Completion) -> None:
+    def __init__(self, pieces: Generator[str, None, None], completion: Completion) -> None:
         self.completion = completion
-        self._pieces = (piece for (piece,) in steps if piece)
+        self._pieces = pieces
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -89,30 +110,3 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """Decode no further and free the cache; the completion stays as it is."""
         self._pieces.close()
-
-
-def decode(session: PackageSession, rows: Sequence[Row], cache: Cache, prefill_chunk: int) -> Iterator[list[str]]:
-    """Complete all `rows` in an empty cache of as many; yield what a step adds to each row's text, if anything.
-
-    The first step prefills, the last gives the text held back; between, every step is one run for all rows.
-    """
-    yield [row.accept(_prefill(session, row, cache.row(index), prefill_chunk)) for index, row in enumerate(rows)]
-    step, began = Step(session, cache, 1), time.perf_counter()
-    while any(row.finish_reason is None for row in rows):
-        logits = step.run(np.array([[row.completion.tokens[-1]] for row in rows], dtype=np.int64))
-        pieces = [""] * len(rows)
-        for index, row in enumerate(rows):
-            if row.finish_reason is None:
-                pieces[index] = row.accept(logits[index, -1])
-                row.completion.decode_seconds = time.perf_counter() - began
-        yield pieces
-    yield [row.finish() for row in rows]
-
-
-def _prefill(session: PackageSession, row: Row, cache: Cache, chunk: int) -> Logits:
-    """Fill a cache of one row with the row's prompt; return the last token's logits (V,)."""
-    began = time.perf_counter()
-    for logits in session.prefill(cache, row.ids, chunk):
-        last: Logits = logits[-1]  # one chunk's logits at a time: all of them could fill memory
-    row.completion.prefill_seconds = time.perf_counter() - began
-    return last

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +12,24 @@ from tokenizers import Tokenizer
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.reference import reference_package
 from expe_edge.package.tokenizer import open_tokenizer
-from expe_edge.runtime.decoding import Completion, Row, Stream, decode
+from expe_edge.runtime.batch import Batch, run_row
+from expe_edge.runtime.context import Context
+from expe_edge.runtime.decoding import Completion, Row, Stream
+from expe_edge.runtime.history import Ids, Window
+from expe_edge.runtime.lookup import PromptLookup
+from expe_edge.runtime.prompts import Prompt, encode_prompt
 from expe_edge.runtime.sampling import Sampler, Sampling
-from expe_edge.runtime.session import PREFILL_CHUNK, Ids, PackageSession
+from expe_edge.runtime.session import PackageSession
 from expe_edge.runtime.streaming import TextStream
 
-#: A prompt is text, or token ids taken as they are.
-Prompt = str | Sequence[int]
+#: Prompts that `generate` completes at once, where it is not told how many.
+BATCH_SIZE = 16
 
 
 class Generator:
     """Generates text from an opened package."""
 
-    def __init__(self, session: PackageSession, *, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, session: PackageSession, *, prefill_chunk: int | None = None) -> None:
         self.session, self.prefill_chunk = session, prefill_chunk
         self.tokenizer = _load_tokenizer(session)
         self.end_of_text = session.package.manifest.model.get("eos_token_id")
@@ -42,37 +48,66 @@ class Generator:
         Raises:
             GenerationError: an empty prompt, text that is none, or ids outside the vocabulary.
         """
-        if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise GenerationError("the prompt holds half a surrogate pair, which is no text")
-        ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
-        if len(prompt) == 0 or len(ids) == 0:
-            raise GenerationError("the prompt is empty")
-        vocab_size = self.session.contract.vocab_size
-        outside = [token for token in ids if not 0 <= token < vocab_size]
-        if outside:
-            raise GenerationError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
-        return np.array(ids, dtype=np.int64)
+        return encode_prompt(self.tokenizer, prompt)
+
+    def context(self, prompt: Prompt | None = None, *, window: Window | None = None) -> Context:
+        """Return a context that has read `prompt`, or nothing yet, for streams to go on from.
+
+        Args:
+            window: what is kept of text of any length; None for all of it.
+
+        Raises:
+            GenerationError: a prompt that `encode` refuses, or a window for keys that carry positions.
+        """
+        context = Context(self.session, self.tokenizer, window=window, prefill_chunk=self.prefill_chunk)
+        if prompt is not None:
+            context.append(prompt)
+        return context
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
         cache_length: int | None = None,
+        context: Context | None = None,
+        window: Window | None = None,
+        prompt_lookup: bool = False,
     ) -> Stream:
         """Return the text that follows `prompt`, to be read piece by piece, and its completion.
 
         Args:
+            prompt: all of the text, whatever a context has read of it; None to go on behind what it has read.
             stop: a string that ends the text, or several; themselves left out.
-            cache_length: tokens to reserve a cache for; None for as many as prompt and new tokens need.
+            cache_length: tokens that the cache may hold; None for as many as prompt and new tokens need.
+            context: what was read before. What it shares with the beginning of the prompt is not read again; what
+                differs is taken back. Then it holds all but the last token of prompt and completion.
+            window: what is kept of text of any length; None for all of it, or as the context has it.
+            prompt_lookup: whether to verify several tokens at once where text repeats itself. The tokens are the same;
+                with int8-dynamic, whose runs share one range of activations, nearly.
 
         Raises:
-            GenerationError: a prompt that `encode` refuses, or a cache that cannot hold it and what is to follow.
+            GenerationError: a prompt that `encode` refuses, a cache that cannot hold it and what is to follow, a window
+                for keys that carry positions, or a context in use.
         """
-        rows, steps = self._start([prompt], max_new_tokens, sampling or Sampling(), stop, cache_length)
-        return Stream(steps, rows[0].completion)
+        if context is None:
+            if prompt is None:
+                raise GenerationError("there is nothing to go on from; give a `prompt` or a `context`")
+            ids = self.encode(prompt)
+            capacity = _capacity(ids, max_new_tokens, cache_length, window)
+            cache = self.session.new_cache(1, capacity, window)
+        else:
+            ids, cache = self._going_on(prompt, context), context.cache
+            capacity = _capacity(ids, max_new_tokens, cache_length, cache.window)
+            self.session.require_within_reach(capacity)
+        self.session.require_memory(capacity, chunk=self.prefill_chunk, held=cache.nbytes)
+        row = self.row(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, prompt_lookup=prompt_lookup)
+        if context is not None:
+            row.prefix, row.goes_on = cache, prompt is None
+            row.completion.prompt_tokens = len(context) if prompt is None else len(ids)
+        return Stream(run_row(Batch(self.session, cache, self.prefill_chunk), row, context), row.completion)
 
     def generate(
         self,
@@ -82,44 +117,80 @@ class Generator:
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
         cache_length: int | None = None,
+        context: Context | None = None,
+        window: Window | None = None,
+        prompt_lookup: bool = False,
+        batch_size: int = BATCH_SIZE,
     ) -> list[Completion]:
-        """Complete all `prompts`: each is prefilled by itself, then all decode together, one step for the batch.
+        """Complete all `prompts`: each is read by itself, then they decode together, one step for all.
 
         With int8-dynamic the activations' range is shared by the batch, so that a completion can differ from the
         one the same prompt gets alone. Arguments and errors as for `stream`; row i samples with seed + i.
+
+        Args:
+            context: whose beginning prompts may share; it stays as it is. prompt_lookup: used by the last one left.
+            batch_size: the most that run at once; the next joins where one has ended.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         if not prompts:
             return []
-        rows, steps = self._start(prompts, max_new_tokens, sampling or Sampling(), stop, cache_length)
-        for _ in steps:
-            pass
-        return [row.completion for row in rows]
-
-    def _start(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: str | Sequence[str],
-        cache_length: int | None,
-    ) -> tuple[list[Row], Iterator[list[str]]]:
-        """Return a row for each prompt and the steps that complete them, of which none has run."""
+        if batch_size < 1:
+            raise GenerationError(f"`batch_size` is {batch_size}; at least 1")
+        window = context.cache.window if window is None and context is not None else window
         all_ids = [self.encode(prompt) for prompt in prompts]
-        capacity = max(_capacity(ids, max_new_tokens, cache_length) for ids in all_ids)
-        cache = self.session.new_cache(len(all_ids), capacity)
+        capacity = max(_capacity(ids, max_new_tokens, cache_length, window) for ids in all_ids)
+        places = min(batch_size, len(all_ids))
+        cache = self.session.new_cache(places, capacity, window)
+        self.session.require_memory(capacity, rows=places, chunk=self.prefill_chunk, held=cache.nbytes)
+        batch = Batch(self.session, cache, self.prefill_chunk)
         rows = [
-            Row(
+            self.row(
                 ids,
-                Sampler(_seeded(sampling, index), ids, self.session.contract.vocab_size),
-                TextStream(self.tokenizer, stop),
                 max_new_tokens=max_new_tokens,
-                end_of_text=self.end_of_text,
+                sampling=_seeded(sampling or Sampling(), index),
+                stop=stop,
+                prompt_lookup=prompt_lookup,
             )
             for index, ids in enumerate(all_ids)
         ]
-        return rows, decode(self.session, rows, cache, self.prefill_chunk)
+        for row in rows:
+            row.prefix = None if context is None else context.cache
+            batch.add(row)
+        with nullcontext() if context is None else context.used():
+            while not batch.idle:
+                batch.step()
+        return [row.completion for row in rows]
+
+    def row(
+        self,
+        ids: Sequence[int] | Ids,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        prompt_lookup: bool = False,
+    ) -> Row:
+        """Return a row that completes `ids` (T,) once a `Batch` runs it. Arguments as for `stream`."""
+        ids = np.asarray(ids, dtype=np.int64)
+        return Row(
+            ids,
+            Sampler(sampling or Sampling(), ids, self.session.contract.vocab_size),
+            TextStream(self.tokenizer, stop),
+            max_new_tokens=max_new_tokens,
+            end_of_text=self.end_of_text,
+            lookup=PromptLookup(ids) if prompt_lookup else None,
+        )
+
+    def _going_on(self, prompt: Prompt | None, context: Context) -> Ids:
+        """Return all tokens of the text that a context's stream begins with."""
+        if prompt is not None:
+            return self.encode(prompt)
+        with context.used():
+            ids = context.tokens
+        if not len(ids):
+            raise GenerationError("the context has read nothing; give a `prompt`")
+        return ids
 
 
 def _seeded(sampling: Sampling, index: int) -> Sampling:
@@ -128,9 +199,12 @@ def _seeded(sampling: Sampling, index: int) -> Sampling:
     return Sampling(**{**vars(sampling), "seed": sampling.seed + index})
 
 
-def _capacity(ids: Ids, max_new_tokens: int, cache_length: int | None) -> int:
+def _capacity(ids: Ids, max_new_tokens: int, cache_length: int | None, window: Window | None) -> int:
+    """Return how many tokens a prompt needs a cache for."""
     if max_new_tokens < 1:
         raise GenerationError(f"`max_new_tokens` is {max_new_tokens}; at least 1")
+    if window is not None:
+        return window.capacity
     needed = len(ids) + max_new_tokens
     if cache_length is not None and needed > cache_length:
         raise GenerationError(

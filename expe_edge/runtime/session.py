@@ -12,17 +12,19 @@ import onnxruntime as ort
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import Package, read_package
-from expe_edge.package.manifest import release
-from expe_edge.runtime.cache import Cache, make_cache
+from expe_edge.package.manifest import Manifest, release
+from expe_edge.runtime.cache import Cache
+from expe_edge.runtime.history import Window
+from expe_edge.runtime.memory import LEAST_CHUNK, available_memory, bounded_chunk, most_tokens, plan_memory
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
-#: Tokens per prefill step: enough to fill the matrix kernels, few enough that the (T, S) scores stay small.
-PREFILL_CHUNK = 256
-
 #: Threads beyond any machine's, each of which would take memory.
 MOST_THREADS = 1024
+
+#: Encodings beside relative ExPE whose keys and values carry no positions, and whose scores know distances alone.
+WITHOUT_POSITIONS = ("alibi", "relative", "none")
 
 #: `--device` to the execution provider it stands for.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -61,22 +63,66 @@ class PackageSession:
         """Positions that the encoding represents exactly; no row may be longer."""
         return int(self.package.manifest.model["max_position_embeddings"])
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Allocate a cache for `batch` rows of `capacity` tokens.
+    def new_cache(self, batch: int, capacity: int, window: Window | None = None) -> Cache:
+        """Return an empty cache for `batch` rows of up to `capacity` tokens, whose memory is taken as it fills.
+
+        window: what rows keep of longer texts, which sets the capacity.
 
         Raises:
-            GenerationError: more tokens than the encoding has positions, or than memory has room for.
+            GenerationError: more tokens than the encoding has positions, or than memory has room for, or a window for
+                keys that carry positions.
         """
-        self._require_within_reach(capacity)
-        return make_cache(self.contract, batch, capacity)
+        if window is not None:
+            refusal = window_refusal(self.package.manifest)
+            if refusal is not None:
+                raise GenerationError(refusal)
+            capacity = window.capacity
+        self.require_within_reach(capacity)
+        return Cache(self.contract, batch, capacity, window)
 
-    def prefill(self, cache: Cache, tokens: Ids, chunk: int = PREFILL_CHUNK) -> Iterator[Logits]:
-        """Append `tokens` (T,) to a cache of one row; yield logits (t, V) for each chunk of t <= `chunk` tokens."""
+    def prefill(self, cache: Cache, tokens: Ids, chunk: int | None = None) -> Iterator[Logits]:
+        """Append `tokens` (T,) to a cache of one row; yield logits (t, V) for each chunk of t tokens.
+
+        chunk: the most tokens of one; None for `PREFILL_CHUNK`, or fewer where the cache is so full that the position
+            bias would be large. Chunks end where a window drops tokens, so that what a token sees depends on no chunk.
+        """
         if cache.batch != 1:
             raise ValueError("prefill fills one row at a time; take cache.row(i)")
-        for begin in range(0, len(tokens), chunk):
-            part = tokens[begin : begin + chunk]
+        begin = 0
+        while begin < len(tokens):
+            most = chunk or self.chunk_at(int(cache.lengths[0]))
+            part = tokens[begin : begin + min(most, max(1, cache.room))]
             yield Step(self, cache, len(part)).run(part[None])[0]
+            begin += len(part)
+
+    def chunk_at(self, depth: int) -> int:
+        """Return how many tokens to read at once behind `depth` others, so that the position bias stays bounded."""
+        return bounded_chunk(int(self.package.manifest.model["num_attention_heads"]), depth)
+
+    def require_memory(self, tokens: int, *, rows: int = 1, chunk: int | None = None, held: int = 0) -> None:
+        """Refuse what cannot fit: a cache of `rows` × `tokens` and the steps that fill it. held: bytes of it there are.
+
+        Raises:
+            GenerationError: it needs more than the machine, or a control group, has left. The message says what fits.
+        """
+        plan, free = plan_memory(self.package, tokens, rows=rows, chunk=chunk), available_memory()
+        if free is None or plan.needed - held <= free:
+            return
+        fitting = most_tokens(self.package, free + held, rows=rows, chunk=chunk, limit=tokens)
+        mended = [f"at most {fitting:,} tokens fit: ask for fewer or shorten the prompt"]
+        if rows > 1:
+            mended.append("lower `batch_size`")
+        if window_refusal(self.package.manifest) is None:
+            mended.append("give a `window`")
+        if self.contract.cache_dtype == "float32" and not self.contract.growing_cache:
+            mended.append("export a package with `cache` int8, a quarter of the size")
+        if chunk is not None and chunk > LEAST_CHUNK:
+            mended.append("lower `prefill_chunk`")
+        raise GenerationError(
+            f"{rows} × {tokens:,} tokens need {gigabytes(plan.cache)} of keys and values and "
+            f"{gigabytes(plan.needed - plan.cache)} to read them, but {gigabytes(free + held)} are free; "
+            + ", or ".join(mended)
+        )
 
     def forward(self, rows: Sequence[Ids]) -> list[Logits]:
         """Return the logits (T, V) of each of `rows` (T,), all computed in one run that keeps no cache.
@@ -89,7 +135,7 @@ class PackageSession:
             PackageError: onnxruntime cannot run the graph.
         """
         longest, contract = max(map(len, rows)), self.contract
-        self._require_within_reach(longest)
+        self.require_within_reach(longest)
         ids = np.zeros((len(rows), longest), dtype=np.int64)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = row
@@ -104,7 +150,7 @@ class PackageSession:
             raise _run_failed(self.package.model_path, error) from error
         return [logits[index, : len(row)] for index, row in enumerate(rows)]
 
-    def _require_within_reach(self, tokens: int) -> None:
+    def require_within_reach(self, tokens: int) -> None:
         if tokens > self.reach:
             raise GenerationError(f"{tokens} tokens exceed the {self.reach} positions of this model's encoding")
 
@@ -112,7 +158,7 @@ class PackageSession:
 class Step:
     """One forward pass of fixed shape (B, T) over a cache, bound once and run as often as wanted.
 
-    Only the attention mask, which grows by T with every run, is bound anew, and a cache that grows.
+    Only the attention mask, which grows by T with every run, is bound anew, and a cache that has moved.
     """
 
     def __init__(self, session: PackageSession, cache: Cache, tokens: int) -> None:
@@ -126,6 +172,7 @@ class Step:
         for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
+        self.bound = -1  # the cache's version
 
     def run(self, tokens: Ids) -> Logits:
         """Append `tokens` (B, T) to every row; return logits (B, T, V), valid until the next run.
@@ -134,16 +181,18 @@ class Step:
             PackageError: onnxruntime cannot run the graph. GenerationError: the cache is full.
         """
         cache = self.cache
-        mask = ort.OrtValue.ortvalue_from_numpy(cache.mask(self.tokens))
+        mask = ort.OrtValue.ortvalue_from_numpy(cache.prepare(self.tokens))
         self.input_ids[:] = tokens
         np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
         self.binding.bind_ortvalue_input("attention_mask", mask)
-        cache.bind(self.binding, self.tokens)
+        if self.bound != cache.version:
+            cache.bind(self.binding, self.tokens)
+            self.bound = cache.version
         try:
             self.session.run_with_iobinding(self.binding)
         except Exception as error:  # onnxruntime's exceptions share no narrower base
             raise _run_failed(self.path, error) from error
-        cache.advance(self.tokens)
+        cache.advance(self.input_ids)
         return self.logits
 
 
@@ -175,6 +224,29 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
     if session.get_providers()[0] != provider:
         raise GenerationError(f"`device` {device}: {provider} found no device; use `device` cpu")
     return session
+
+
+def window_refusal(manifest: Manifest) -> str | None:
+    """Say why a package takes no window: what stays in the cache holds the position that it once had. None where not.
+
+    So it is where the encoding puts positions into keys, values or embeddings, or limbs of them into scores.
+    """
+    model = manifest.model
+    encoding, where = model["positional"], model["positional_parameters"].get("where")
+    relative = encoding == "expe" and where == "key" and manifest.positions == "folded"
+    if relative or encoding in WITHOUT_POSITIONS:
+        return None
+    form = f"{encoding} with `where` {where}" if where not in (None, "key") else encoding
+    inline = " with positions inline" if manifest.positions == "inline" else ""
+    return (
+        f"`window`: tokens of {form}{inline} cannot be counted anew when others are dropped; leave `window` out "
+        "or take a package of relative positions (`where` key, folded), alibi, relative or none"
+    )
+
+
+def gigabytes(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
 def _run_failed(path: Path, error: Exception) -> PackageError:

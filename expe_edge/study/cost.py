@@ -101,7 +101,7 @@ def measure(checkpoints: Mapping[str, Path], lengths: Sequence[int], out: Path) 
                 for length in lengths:
                     tokens = np.random.default_rng(0).integers(256, size=length)  # of any vocabulary: single bytes
                     times = in_turn(sessions, tokens, TURNS)
-                    caches = [session.new_cache(1, length + DECODED).nbytes for session in sessions]
+                    caches = [(length + DECODED) * session.contract.cache_bytes for session in sessions]
                     found.append(
                         {
                             "precision": precision,

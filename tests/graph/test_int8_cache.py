@@ -26,8 +26,8 @@ from expe_edge.package.directory import read_package
 from expe_edge.quant.channels import CacheScales
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession, Sampling
-from expe_edge.runtime.cache import SharedCache
 from expe_edge.runtime.session import Step
+from expe_edge.runtime.storage import SharedStorage
 from tests.conftest import needs_int8_cache
 from tests.export.test_clients import genai_tokens, optimum_model, our_tokens
 from tests.graphs import CONFIG, normal, open_session, plain_graph, random_weights, run_text, token_stream
@@ -179,9 +179,9 @@ def test_a_package_says_what_its_cache_is(cached: Path, name: str) -> None:
     for layer in scales:
         assert layer.keys() == {"key", "value"}
         assert all(0 < low < high for low, high in layer.values())
-    cache = PackageSession.load(cached / name).new_cache(1, 8)
-    assert isinstance(cache, SharedCache)
-    assert cache.arrays[0].dtype == np.int8
+    storage = PackageSession.load(cached / name).new_cache(1, 8).storage
+    assert isinstance(storage, SharedStorage)
+    assert storage.arrays[0].dtype == np.int8
 
 
 @pytest.mark.parametrize("name", NAMES)

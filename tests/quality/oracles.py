@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from expe_edge.quality.scoring import Scorer
-from expe_edge.runtime.session import PREFILL_CHUNK
+from expe_edge.runtime.memory import PREFILL_CHUNK
 
 #: What an oracle that knows the next token leaves to all others together.
 DOUBT = 1e-3

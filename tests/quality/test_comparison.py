@@ -28,7 +28,7 @@ from expe_edge.quality.comparison import (
     unique_names,
 )
 from expe_edge.quality.scoring import Scorer, open_scorer
-from expe_edge.runtime.session import PREFILL_CHUNK
+from expe_edge.runtime.memory import PREFILL_CHUNK
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
 from expe_edge.training.checkpoint import load_checkpoint

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,8 +79,8 @@ def test_stream_that_has_ended_holds_no_cache(
     caches = []
     new_cache = PackageSession.new_cache
 
-    def remembered(session: PackageSession, batch: int, capacity: int) -> Cache:
-        cache = new_cache(session, batch, capacity)
+    def remembered(session: PackageSession, *arguments: Any) -> Cache:
+        cache = new_cache(session, *arguments)
         caches.append(weakref.ref(cache))
         return cache
 

@@ -16,8 +16,9 @@ from expe_edge.errors import ExPEEdgeError, GenerationError, PackageError
 from expe_edge.package.directory import read_package, seal_package
 from expe_edge.package.manifest import MANIFEST_FILE
 from expe_edge.runtime import Generator, PackageSession, Sampling
-from expe_edge.runtime.cache import SharedCache
+from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.session import Step
+from expe_edge.runtime.storage import SharedStorage
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
 from expe_edge.training.checkpoint import Checkpoint, load_checkpoint
@@ -100,28 +101,27 @@ def test_static_int8_does_not_depend_on_the_chunks_either(packages: Path, tokens
 # The cache
 
 
-def shared_cache(session: PackageSession, batch: int, capacity: int) -> SharedCache:
-    """A new cache, which for these packages is past and present in one."""
+def shared_cache(session: PackageSession, batch: int, capacity: int) -> tuple[Cache, SharedStorage]:
+    """A new cache and its memory, which for these packages is past and present in one."""
     cache = session.new_cache(batch, capacity)
-    assert isinstance(cache, SharedCache)
-    return cache
+    assert isinstance(cache.storage, SharedStorage)
+    return cache, cache.storage
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_cache_is_updated_in_place(packages: Path, precision: str) -> None:
     session = PackageSession.load(packages / precision)
-    cache = shared_cache(session, 1, 40)
-    arrays, addresses = list(cache.arrays), [array.ctypes.data for array in cache.arrays]
+    cache, storage = shared_cache(session, 1, 40)
+    arrays, addresses = list(storage.arrays), [array.ctypes.data for array in storage.arrays]
 
     list(session.prefill(cache, np.arange(1, 21), 8))
-    filled = [array.copy() for array in cache.arrays]
+    filled = [array.copy() for array in storage.arrays]
     Step(session, cache, 1).run(np.array([[5]]))
 
     assert cache.lengths.tolist() == [21]
-    assert all(now is before for now, before in zip(cache.arrays, arrays, strict=True))
-    assert [array.ctypes.data for array in cache.arrays] == addresses
-    assert [value.data_ptr() for value in cache.values] == addresses
-    for before, after in zip(filled, cache.arrays, strict=True):
+    assert all(now is before for now, before in zip(storage.arrays, arrays, strict=True))
+    assert [array.ctypes.data for array in storage.arrays] == addresses
+    for before, after in zip(filled, storage.arrays, strict=True):
         assert np.abs(before[:, :, :20]).sum(axis=(1, 3)).all()  # every token has left something
         np.testing.assert_array_equal(after[:, :, :20], before[:, :, :20])
         assert np.abs(after[:, :, 20]).sum() > 0
@@ -129,12 +129,12 @@ def test_cache_is_updated_in_place(packages: Path, precision: str) -> None:
 
 
 def test_row_of_a_cache_is_the_same_memory(generator: Generator) -> None:
-    cache = shared_cache(generator.session, 3, 12)
+    cache, storage = shared_cache(generator.session, 3, 12)
 
     list(generator.session.prefill(cache.row(1), np.arange(1, 6)))
 
     assert cache.lengths.tolist() == [0, 5, 0]
-    for array in cache.arrays:
+    for array in storage.arrays:
         assert array[1, :, :5].any()
         assert not array[[0, 2]].any()
 
@@ -145,16 +145,16 @@ def test_prefill_takes_one_row(generator: Generator) -> None:
 
 
 def test_step_beyond_the_cache_is_refused_and_changes_nothing(generator: Generator) -> None:
-    cache = shared_cache(generator.session, 1, 4)
+    cache, storage = shared_cache(generator.session, 1, 4)
     list(generator.session.prefill(cache, np.arange(1, 5)))
-    before = [array.copy() for array in cache.arrays]
+    before = [array.copy() for array in storage.arrays]
 
     with pytest.raises(GenerationError) as caught:
         Step(generator.session, cache, 1).run(np.array([[1]]))
 
     assert str(caught.value) == "the cache holds 4 tokens; 5 are needed"
     assert cache.lengths.tolist() == [4]
-    for array, old in zip(cache.arrays, before, strict=True):
+    for array, old in zip(storage.arrays, before, strict=True):
         np.testing.assert_array_equal(array, old)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from expe_edge.package.directory import file_hash
 from expe_edge.quality.scoring import open_scorer
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession
-from expe_edge.runtime.cache import Cache, GrowingCache, SharedCache, make_cache
+from expe_edge.runtime.storage import GrowingStorage, SharedStorage, Storage, make_storage
 from tests.conftest import needs_int8_cache
 from tests.manifests import edit_manifest, read_manifest
 
@@ -172,24 +171,29 @@ def test_graph_that_fails_at_work_is_one_line(packages: Path, tmp_path: Path) ->
         Generator.load(portable.path).generate(["the"], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("kind", [SharedCache, GrowingCache])
+@pytest.mark.parametrize("kind", [SharedStorage, GrowingStorage])
 def test_cache_that_memory_has_no_room_for(
-    own_package: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Cache]
+    own_package: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Storage]
 ) -> None:
-    contract = dataclasses.replace(PackageSession.load(own_package).contract, growing_cache=kind is GrowingCache)
-    made = make_cache(contract, 2, 1000)
-    monkeypatch.setattr(kind, "__init__", no_room)
+    contract = dataclasses.replace(PackageSession.load(own_package).contract, growing_cache=kind is GrowingStorage)
+    storage = make_storage(contract, 2, 1000)
+    full = [np.zeros((contract.key_value_heads, 900, contract.head_size), np.float32) for _ in contract.past_names]
+    monkeypatch.setattr(np, "zeros", no_room)
+    monkeypatch.setattr(np, "empty", no_room)
 
-    takes: list[Callable[[], Cache]] = [lambda: make_cache(contract, 2, 1000)]
-    if kind is GrowingCache:
-        takes.append(lambda: made.row(0))
-    for take in takes:
-        with pytest.raises(GenerationError) as caught:
-            take()
-        assert str(caught.value) == (
-            "no memory for a cache of 2 × 1000 tokens, 1,024,000 bytes; lower `max_new_tokens` or `cache_length`"
-        )
+    def fill() -> None:
+        storage.reserve(900)
+        storage.write(0, full)
+
+    with pytest.raises(GenerationError) as caught:
+        fill()
+
+    rows = 1 if kind is GrowingStorage else 2
+    assert str(caught.value) == (
+        f"no memory for a cache of {rows} × 1000 tokens, {rows * 512_000:,} bytes; lower `max_new_tokens` or "
+        "`cache_length`"
+    )
 
 
-def no_room(*_: object) -> None:
+def no_room(*_: object, **__: object) -> None:
     raise MemoryError

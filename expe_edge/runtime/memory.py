@@ -1,0 +1,156 @@
+"""How much memory a package needs for a context of some length, and how much there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from expe_edge.package.contract import GraphContract
+from expe_edge.package.directory import Package
+
+#: The most tokens per prefill step: enough to fill the matrix kernels.
+PREFILL_CHUNK = 256
+#: The least tokens per prefill step, and the most numbers in its (H, T, S) position bias, which makes it shorter.
+LEAST_CHUNK, MOST_SCORES = 16, 2**24
+#: What Python and the libraries take before a package is opened, and its tokenizer and session beside its weights.
+RUNTIME_BYTES = 70 * 2**20
+#: Bytes of memory for a byte of the package: as stored, and as the kernels want it.
+WEIGHT_COPIES = 1.5
+#: Buffers of (H, T, S) and of (T, S) float32 that are alive at once: in GroupQueryAttention, in attention written out.
+FUSED_BUFFERS, PORTABLE_BUFFERS = (2, 1), (6, 3)
+
+
+def bounded_chunk(heads: int, depth: int) -> int:
+    """Return how many tokens to read at once behind `depth` others, so that the position bias stays bounded."""
+    most = MOST_SCORES // (heads * (depth + PREFILL_CHUNK)) // LEAST_CHUNK * LEAST_CHUNK
+    return min(PREFILL_CHUNK, max(LEAST_CHUNK, most))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a process takes that opens a package and fills a cache, in bytes.
+
+    Attributes:
+        tokens: held by each of the `rows`. chunk: tokens of the largest prefill step.
+        weights: of the graph. cache: keys and values of all rows. scores: position bias and attention scores of a
+            prefill step at full depth. activations: its other tensors, logits included. runtime: all else.
+    """
+
+    tokens: int
+    rows: int
+    chunk: int
+    weights: int
+    cache: int
+    scores: int
+    activations: int
+    runtime: int = RUNTIME_BYTES
+
+    @property
+    def peak(self) -> int:
+        """The most that is resident at once."""
+        return self.weights + self.runtime + self.needed
+
+    @property
+    def needed(self) -> int:
+        """What is taken once the package is open."""
+        return self.cache + self.scores + self.activations
+
+
+def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | None = None) -> MemoryPlan:
+    """Predict what a cache of `rows` × `tokens` and the steps that fill it take.
+
+    chunk: as of `PackageSession.prefill`.
+    """
+    model, contract = package.manifest.model, package.manifest.contract
+    heads = int(model["num_attention_heads"])
+    read = min(tokens, chunk or bounded_chunk(heads, 0))
+    deepest = min(read, chunk or bounded_chunk(heads, max(0, tokens - PREFILL_CHUNK)))
+    by_head, by_pair = PORTABLE_BUFFERS if contract.growing_cache else FUSED_BUFFERS
+    pairs = deepest * tokens
+    if chunk is None and deepest < PREFILL_CHUNK <= tokens:  # chunks grew shorter on the way, and were larger between
+        pairs = max(pairs, MOST_SCORES // heads)
+    width = 6 * int(model["hidden_size"]) + 3 * int(model["intermediate_size"]) + 2 * contract.vocab_size
+    return MemoryPlan(
+        tokens=tokens,
+        rows=rows,
+        chunk=deepest,
+        weights=int(WEIGHT_COPIES * package.size),
+        cache=rows * tokens * contract.cache_bytes * _copies(contract, rows),
+        scores=4 * pairs * (by_head * heads + by_pair),
+        activations=4 * max(read, rows) * width,
+    )
+
+
+def _copies(contract: GraphContract, rows: int) -> int:
+    """Of the keys and values: past and present where a step copies them, and once more where rows join."""
+    if not contract.growing_cache:
+        return 1
+    return 2 if rows == 1 else 3
+
+
+def most_tokens(package: Package, memory: int, *, rows: int = 1, chunk: int | None = None, limit: int) -> int:
+    """Return for how many tokens, up to `limit`, `MemoryPlan.needed` stays within `memory` bytes."""
+    least, most = 0, limit
+    while least < most:
+        middle = (least + most + 1) // 2
+        fits = plan_memory(package, middle, rows=rows, chunk=chunk).needed <= memory
+        least, most = (middle, most) if fits else (least, middle - 1)
+    return least
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that this process may still take: of the machine, and of its control groups where they say so.
+
+    None where the system does not say. root: of the file system that `proc` and `sys` are looked for in.
+    """
+    rooms = [*_machine_room(root), *_group_rooms(root)]
+    return max(0, min(rooms)) if rooms else None
+
+
+def _machine_room(root: Path) -> Iterator[int]:
+    for name, value in _entries(root / "proc/meminfo"):
+        if name == "MemAvailable:":
+            yield value * 1024
+
+
+def _group_rooms(root: Path) -> Iterator[int]:
+    """What each control group above this process leaves, of both versions; pages of files can be taken back."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        here = top / path.lstrip("/")
+        for directory in (here, *here.parents):
+            yield from _group_room(directory, *names)
+            if directory == top:
+                break
+
+
+def _group_room(directory: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
+    try:
+        most, used = int((directory / limit).read_text()), int((directory / usage).read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return
+    yield most - used + dict(_entries(directory / "memory.stat")).get(reclaimable, 0)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, int]]:
+    """The names and numbers that begin the lines of a file; none where it is not there."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        words = line.split()
+        if len(words) > 1 and words[1].isdigit():
+            yield words[0], int(words[1])

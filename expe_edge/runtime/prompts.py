@@ -1,0 +1,34 @@
+"""From prompts to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from expe_edge.errors import GenerationError
+from expe_edge.runtime.history import Ids
+
+#: A prompt is text, or token ids taken as they are.
+Prompt = str | Sequence[int]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) -> Ids:
+    """Return the ids of a prompt, (T,) int64.
+
+    opened: whether the end-of-text token stands before text, as it did before documents; not where text goes on.
+
+    Raises:
+        GenerationError: an empty prompt, text that is none, or ids outside the vocabulary.
+    """
+    if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise GenerationError("the prompt holds half a surrogate pair, which is no text")
+    ids = tokenizer.encode(prompt, add_special_tokens=opened).ids if isinstance(prompt, str) else prompt
+    if len(prompt) == 0 or len(ids) == 0:
+        raise GenerationError("the prompt is empty")
+    vocab_size = tokenizer.get_vocab_size()
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise GenerationError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
+    return np.array(ids, dtype=np.int64)

@@ -1,0 +1,138 @@
+"""Continuous batching: rows that join and leave while others go on get the tokens that each gets alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expe_edge.errors import GenerationError
+from expe_edge.runtime import Batch, Generator, Sampling
+from expe_edge.runtime.decoding import Row
+from expe_edge.runtime.session import Step
+from tests.runtime.test_decoding import runs  # noqa: F401
+
+
+def alone(generator: Generator, prompt: list[int], count: int, sampling: Sampling) -> list[int]:
+    """Return the tokens that a prompt gets by itself."""
+    return generator.generate([prompt], max_new_tokens=count, sampling=sampling)[0].tokens
+
+
+def make_row(generator: Generator, prompt: list[int], count: int, sampling: Sampling | None = None) -> Row:
+    return generator.row(prompt, max_new_tokens=count, sampling=sampling)
+
+
+#: When a row is added (in steps after the one before), where its prompt begins and how long it is, and how many tokens
+#: follow before it ends or is removed.
+ARRIVALS = st.tuples(
+    st.integers(0, 6), st.integers(0, 400), st.integers(1, 90), st.integers(1, 25), st.booleans(), st.booleans()
+)
+
+
+@settings(max_examples=15)
+@given(arrivals=st.lists(ARRIVALS, min_size=1, max_size=7), places=st.integers(1, 4))
+def test_rows_that_come_and_go_get_the_tokens_of_rows_alone(
+    cached_generator: Generator, text: list[int], arrivals: list[tuple[int, int, int, int, bool, bool]], places: int
+) -> None:
+    generator = cached_generator
+    batch = Batch(generator.session, generator.session.new_cache(places, 120), prefill_chunk=16)
+    rows, removed, texts = list[Row](), dict[Row, int](), dict[Row, str]()
+    for pause, begin, length, count, sampled, leaves in arrivals:
+        for _ in range(pause):
+            collect(batch, texts, removed)
+        sampling = Sampling(temperature=1.0, seed=begin) if sampled else Sampling()
+        rows.append(make_row(generator, text[begin : begin + length], count, sampling))
+        if leaves:
+            removed[rows[-1]] = count // 2
+        batch.add(rows[-1])
+    while not batch.idle:
+        collect(batch, texts, removed)
+
+    for row, (_, begin, length, count, _, leaves) in zip(rows, arrivals, strict=True):
+        expected = alone(generator, text[begin : begin + length], count, row.sampler.sampling)
+        found = row.completion
+        assert found.tokens == expected[: len(found.tokens)]
+        assert found.text == texts.get(row, "")
+        if not leaves:
+            assert found.tokens == expected
+            assert found.finish_reason == "length"
+            assert found.text == generator.tokenizer.decode(expected)
+
+
+def collect(batch: Batch, texts: dict[Row, str], removed: dict[Row, int]) -> None:
+    """Run a step, and let rows leave that have what they came for."""
+    for row, piece in batch.step():
+        texts[row] = texts.get(row, "") + piece
+    for row, count in removed.items():
+        if len(row.completion.tokens) >= count:
+            batch.remove(row)
+
+
+def test_a_row_that_waits_or_is_being_read_can_be_removed(generator: Generator, text: list[int]) -> None:
+    batch = Batch(generator.session, generator.session.new_cache(1, 400), prefill_chunk=16)
+    first, second = make_row(generator, text[:100], 9), make_row(generator, text[:50], 9)
+    batch.add(first)
+    batch.add(second)
+    batch.step()
+
+    batch.remove(first)
+    while not batch.idle:
+        batch.step()
+
+    assert first.completion.tokens == []
+    assert second.completion.tokens == alone(generator, text[:50], 9, Sampling())
+    batch.remove(second)  # which has ended: nothing to do
+
+
+def test_a_long_prompt_does_not_make_others_wait(
+    generator: Generator,
+    text: list[int],
+    runs: list[int],  # noqa: F811
+) -> None:
+    batch = Batch(generator.session, generator.session.new_cache(2, 600), prefill_chunk=50)
+    batch.add(make_row(generator, text[:5], 40))
+    batch.step()
+    batch.add(make_row(generator, text[:200], 40))
+
+    for _ in range(4):
+        batch.step()
+
+    assert runs == [5, 1, 50, 1, 50, 1, 50, 1, 50]
+
+
+def test_rows_that_end_free_their_place(generator: Generator, text: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve prompts with three places: never more than three run, and no run is made for a row that has ended."""
+    sizes, run = list[tuple[int, int]](), Step.run
+
+    def counting(step: Step, tokens: np.ndarray) -> np.ndarray:
+        sizes.append((len(tokens), tokens.shape[1]))
+        return run(step, tokens)
+
+    monkeypatch.setattr(Step, "run", counting)
+    prompts = [text[20 * index :][: 5 + index] for index in range(12)]
+
+    found = generator.generate(prompts, max_new_tokens=10, batch_size=3)
+
+    decoded = [rows for rows, tokens in sizes if tokens == 1]
+    assert max(decoded) == 3
+    assert sum(decoded) == 12 * 9
+    for prompt, completion in zip(prompts, found, strict=True):
+        assert completion.tokens == alone(generator, prompt, 10, Sampling())
+
+
+def test_seeds_go_with_prompts_and_not_with_places(generator: Generator, text: list[int]) -> None:
+    prompts, sampling = [text[20 * index :][:9] for index in range(7)], Sampling(temperature=1.0, seed=3)
+
+    wide, narrow = (
+        generator.generate(prompts, max_new_tokens=8, sampling=sampling, batch_size=size) for size in (7, 2)
+    )
+
+    assert [completion.tokens for completion in wide] == [completion.tokens for completion in narrow]
+    assert len({tuple(completion.tokens) for completion in wide}) > 1
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_none_is_refused(generator: Generator, size: int) -> None:
+    with pytest.raises(GenerationError, match=rf"^`batch_size` is {size}; at least 1$"):
+        generator.generate(["the"], batch_size=size)

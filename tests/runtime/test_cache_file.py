@@ -1,0 +1,113 @@
+"""Files of contexts: what is damaged or another package's is refused in one line, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from expe_edge.errors import GenerationError
+from expe_edge.runtime import Generator, Window
+
+
+@pytest.fixture
+def saved(generator: Generator, tmp_path: Path) -> Path:
+    generator.context("The old tree grows").save(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def refusal(generator: Generator, path: Path) -> str:
+    """Return why a file is refused, which leaves the context as it was."""
+    context = generator.context([5, 6])
+    with pytest.raises(GenerationError) as caught:
+        context.load(path)
+    assert context.tokens.tolist() == [5, 6]
+    return str(caught.value)
+
+
+def test_a_file_of_another_package_is_refused(saved: Path, packages: Path) -> None:
+    other = Generator.load(packages / "int8-static")
+
+    assert refusal(other, saved) == (
+        f"{saved} holds what another package has read: its model is not this one's; name another file"
+    )
+
+
+def test_a_file_of_another_window_is_refused(generator: Generator, saved: Path) -> None:
+    with pytest.raises(GenerationError) as caught:
+        generator.context(window=Window(32, 2)).load(saved)
+    assert str(caught.value) == f"{saved} was written with `window` none, not 32 and `sinks` 2"
+
+
+@pytest.mark.parametrize("content", [b"", b"no cache", b"expe-edge cache 2\n{}\n", b"\x80\x04pickle"])
+def test_what_is_no_cache_is_refused(generator: Generator, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "cache").write_bytes(content)
+
+    assert refusal(generator, tmp_path / "cache") == (
+        f"{tmp_path / 'cache'} is not a cache of expe-edge; delete it or name another file"
+    )
+
+
+def test_no_file_is_refused(generator: Generator, tmp_path: Path) -> None:
+    assert refusal(generator, tmp_path / "none") == (
+        f"{tmp_path / 'none'}: the cache cannot be read (No such file or directory)"
+    )
+    with pytest.raises(GenerationError, match=r"the cache cannot be written \(No such file or directory\)$"):
+        generator.context([1]).save(tmp_path / "none" / "cache")
+
+
+def with_header(content: bytes, **changes: object) -> bytes:
+    magic, header, rest = content.split(b"\n", 2)
+    return b"\n".join([magic, json.dumps({**json.loads(header), **changes}).encode(), rest])
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[:-1],
+    "longer": lambda content: content + b"\0",
+    "one bit": lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
+    "a token": lambda content: content.replace(b"}\n\0", b"}\n\1", 1),
+    "no JSON": lambda content: content.replace(b'"held"', b"'held'"),
+    "a larger one": lambda content: with_header(content, held=2**23),
+    "a negative one": lambda content: with_header(content, held=-1),
+    "a digest of none": lambda content: with_header(content, digest="xyz"),
+    "one more entry": lambda content: with_header(content, more=1),
+    "deep": lambda content: content.split(b"\n", 1)[0] + b"\n" + b"[" * 4000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused(generator: Generator, saved: Path, damage: str) -> None:
+    content = saved.read_bytes()
+    damaged = DAMAGES[damage](content)
+    assert damaged != content
+    saved.write_bytes(damaged)
+
+    assert refusal(generator, saved) == f"{saved}: a damaged cache; delete it or name another file"
+
+
+def test_no_changed_byte_goes_unnoticed(generator: Generator, saved: Path) -> None:
+    content, chosen = saved.read_bytes(), random.Random(0)
+    for _ in range(200):
+        place = chosen.randrange(len(content))
+        saved.write_bytes(content[:place] + bytes([content[place] ^ 1 << chosen.randrange(8)]) + content[place + 1 :])
+        refusal(generator, saved)
+
+
+def test_a_file_is_replaced_only_when_complete(
+    generator: Generator, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, context = saved.read_bytes(), generator.context("the")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("expe_edge.runtime.cache.Cache.tensors", full)
+
+    with pytest.raises(GenerationError, match=r"the cache cannot be written \(No space left on device\)$"):
+        context.save(saved)
+
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
