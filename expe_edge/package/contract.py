@@ -59,6 +59,10 @@ class HeadGroup:
         """How many they are."""
         return self.end - self.begin
 
+    def seen(self, tokens: int) -> int:
+        """How many of a row's `tokens` its last query sees."""
+        return min(tokens, self.window) if self.window else tokens
+
 
 class Node(Protocol):
     """An input or output as onnxruntime describes it; its shape has numbers, names, or None."""
@@ -155,10 +159,10 @@ class GraphContract:
         """Bytes that one token more takes in the cache: keys and values of the heads without a window."""
         return self._bytes(sum(group.heads for group in self.groups if not group.window))
 
-    @property
-    def window_bytes(self) -> int:
-        """Bytes of the keys and values in all windows of a row."""
-        return sum(self._bytes(group.heads) * group.window for group in self.groups)
+    def row_bytes(self, tokens: int, spare: int = 0) -> int:
+        """Bytes of the keys and values of a row of so many tokens, where windows have room for `spare` more."""
+        columns = [min(tokens, group.window + spare) if group.window else tokens for group in self.groups]
+        return sum(self._bytes(group.heads) * count for group, count in zip(self.groups, columns, strict=True))
 
     def _bytes(self, heads: int) -> int:
         return 2 * self.layers * heads * self.head_size * CACHE_ITEM_BYTES[self.cache_dtype]

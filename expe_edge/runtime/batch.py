@@ -79,8 +79,10 @@ class Batch:
                 return []
             self.reading = self._admit(self.waiting.popleft(), self.cache.row(place))
         row, began = self.reading.row, time.perf_counter()
-        logits = next(self.session.prefill(self.cache.row(place), self.reading.rest, self.prefill_chunk))
-        self.reading.rest = self.reading.rest[len(logits) :]
+        cache = self.cache.row(place)
+        before = cache.read
+        logits = next(self.session.prefill(cache, self.reading.rest, self.prefill_chunk, last=True))
+        self.reading.rest = self.reading.rest[cache.read - before :]
         row.completion.prefill_seconds += time.perf_counter() - began
         if len(self.reading.rest):
             return []

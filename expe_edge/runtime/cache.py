@@ -9,8 +9,10 @@ import onnxruntime as ort
 
 from expe_edge.errors import GenerationError
 from expe_edge.package.contract import GraphContract
+from expe_edge.runtime.growing import GrowingStorage
 from expe_edge.runtime.history import History, Window
-from expe_edge.runtime.storage import Array, Ids, make_storage
+from expe_edge.runtime.shared import SharedStorage
+from expe_edge.runtime.storage import Array, Ids, Storage
 
 
 class Cache:
@@ -73,7 +75,7 @@ class Cache:
         longest = max(self.lengths.tolist()) + tokens
         if longest > self.capacity:
             longest = self._drop(tokens)
-        self.storage.reserve(longest)
+        self.storage.prepare(self.begin, self.end, tokens)
         if self.batch > 1:
             return self.storage.mask(self.begin, self.end, tokens)
         if longest > self._ones.shape[1]:  # made seldom: each token's microseconds count
@@ -130,9 +132,10 @@ class Cache:
 
         The token read right after that stays, for whoever runs it again.
         """
+        kept = self.storage.earliest(self.begin) + self.dropped
         if not self.dropped or self.window is None:
-            return 0
-        return self.capacity - self.window.block + self.dropped + 1
+            return kept
+        return max(kept, self.capacity - self.window.block + self.dropped + 1)
 
     def truncate(self, read: int) -> None:
         """Let the one row have read no more than its first `read` tokens.
@@ -185,9 +188,18 @@ class Cache:
         """Let the one row hold `tensors`, as `tensors` returns them, which are those of `history`."""
         self.clear()
         self.reserve(len(history.ids))
-        self.storage.write(self.begin, tensors)
+        self.storage.write(self.begin, tensors, len(history.ids))
         self.histories[0].assign(history)
 
     def take(self, other: Cache) -> None:
         """Become a copy of another cache of one row, of which there may be more room."""
         self.restore(other.tensors(), other.histories[0])
+
+
+def make_storage(contract: GraphContract, batch: int, capacity: int) -> Storage:
+    """Return memory of the kind that the graph wants, holding nothing.
+
+    Raises:
+        GenerationError: memory has no room for it.
+    """
+    return (GrowingStorage if contract.growing_cache else SharedStorage)(contract, batch, capacity)

@@ -14,7 +14,7 @@ import numpy as np
 
 from expe_edge.errors import GenerationError
 from expe_edge.package.checks import TEXT, optional, record, whole
-from expe_edge.package.contract import LONGEST, GraphContract
+from expe_edge.package.contract import LONGEST, GraphContract, HeadGroup
 from expe_edge.package.directory import MODEL_FILE, TOKENIZER_FILE
 from expe_edge.package.manifest import Manifest
 from expe_edge.runtime.cache import Cache
@@ -106,15 +106,15 @@ def _read(path: Path, file: BufferedReader, manifest: Manifest, cache: Cache) ->
     if header["window"] != window:
         raise GenerationError(f"{path} was written with `window` {_said(header['window'])}, not {_said(window)}")
     held, contract = header["held"], cache.contract
-    size = len(MAGIC) + len(line) + 8 * held + held * contract.cache_bytes + HASH_BYTES
+    tensors = [_shaped(contract, group, held) for group in contract.cache_groups]
+    size = len(MAGIC) + len(line) + 8 * held + sum(tensor.nbytes for tensor in tensors) + HASH_BYTES
     if path.stat().st_size != size or held > cache.capacity:
         raise _damaged(path)
     digest = hashlib.sha256(MAGIC + line)
     ids = _read_array(file, np.empty(held, dtype="<i8"))
     digest.update(ids.data)
-    tensors = [_read_tensor(file, contract, held) for _ in contract.past_names]
     for tensor in tensors:
-        digest.update(tensor.data)
+        digest.update(_read_array(file, tensor).data)
     if file.read() != digest.digest():
         raise _damaged(path)
     if ids.size and not (ids.min() >= 0 and ids.max() < contract.vocab_size):
@@ -135,9 +135,9 @@ def _parsed(path: Path, line: bytes) -> dict[str, Any]:
     return header
 
 
-def _read_tensor(file: BufferedReader, contract: GraphContract, held: int) -> Array:
-    shape = (contract.key_value_heads, held, contract.head_size)
-    return _read_array(file, np.empty(shape, dtype=contract.cache_dtype))
+def _shaped(contract: GraphContract, group: HeadGroup, held: int) -> Array:
+    """Return room for what a group of heads keeps of `held` tokens."""
+    return np.empty((group.heads, group.seen(held), contract.head_size), dtype=contract.cache_dtype)
 
 
 def _read_array(file: BufferedReader, array: Array) -> Array:

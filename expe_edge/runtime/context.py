@@ -69,7 +69,7 @@ class Context:
             needed = min(int(self.cache.lengths[0]) + len(ids), self.cache.capacity)
             self.session.require_memory(needed, chunk=self.prefill_chunk, held=self.nbytes)
             self.cache.reserve(needed)
-            for _ in self.session.prefill(self.cache, ids, self.prefill_chunk):
+            for _ in self.session.prefill(self.cache, ids, self.prefill_chunk, last=True):
                 pass
 
     def rewind(self, length: int) -> None:

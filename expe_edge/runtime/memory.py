@@ -13,6 +13,8 @@ from expe_edge.package.directory import Package
 PREFILL_CHUNK = 256
 #: The least tokens per prefill step, and the most numbers in its (H, T, S) position bias, which makes it shorter.
 LEAST_CHUNK, MOST_SCORES = 16, 2**24
+#: Tokens beyond its window that a head keeps, so that as many can be taken back.
+SPARE = 64
 #: What Python and the libraries take before a package is opened, and its tokenizer and session beside its weights.
 RUNTIME_BYTES = 70 * 2**20
 #: Bytes of memory for a byte of the package: as stored, and as the kernels want it.
@@ -70,14 +72,16 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
     pairs = deepest * tokens
     if chunk is None and deepest < PREFILL_CHUNK <= tokens:  # chunks grew shorter on the way, and were larger between
         pairs = max(pairs, MOST_SCORES // heads)
+    near = max(contract.windows, default=0) + SPARE + PREFILL_CHUNK  # keys of heads with a window
+    far = heads * sum(group.heads for group in contract.groups if not group.window) // contract.key_value_heads
     width = 6 * int(model["hidden_size"]) + 3 * int(model["intermediate_size"]) + 2 * contract.vocab_size
     return MemoryPlan(
         tokens=tokens,
         rows=rows,
         chunk=deepest,
         weights=int(WEIGHT_COPIES * package.size),
-        cache=rows * tokens * contract.cache_bytes * _copies(contract, rows),
-        scores=4 * pairs * (by_head * heads + by_pair),
+        cache=rows * contract.row_bytes(tokens, SPARE + PREFILL_CHUNK) * _copies(contract, rows),
+        scores=4 * (pairs * (by_head * far + by_pair) + deepest * near * by_head * (heads - far)),
         activations=4 * max(read, rows) * width,
     )
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError, reason_of
-from expe_edge.package.contract import GraphContract
+from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
 from expe_edge.package.directory import Package, read_package
 from expe_edge.package.manifest import Manifest, release
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.history import Window
-from expe_edge.runtime.memory import LEAST_CHUNK, available_memory, bounded_chunk, most_tokens, plan_memory
+from expe_edge.runtime.memory import (
+    LEAST_CHUNK,
+    PREFILL_CHUNK,
+    SPARE,
+    available_memory,
+    bounded_chunk,
+    most_tokens,
+    plan_memory,
+)
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -35,6 +44,7 @@ class PackageSession:
 
     Attributes:
         package: the package. contract: its graph's inputs and outputs.
+        keeps_last: whether the graph can leave away all logits but the last token's.
     """
 
     def __init__(self, package: Package, *, threads: int | None = None, device: str = "cpu") -> None:
@@ -44,6 +54,8 @@ class PackageSession:
         difference = self.contract.difference(self.session.get_inputs(), self.session.get_outputs())
         if difference is not None:
             raise PackageError(f"{package.model_path} is not the graph that its manifest describes: {difference}")
+        optional = [node.name for node in self.session.get_overridable_initializers()]
+        self.keeps_last = LOGITS_TO_KEEP.name in optional
 
     @classmethod
     def load(cls, path: str | Path, *, threads: int | None = None, device: str = "cpu") -> PackageSession:
@@ -76,13 +88,24 @@ class PackageSession:
             refusal = window_refusal(self.package.manifest)
             if refusal is not None:
                 raise GenerationError(refusal)
+            self._require_wide(window)
             capacity = window.capacity
         self.require_within_reach(capacity)
         return Cache(self.contract, batch, capacity, window)
 
-    def prefill(self, cache: Cache, tokens: Ids, chunk: int | None = None) -> Iterator[Logits]:
+    def _require_wide(self, window: Window) -> None:
+        """Raise `GenerationError` for a window that drops what heads with windows of their own still keep."""
+        kept = max(self.contract.windows, default=0) + SPARE + PREFILL_CHUNK
+        if self.contract.windows and window.size - window.block < kept:
+            raise GenerationError(
+                f"`window` is {window.size}, but heads of this package keep {kept} tokens by themselves; give at least "
+                f"{4 * kept // 3 + 4}"
+            )
+
+    def prefill(self, cache: Cache, tokens: Ids, chunk: int | None = None, *, last: bool = False) -> Iterator[Logits]:
         """Append `tokens` (T,) to a cache of one row; yield logits (t, V) for each chunk of t tokens.
 
+        last: yield those of each chunk's last token alone, (1, V), which spares the rest where the graph can.
         chunk: the most tokens of one; None for `PREFILL_CHUNK`, or fewer where the cache is so full that the position
             bias would be large. Chunks end where a window drops tokens, so that what a token sees depends on no chunk.
         """
@@ -92,7 +115,7 @@ class PackageSession:
         while begin < len(tokens):
             most = chunk or self.chunk_at(int(cache.lengths[0]))
             part = tokens[begin : begin + min(most, max(1, cache.room))]
-            yield Step(self, cache, len(part)).run(part[None])[0]
+            yield Step(self, cache, len(part), last=last).run(part[None])[0]
             begin += len(part)
 
     def chunk_at(self, depth: int) -> int:
@@ -141,9 +164,10 @@ class PackageSession:
             ids[index, : len(row)] = row
         mask = np.ones_like(ids)  # no token sees what stands to its right
         positions = np.arange(longest, dtype=np.int64)[None].repeat(len(rows), axis=0)
-        past = np.zeros((len(rows), contract.key_value_heads, 0, contract.head_size), dtype=contract.cache_dtype)
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        feeds |= dict.fromkeys(contract.past_names, past)
+        feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds |= {name: np.zeros(len(rows), dtype=np.int64) for name in contract.window_lengths if name}
+        for name, group in zip(contract.past_names, contract.cache_groups, strict=True):
+            feeds[name] = np.zeros((len(rows), group.heads, 0, contract.head_size), dtype=contract.cache_dtype)
         try:
             (logits,) = self.session.run(["logits"], feeds)
         except Exception as error:  # onnxruntime's exceptions share no narrower base
@@ -158,24 +182,28 @@ class PackageSession:
 class Step:
     """One forward pass of fixed shape (B, T) over a cache, bound once and run as often as wanted.
 
+    last: compute the logits of the last token alone, where the graph can.
     Only the attention mask, which grows by T with every run, is bound anew, and a cache that has moved.
     """
 
-    def __init__(self, session: PackageSession, cache: Cache, tokens: int) -> None:
+    def __init__(self, session: PackageSession, cache: Cache, tokens: int, *, last: bool = False) -> None:
         self.session, self.cache, self.tokens = session.session, cache, tokens
         self.path = session.package.model_path
         self.input_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
         self.position_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
-        self.logits = np.zeros((cache.batch, tokens, session.contract.vocab_size), dtype=np.float32)
         self.offsets = np.arange(tokens, dtype=np.int64)
         self.binding = self.session.io_binding()
+        last = last and session.keeps_last
+        if last:
+            self.binding.bind_ortvalue_input(LOGITS_TO_KEEP.name, ort.OrtValue.ortvalue_from_numpy(np.array(1)))
+        self.logits = np.zeros((cache.batch, 1 if last else tokens, session.contract.vocab_size), dtype=np.float32)
         for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
         self.bound = -1  # the cache's version
 
     def run(self, tokens: Ids) -> Logits:
-        """Append `tokens` (B, T) to every row; return logits (B, T, V), valid until the next run.
+        """Append `tokens` (B, T) to every row; return logits (B, T or 1, V), valid until the next run.
 
         Raises:
             PackageError: onnxruntime cannot run the graph. GenerationError: the cache is full.

@@ -27,7 +27,7 @@ from expe_edge.quant.channels import CacheScales
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.session import Step
-from expe_edge.runtime.storage import SharedStorage
+from expe_edge.runtime.shared import SharedStorage
 from tests.conftest import needs_int8_cache
 from tests.export.test_clients import genai_tokens, optimum_model, our_tokens
 from tests.graphs import CONFIG, normal, open_session, plain_graph, random_weights, run_text, token_stream

@@ -125,7 +125,8 @@ def test_a_contract_names_what_a_client_must_keep() -> None:
     assert contract.window_lengths == ("window_lengths.0", "window_lengths.1", "")
     layer = 2 * CONFIG.head_dim * 4
     assert contract.cache_bytes == CONFIG.num_hidden_layers * layer
-    assert contract.window_bytes == CONFIG.num_hidden_layers * layer * (2 * 5 + 20)
+    assert contract.row_bytes(100) == CONFIG.num_hidden_layers * layer * (2 * 5 + 20 + 100)
+    assert contract.row_bytes(10, spare=1) == CONFIG.num_hidden_layers * layer * (2 * 6 + 10 + 10)
 
 
 @pytest.mark.parametrize("windows", [(5, 5), (5, 5, 5, -1), (5, 5, 5, 2**24 + 1), (5, 5, 5, True)], ids=str)

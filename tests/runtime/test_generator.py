@@ -18,7 +18,7 @@ from expe_edge.package.manifest import MANIFEST_FILE
 from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.session import Step
-from expe_edge.runtime.storage import SharedStorage
+from expe_edge.runtime.shared import SharedStorage
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import train_tokenizer
 from expe_edge.training.checkpoint import Checkpoint, load_checkpoint

@@ -16,7 +16,10 @@ from expe_edge.package.directory import file_hash
 from expe_edge.quality.scoring import open_scorer
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession
-from expe_edge.runtime.storage import GrowingStorage, SharedStorage, Storage, make_storage
+from expe_edge.runtime.cache import make_storage
+from expe_edge.runtime.growing import GrowingStorage
+from expe_edge.runtime.shared import SharedStorage
+from expe_edge.runtime.storage import Storage
 from tests.conftest import needs_int8_cache
 from tests.manifests import edit_manifest, read_manifest
 
@@ -183,7 +186,7 @@ def test_cache_that_memory_has_no_room_for(
 
     def fill() -> None:
         storage.reserve(900)
-        storage.write(0, full)
+        storage.write(0, full, 900)
 
     with pytest.raises(GenerationError) as caught:
         fill()

@@ -1,0 +1,147 @@
+"""The memory of a cache that the graph appends to in place; heads with a window have room for little more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from expe_edge.package.contract import GraphContract
+from expe_edge.runtime.memory import PREFILL_CHUNK, SPARE
+from expe_edge.runtime.storage import BLOCK, Array, Ids, Storage, grown, memory_for
+
+
+class SharedStorage(Storage):
+    """One buffer for each layer, group of heads and part, (batch, heads, columns, D): past and present of every step.
+
+    GroupQueryAttention appends in place when both are the same memory. When a window's buffer is full, what is still
+    seen of it moves to its beginning.
+
+    Attributes:
+        kept: of every group the tokens that each row has in its buffers, (batch,) int64: the last ones, and as many as
+            its next query sees at least; all of them where it has no window.
+    """
+
+    def __init__(self, contract: GraphContract, batch: int, capacity: int) -> None:
+        super().__init__(contract, batch, capacity)
+        self.groups = contract.groups
+        self.kept: list[Ids] = [self.lengths.copy() if group.window else self.lengths for group in self.groups]
+        self.free = PREFILL_CHUNK  # tokens that a run may append to a window
+        self.columns = 0
+        self.arrays: list[Array] = [
+            np.zeros((batch, group.heads, 0, contract.head_size), dtype=contract.cache_dtype)
+            for group in contract.cache_groups
+        ]
+        self.reserve(min(BLOCK, capacity))
+
+    def _group(self, tensor: int) -> int:
+        """The group of a tensor of the cache."""
+        return tensor // 2 % len(self.groups)
+
+    def _room(self, group: int, columns: int) -> int:
+        """Columns of a group's buffers where rows have room for `columns` tokens."""
+        window = self.groups[group].window
+        return min(columns, window + SPARE + self.free) if window else columns
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def reserve(self, columns: int) -> None:
+        if columns > self.columns:
+            self._move(grown(self.columns, columns, self.capacity))
+
+    def _move(self, columns: int) -> None:
+        """Take buffers for rows of `columns` tokens, in place of those that are not large enough."""
+        with memory_for(self.contract, self.batch, columns):
+            for index, array in enumerate(self.arrays):  # one after the other, so that no two caches are held
+                group = self._group(index)
+                room = self._room(group, columns)
+                if room > array.shape[2]:
+                    wider = np.zeros((*array.shape[:2], room, array.shape[3]), dtype=array.dtype)
+                    for row, length in enumerate(self.kept[group].tolist()):
+                        wider[row, :, :length] = array[row, :, :length]
+                    self.arrays[index] = wider
+        self.columns = columns
+        self.version += 1
+
+    def prepare(self, begin: int, end: int, tokens: int) -> None:
+        super().prepare(begin, end, tokens)
+        if tokens > self.free:
+            self.free = tokens
+            self._move(self.columns)
+        for index, group in enumerate(self.groups):
+            if group.window and max(self.kept[index][begin:end].tolist()) + tokens > self._room(index, self.columns):
+                for row in range(begin, end):
+                    self._forget(index, row)
+
+    def _forget(self, index: int, row: int) -> None:
+        """Keep of a group's window what is seen, and what may be taken back, at the beginning of its buffers."""
+        held = int(self.kept[index][row])
+        kept = min(held, self.groups[index].window + SPARE)
+        for tensor, array in enumerate(self.arrays):
+            if self._group(tensor) == index:
+                move_up(array[row], 0, held - kept, held)
+        self.kept[index][row] = kept
+
+    def earliest(self, row: int) -> int:
+        length, earliest = int(self.lengths[row]), 0
+        for group, kept in zip(self.groups, self.kept, strict=True):
+            gone = length - int(kept[row])
+            if gone:
+                earliest = max(earliest, gone + group.window)
+        return earliest
+
+    def read(self, row: int) -> list[Array]:
+        length, parts = int(self.lengths[row]), []
+        for index, array in enumerate(self.arrays):
+            group = self._group(index)
+            end = int(self.kept[group][row])
+            parts.append(array[row, :, end - self.groups[group].seen(length) : end])
+        return parts
+
+    def write(self, row: int, tensors: Sequence[Array], length: int) -> None:
+        for index, tensor in enumerate(tensors):
+            self.arrays[index][row, :, : tensor.shape[1]] = tensor
+            self.kept[self._group(index)][row] = tensor.shape[1]
+        self.lengths[row] = length
+
+    def _remove(self, row: int, begin: int, end: int) -> None:
+        length = int(self.lengths[row])
+        for index, array in enumerate(self.arrays):
+            kept = int(self.kept[self._group(index)][row])
+            gone = length - kept  # tokens before those in a window
+            move_up(array[row], max(begin - gone, 0), max(end - gone, 0), kept)
+        for group, held in zip(self.groups, self.kept, strict=True):
+            if group.window:
+                gone = length - int(held[row])
+                held[row] -= max(end - gone, 0) - max(begin - gone, 0)
+
+    def bind(self, binding: ort.IOBinding, begin: int, end: int, tokens: int) -> None:
+        names = zip(self.contract.past_names, self.contract.present_names, self.arrays, strict=True)
+        for past, present, array in names:
+            value = ort.OrtValue.ortvalue_from_numpy(array[begin:end])
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+        for name, kept in zip(self.contract.window_lengths, self.kept, strict=True):
+            if name:  # memory that changes in place
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(kept[begin:end]))
+
+    def advance(self, begin: int, end: int, tokens: int) -> None:
+        super().advance(begin, end, tokens)
+        for group, kept in zip(self.groups, self.kept, strict=True):
+            if group.window:
+                kept[begin:end] += tokens
+
+    def mask(self, begin: int, end: int, tokens: int) -> Ids:
+        held = self.lengths[begin:end, None] + tokens
+        mask: Ids = (np.arange(held.max()) < held).astype(np.int64)
+        return mask
+
+
+def move_up(part: Array, begin: int, end: int, length: int) -> None:
+    """Take the columns [begin, end) out of (Hkv, columns, D), of which `length` are held; those behind them move up."""
+    if begin < end < length:
+        for head in part:
+            head[begin : begin + length - end] = head[end:length]  # NumPy minds that they overlap
