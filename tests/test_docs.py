@@ -29,6 +29,15 @@ def test_the_python_example_of_the_readme_runs(packages: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    "example",
+    re.findall(r"```python\n(.*?)```", (ROOT / "docs/runtime.md").read_text(encoding="utf-8"), flags=re.DOTALL),
+)
+def test_the_python_examples_of_the_runtime_run(example: str) -> None:
+    exec(example, {})  # noqa: S102
+
+
 @pytest.mark.parametrize("line", re.findall(r"^ {4}expe-edge (.*)$", README, flags=re.MULTILINE))
 def test_the_commands_of_the_readme_parse(line: str) -> None:
     name, *arguments = shlex.split(line)

@@ -11,8 +11,9 @@ from expe_edge.package.directory import Package
 
 #: The most tokens per prefill step: enough to fill the matrix kernels.
 PREFILL_CHUNK = 256
-#: The least tokens per prefill step, and the most numbers in its (H, T, S) position bias, which makes it shorter.
-LEAST_CHUNK, MOST_SCORES = 16, 2**24
+#: The most numbers in a step's (H, T, S) position bias, which makes it shorter, in multiples of the least tokens: fewer
+#: are slower at any depth (python -m benchmarks.prefill_chunks).
+LEAST_CHUNK, MOST_SCORES = 64, 2**24
 #: Tokens beyond its window that a head keeps, so that as many can be taken back.
 SPARE = 64
 #: What Python and the libraries take before a package is opened, and its tokenizer and session beside its weights.

@@ -1,4 +1,4 @@
-"""`generate` with a prompt cache, a window and prompt lookup."""
+"""`generate` with a prompt cache, a window and prompt lookup; `plan`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from expe_edge.package.directory import read_package
 from tests.command_line import refused, succeed, write_text
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -83,3 +84,49 @@ def test_a_window_is_refused_where_keys_carry_positions(plain_checkpoint: Path) 
         "--window: tokens of expe with positions inline cannot be counted anew when others are dropped; "
         "leave --window out"
     )
+
+
+def test_plan_prints_what_a_context_takes(packages: Path, tmp_path: Path) -> None:
+    package = packages / "float32"
+    result = succeed("plan", package, "--context", 4000, "--json", "plan.json")
+
+    found = json.loads((tmp_path / "plan.json").read_text())
+    contract = read_package(package).manifest.contract
+    assert found["cache"] == 4000 * contract.cache_bytes
+    parts = ("weights", "cache", "scores", "activations", "runtime")
+    assert found["peak"] == sum(found[part] for part in parts)
+    for part in (*parts, "peak"):
+        assert f" {found[part] / 1e6:,.1f}" in result.stdout
+    assert f"fits: {found['available'] / 1e6:,.0f} MB are available" in result.stdout
+
+
+def test_plan_of_windows_batches_and_by_default(packages: Path, tmp_path: Path) -> None:
+    manifest = read_package(packages / "float32").manifest
+    for options, tokens in (
+        (("--window", 50, "--sinks", 6), 56),
+        (("--context", 40, "--window", 50), 40),
+        (("--batch-size", 3), 3 * manifest.context_length),
+    ):
+        succeed("plan", packages / "float32", *options, "--json", "plan.json")
+        found = json.loads((tmp_path / "plan.json").read_text())
+        assert found["cache"] == tokens * manifest.contract.cache_bytes
+
+
+def test_plan_of_the_impossible(packages: Path) -> None:
+    ask = ("plan", packages / "float32")
+    assert refused(*ask, "--context", 0) == "--context is 0; at least 1"
+    assert refused(*ask, "--batch-size", -2) == "--batch-size is -2; at least 1"
+    assert refused(*ask, "--context", 2**24 + 1) == (
+        "--context is 16777217; the model's encoding has 16777216 positions"
+    )
+    assert refused("plan", "nowhere") == "nowhere: no such package directory"
+    assert "does not fit: " in succeed(*ask, "--context", 2**24, "--batch-size", 1000).stdout
+
+
+def test_generate_says_what_would_fit(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expe_edge.runtime.session.available_memory", lambda: 10**9)
+    message = refused(
+        "generate", packages / "float32", "--prompt", "the", "--max-new-tokens", 2**24 - 100, "--threads", 1
+    )
+    assert message.startswith("1 × 16,777,1")
+    assert "give a --window, or export a package with --cache int8" in message
