@@ -7,21 +7,26 @@ print(generator.generate(["def main("], max_new_tokens=64)[0].text)
 
 from expe_edge.package.reference import reference_package
 from expe_edge.runtime.batch import Batch
+from expe_edge.runtime.constraint import Constraint
 from expe_edge.runtime.context import Context
 from expe_edge.runtime.decoding import Completion, Stream
 from expe_edge.runtime.generator import Generator
 from expe_edge.runtime.history import Window
+from expe_edge.runtime.logprobs import Alternative, TokenLogprobs
 from expe_edge.runtime.sampling import Sampling
 from expe_edge.runtime.session import PackageSession
 
 __all__ = [
+    "Alternative",
     "Batch",
     "Completion",
+    "Constraint",
     "Context",
     "Generator",
     "PackageSession",
     "Sampling",
     "Stream",
+    "TokenLogprobs",
     "Window",
     "reference_package",
 ]

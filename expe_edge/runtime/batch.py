@@ -84,6 +84,7 @@ class Batch:
         logits = next(self.session.prefill(cache, self.reading.rest, self.prefill_chunk, last=True))
         self.reading.rest = self.reading.rest[cache.read - before :]
         row.completion.prefill_seconds += time.perf_counter() - began
+        row.has_read(len(self.reading.rest))
         if len(self.reading.rest):
             return []
         self.reading = None
@@ -124,7 +125,7 @@ class Batch:
         """
         assert row.lookup is not None
         cache, completion = self.cache.row(0), row.completion
-        draft = row.lookup.draft(min(row.max_new_tokens - len(completion.tokens), cache.room) - 1)
+        draft = row.lookup.draft(min(row.request.max_new_tokens - len(completion.tokens), cache.room) - 1)
         tokens = np.array([[completion.tokens[-1], *draft]], dtype=np.int64)
         logits = self._step(1, tokens.shape[1]).run(tokens)[0]
         text, accepted = row.accept(logits[0]), 0

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from expe_edge.runtime.cache import Cache
+from expe_edge.runtime.constraint import Matcher
+from expe_edge.runtime.logprobs import TokenLogprobs, token_logprobs
 from expe_edge.runtime.lookup import PromptLookup
+from expe_edge.runtime.request import Request
 from expe_edge.runtime.sampling import Sampler
 from expe_edge.runtime.session import Ids, Logits
 from expe_edge.runtime.streaming import TextStream
@@ -17,10 +22,12 @@ class Completion:
     """What was generated for one prompt.
 
     Attributes:
-        text: the new text, without the prompt. tokens: the new ids, the closing end-of-text included.
-        finish_reason: `length`, `end_of_text` or `stop`; None until the text is complete.
+        text: the new text, without the prompt. tokens: the new ids, the closing one included.
+        finish_reason: `length`, `end_of_text`, `stop` (a text or a token), `constraint` (nothing may follow) or
+            `callback`; None until the text is complete.
         reused_tokens: of the prompt's, those that a context had read before.
         drafted_tokens: proposed by prompt lookup. accepted_tokens: of these, those that were chosen.
+        logprobs: of every token, where they were asked for.
     """
 
     text: str = ""
@@ -32,56 +39,98 @@ class Completion:
     reused_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+
+    @property
+    def prefill_speed(self) -> float:
+        """Tokens of the prompt read in a second, those that had been read before left out."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_speed(self) -> float:
+        """Tokens generated in a second, behind the first, which comes with the prompt; 0 where there are none."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
 class Row:
     """One sequence being generated: its sampler, its text, its completion.
 
-    ids: of the prompt, (T,) int64. end_of_text: the id that ends the sequence, or None. lookup: drafts tokens where the
-        row decodes alone.
+    Args:
+        ids: of the prompt, (T,) int64.
+        index: among the rows of one call, which its callback is told.
+        end_of_text: the id that ends the sequence, or None.
+        matcher: of the request's constraint.
 
     Attributes:
         prefix: a cache of one row that may have read the beginning of the prompt; None for none. goes_on: whether that
             has read all of it, some of which it may have dropped.
+        lookup: drafts tokens where the row decodes alone; None for none.
+        finish_reason: why no token follows the last; None where one does.
     """
 
     prefix: Cache | None = None
     goes_on = False
+    finish_reason: str | None = None
 
     def __init__(
         self,
         ids: Ids,
+        request: Request,
         sampler: Sampler,
         text: TextStream,
         *,
-        max_new_tokens: int,
+        index: int = 0,
         end_of_text: int | None,
-        lookup: PromptLookup | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
-        self.ids, self.sampler, self.text = ids, sampler, text
-        self.max_new_tokens, self.end_of_text, self.lookup = max_new_tokens, end_of_text, lookup
-        self.completion = Completion(prompt_tokens=len(ids))
+        self.ids, self.request, self.sampler, self.text = ids, request, sampler, text
+        self.index, self.end_of_text, self.matcher = index, end_of_text, matcher
+        self.stop_tokens = frozenset(request.stop_tokens)
+        self.lookup = PromptLookup(ids) if request.prompt_lookup else None
+        self.completion = Completion(prompt_tokens=len(ids), logprobs=None if request.logprobs is None else [])
         self.began = 0.0  # when it was first decoded, by `time.perf_counter`
 
-    @property
-    def finish_reason(self) -> str | None:
-        """Why no token follows the last; None where one does."""
-        tokens = self.completion.tokens
-        if self.text.stopped:
-            return "stop"
-        if tokens[-1:] == [self.end_of_text]:
-            return "end_of_text"
-        return "length" if len(tokens) >= self.max_new_tokens else None
+    def has_read(self, rest: int) -> None:
+        """Tell whoever looks on that all but `rest` tokens of the prompt have been read."""
+        if self.request.on_prefill is not None and self.index % self.request.n == 0:
+            self.request.on_prefill(self.completion.prompt_tokens - rest, self.completion.prompt_tokens)
 
     def accept(self, logits: Logits) -> str:
         """Choose the next token from `logits` (V,); return the text that is now certain."""
-        token = self.sampler.choose(logits)
-        self.completion.tokens.append(token)
+        token = self.sampler.choose(logits, self._allowed(len(logits)))
+        completion, request = self.completion, self.request
+        completion.tokens.append(token)
+        if completion.logprobs is not None and request.logprobs is not None:
+            completion.logprobs.append(token_logprobs(self.text.tokenizer, logits, token, request.logprobs))
         if self.lookup is not None:
             self.lookup.push(token)
-        piece = self.text.push(token)
-        self.completion.text += piece
+        piece = "" if token in self.stop_tokens else self.text.push(token)
+        completion.text += piece
+        if self.matcher is not None and token != self.end_of_text:
+            self.matcher.accept(token)
+        self.finish_reason = self._why_ended(token)
+        if request.callback is not None and request.callback(self.index, completion) and self.finish_reason is None:
+            self.finish_reason = "callback"
         return piece
+
+    def _allowed(self, vocab_size: int) -> Ids | None:
+        """The ids to choose from; None for all."""
+        if self.matcher is not None:
+            return self.matcher.allowed()
+        if len(self.completion.tokens) >= self.request.min_new_tokens:
+            return None
+        closing = [token for token in (self.end_of_text, *self.stop_tokens) if token is not None]
+        return np.setdiff1d(np.arange(vocab_size, dtype=np.int64), closing)
+
+    def _why_ended(self, token: int) -> str | None:
+        """Why no token follows this one; None where one does."""
+        if self.text.stopped or token in self.stop_tokens:
+            return "stop"
+        if token == self.end_of_text:
+            return "end_of_text"
+        if self.matcher is not None and self.matcher.complete:
+            return "constraint"
+        return "length" if len(self.completion.tokens) >= self.request.max_new_tokens else None
 
     def finish(self) -> str:
         """Note why the sequence ended; return the text held back to the end."""

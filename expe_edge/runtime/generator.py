@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,13 @@ from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.reference import reference_package
 from expe_edge.package.tokenizer import open_tokenizer
 from expe_edge.runtime.batch import Batch, run_row
+from expe_edge.runtime.cache import Cache
+from expe_edge.runtime.constraint import Constraint, Vocabulary
 from expe_edge.runtime.context import Context
 from expe_edge.runtime.decoding import Completion, Row, Stream
 from expe_edge.runtime.history import Ids, Window
-from expe_edge.runtime.lookup import PromptLookup
 from expe_edge.runtime.prompts import Prompt, encode_prompt
+from expe_edge.runtime.request import Callback, Progress, Request
 from expe_edge.runtime.sampling import Sampler, Sampling
 from expe_edge.runtime.session import PackageSession
 from expe_edge.runtime.streaming import TextStream
@@ -69,58 +74,91 @@ class Generator:
         prompt: Prompt | None,
         *,
         max_new_tokens: int = 256,
+        min_new_tokens: int = 0,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
         cache_length: int | None = None,
         context: Context | None = None,
         window: Window | None = None,
         prompt_lookup: bool = False,
+        callback: Callback | None = None,
+        on_prefill: Progress | None = None,
     ) -> Stream:
         """Return the text that follows `prompt`, to be read piece by piece, and its completion.
 
         Args:
             prompt: all of the text, whatever a context has read of it; None to go on behind what it has read.
+            min_new_tokens: tokens before which neither end-of-text nor one of `stop_tokens` is chosen.
             stop: a string that ends the text, or several; themselves left out.
+            stop_tokens: ids that end the text; their own text is left out.
+            constraint: what the text must be.
+            logprobs: how many of the likeliest tokens to give log probabilities of, beside the chosen one's; None for
+                none at all.
             cache_length: tokens that the cache may hold; None for as many as prompt and new tokens need.
             context: what was read before. What it shares with the beginning of the prompt is not read again; what
                 differs is taken back. Then it holds all but the last token of prompt and completion.
             window: what is kept of text of any length; None for all of it, or as the context has it.
             prompt_lookup: whether to verify several tokens at once where text repeats itself. The tokens are the same;
                 with int8-dynamic, whose runs share one range of activations, nearly.
+            callback: called after every token with the row's index, here 0, and the completion so far; what is true
+                ends the text.
+            on_prefill: called after every chunk of the prompt with the tokens that have been read, and all there are.
 
         Raises:
             GenerationError: a prompt that `encode` refuses, a cache that cannot hold it and what is to follow, a window
-                for keys that carry positions, or a context in use.
+                for keys that carry positions, a context in use, an argument out of range or at odds with another, a
+                constraint that nothing can meet.
         """
+        request = Request(
+            sampling=sampling or Sampling(),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            stop=stop,
+            stop_tokens=stop_tokens,
+            constraint=constraint,
+            logprobs=logprobs,
+            cache_length=cache_length,
+            prompt_lookup=prompt_lookup,
+            callback=callback,
+            on_prefill=on_prefill,
+        )
         if context is None:
             if prompt is None:
                 raise GenerationError("there is nothing to go on from; give a `prompt` or a `context`")
-            ids = self.encode(prompt)
-            capacity = _capacity(ids, max_new_tokens, cache_length, window)
+            row = self.row(self.encode(prompt), request)
+            capacity = request.capacity(len(row.ids), window)
             cache = self.session.new_cache(1, capacity, window)
         else:
-            ids, cache = self._going_on(prompt, context), context.cache
-            capacity = _capacity(ids, max_new_tokens, cache_length, cache.window)
+            row, cache = self.row(self._going_on(prompt, context), request), context.cache
+            row.prefix, row.goes_on = cache, prompt is None
+            row.completion.prompt_tokens = len(context) if prompt is None else len(row.ids)
+            capacity = request.capacity(len(row.ids), cache.window)
             self.session.require_within_reach(capacity)
         self.session.require_memory(capacity, chunk=self.prefill_chunk, held=cache.nbytes)
-        row = self.row(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, prompt_lookup=prompt_lookup)
-        if context is not None:
-            row.prefix, row.goes_on = cache, prompt is None
-            row.completion.prompt_tokens = len(context) if prompt is None else len(ids)
         return Stream(run_row(Batch(self.session, cache, self.prefill_chunk), row, context), row.completion)
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         *,
+        n: int = 1,
         max_new_tokens: int = 256,
+        min_new_tokens: int = 0,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
         cache_length: int | None = None,
         context: Context | None = None,
         window: Window | None = None,
         prompt_lookup: bool = False,
         batch_size: int = BATCH_SIZE,
+        callback: Callback | None = None,
+        on_prefill: Progress | None = None,
     ) -> list[Completion]:
         """Complete all `prompts`: each is read by itself, then they decode together, one step for all.
 
@@ -128,6 +166,8 @@ class Generator:
         one the same prompt gets alone. Arguments and errors as for `stream`; row i samples with seed + i.
 
         Args:
+            n: samples of every prompt, which is read once for all of them; rows are those of the first prompt, of the
+                second and so on.
             context: whose beginning prompts may share; it stays as it is. prompt_lookup: used by the last one left.
             batch_size: the most that run at once; the next joins where one has ended.
         """
@@ -137,49 +177,83 @@ class Generator:
             return []
         if batch_size < 1:
             raise GenerationError(f"`batch_size` is {batch_size}; at least 1")
+        request = Request(
+            sampling=sampling or Sampling(),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            n=n,
+            stop=stop,
+            stop_tokens=stop_tokens,
+            constraint=constraint,
+            logprobs=logprobs,
+            cache_length=cache_length,
+            prompt_lookup=prompt_lookup,
+            callback=callback,
+            on_prefill=on_prefill,
+        )
         window = context.cache.window if window is None and context is not None else window
-        all_ids = [self.encode(prompt) for prompt in prompts]
-        capacity = max(_capacity(ids, max_new_tokens, cache_length, window) for ids in all_ids)
-        places = min(batch_size, len(all_ids))
+        all_ids = [ids for ids in map(self.encode, prompts) for _ in range(n)]
+        capacity = max(request.capacity(len(ids), window) for ids in all_ids)
+        rows = [self.row(ids, request, index=index) for index, ids in enumerate(all_ids)]
+        places = min(batch_size, len(rows))
         cache = self.session.new_cache(places, capacity, window)
         self.session.require_memory(capacity, rows=places, chunk=self.prefill_chunk, held=cache.nbytes)
         batch = Batch(self.session, cache, self.prefill_chunk)
-        rows = [
-            self.row(
-                ids,
-                max_new_tokens=max_new_tokens,
-                sampling=_seeded(sampling or Sampling(), index),
-                stop=stop,
-                prompt_lookup=prompt_lookup,
-            )
-            for index, ids in enumerate(all_ids)
-        ]
-        for row in rows:
-            row.prefix = None if context is None else context.cache
-            batch.add(row)
+        at_once = len(rows) if n == 1 else max(1, batch_size // n) * n
         with nullcontext() if context is None else context.used():
-            while not batch.idle:
-                batch.step()
+            for begin in range(0, len(rows), at_once):
+                self._complete(batch, rows[begin : begin + at_once], None if context is None else context.cache)
         return [row.completion for row in rows]
 
-    def row(
-        self,
-        ids: Sequence[int] | Ids,
-        *,
-        max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
-        stop: str | Sequence[str] = (),
-        prompt_lookup: bool = False,
-    ) -> Row:
-        """Return a row that completes `ids` (T,) once a `Batch` runs it. Arguments as for `stream`."""
+    def _complete(self, batch: Batch, rows: Sequence[Row], prefix: Cache | None) -> None:
+        """Run rows to their ends. Samples of one prompt, which stand together, begin with what the first has read."""
+        for row in rows:
+            if row.index % row.request.n == 0:
+                read = prefix if row.request.n == 1 else self._read_once(row, batch.cache, prefix)
+            row.prefix = read
+            batch.add(row)
+        while not batch.idle:
+            batch.step()
+
+    def _read_once(self, row: Row, like: Cache, prefix: Cache | None) -> Cache:
+        """Return a cache that has read all of a row's prompt but the last token."""
+        began, cache = time.perf_counter(), self.session.new_cache(1, like.capacity, like.window)
+        if prefix is not None and prefix.shared(row.ids[:-1]):
+            cache.take(prefix)
+        rest = cache.reuse(row.ids)
+        for logits in self.session.prefill(cache, rest[:-1], self.prefill_chunk):
+            rest = rest[len(logits) :]
+            row.has_read(len(rest))
+        row.completion.prefill_seconds = time.perf_counter() - began
+        return cache
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer as constraints need it.
+
+        Raises:
+            GenerationError: llguidance is not installed, or the model has no end-of-text token.
+        """
+        return Vocabulary(self.tokenizer, self.session.contract.vocab_size, self.end_of_text)
+
+    def row(self, ids: Sequence[int] | Ids, request: Request | None = None, *, index: int = 0) -> Row:
+        """Return a row that completes `ids` (T,) once a `Batch` runs it. index: among a call's rows, added to the seed.
+
+        Raises:
+            GenerationError: a request for tokens outside the vocabulary, or a constraint that nothing can meet.
+        """
+        request = request or Request()
+        vocab_size = self.session.contract.vocab_size
+        request.require_within(vocab_size)
         ids = np.asarray(ids, dtype=np.int64)
         return Row(
             ids,
-            Sampler(sampling or Sampling(), ids, self.session.contract.vocab_size),
-            TextStream(self.tokenizer, stop),
-            max_new_tokens=max_new_tokens,
+            request,
+            Sampler(_seeded(request.sampling, index), ids, vocab_size),
+            TextStream(self.tokenizer, request.stop),
+            index=index,
             end_of_text=self.end_of_text,
-            lookup=PromptLookup(ids) if prompt_lookup else None,
+            matcher=None if request.constraint is None else self.vocabulary.matcher(request.constraint),
         )
 
     def _going_on(self, prompt: Prompt | None, context: Context) -> Ids:
@@ -196,22 +270,7 @@ class Generator:
 def _seeded(sampling: Sampling, index: int) -> Sampling:
     if sampling.seed is None:
         return sampling
-    return Sampling(**{**vars(sampling), "seed": sampling.seed + index})
-
-
-def _capacity(ids: Ids, max_new_tokens: int, cache_length: int | None, window: Window | None) -> int:
-    """Return how many tokens a prompt needs a cache for."""
-    if max_new_tokens < 1:
-        raise GenerationError(f"`max_new_tokens` is {max_new_tokens}; at least 1")
-    if window is not None:
-        return window.capacity
-    needed = len(ids) + max_new_tokens
-    if cache_length is not None and needed > cache_length:
-        raise GenerationError(
-            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones need a cache of {needed}, but "
-            f"`cache_length` is {cache_length}; raise it, or shorten the prompt"
-        )
-    return cache_length or needed
+    return replace(sampling, seed=sampling.seed + index)
 
 
 def _load_tokenizer(session: PackageSession) -> Tokenizer:

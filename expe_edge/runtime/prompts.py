@@ -22,8 +22,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) 
     Raises:
         GenerationError: an empty prompt, text that is none, or ids outside the vocabulary.
     """
-    if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise GenerationError("the prompt holds half a surrogate pair, which is no text")
+    if isinstance(prompt, str):
+        require_text("the prompt", prompt)
     ids = tokenizer.encode(prompt, add_special_tokens=opened).ids if isinstance(prompt, str) else prompt
     if len(prompt) == 0 or len(ids) == 0:
         raise GenerationError("the prompt is empty")
@@ -32,3 +32,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) 
     if outside:
         raise GenerationError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
     return np.array(ids, dtype=np.int64)
+
+
+def require_text(name: str, text: str) -> None:
+    """Raise `GenerationError` where `text`, which is called `name`, could not be written as UTF-8."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise GenerationError(f"{name} holds half a surrogate pair, which is no text")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from expe_edge.errors import GenerationError
 from expe_edge.runtime import Batch, Generator, Sampling
 from expe_edge.runtime.decoding import Row
+from expe_edge.runtime.request import Request
 from expe_edge.runtime.session import Step
 from tests.runtime.test_decoding import runs  # noqa: F401
 
@@ -20,7 +21,7 @@ def alone(generator: Generator, prompt: list[int], count: int, sampling: Samplin
 
 
 def make_row(generator: Generator, prompt: list[int], count: int, sampling: Sampling | None = None) -> Row:
-    return generator.row(prompt, max_new_tokens=count, sampling=sampling)
+    return generator.row(prompt, Request(max_new_tokens=count, sampling=sampling or Sampling()))
 
 
 #: When a row is added (in steps after the one before), where its prompt begins and how long it is, and how many tokens

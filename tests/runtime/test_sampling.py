@@ -14,13 +14,17 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from expe_edge.errors import GenerationError
-from expe_edge.runtime.sampling import Sampler, Sampling, filter_scores, penalize, softmax
+from expe_edge.runtime.filters import left_in, top_indices
+from expe_edge.runtime.penalties import Penalties
+from expe_edge.runtime.sampling import Sampler, Sampling
 from expe_edge.training.checkpoint import load_checkpoint
 
 VOCABULARY = 200
@@ -42,34 +46,59 @@ SETTINGS: list[dict[str, Any]] = [
     {"min_p": 1.0},
     {"repetition_penalty": 1.5},
     {"repetition_penalty": 0.7},
+    {"typical_p": 0.05},
+    {"typical_p": 0.5},
+    {"typical_p": 0.95},
+    {"logit_bias": {3: 2.5, 17: -100.0, 199: 1.0}},
     {"temperature": 1.7, "top_k": 40, "top_p": 0.8},
+    {"temperature": 1.2, "top_k": 60, "typical_p": 0.7},
+    {"temperature": 0.9, "top_p": 0.9, "typical_p": 0.6, "logit_bias": {0: 3.0, 17: 4.0}, "repetition_penalty": 1.3},
     {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2},
     {"temperature": 1.3, "top_p": 0.6, "min_p": 0.2, "repetition_penalty": 1.9},
 ]
 
 
+#: What `left_in` takes all that is less likely to be.
+NEVER = 1e-12
+
+
 def ours(logits: np.ndarray, seen: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Scores (V,) after every filter, as `Sampler` applies them."""
-    marks = np.zeros(len(logits), dtype=np.bool_)
-    marks[seen] = True
-    penalized = penalize(logits, marks, sampling.repetition_penalty)
-    return filter_scores(penalized / sampling.temperature, sampling)
+    """Probabilities (V,) float64 after everything, as `Sampler` applies it."""
+    scores = Penalties(sampling, seen, len(logits)).apply(logits)
+    ids, weights = left_in(scores, sampling)
+    probabilities = np.zeros(len(logits))
+    probabilities[slice(None) if ids is None else ids] = weights
+    probabilities /= probabilities.sum()
+    return probabilities
 
 
 def theirs(logits: np.ndarray, seen: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The same by transformers."""
-    steps: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    steps: list[Any] = []
+    if sampling.logit_bias:
+        steps.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in sampling.logit_bias.items()}))
     if sampling.repetition_penalty != 1:
-        steps.insert(0, RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        steps.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k > 0:
         steps.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0:
         steps.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.typical_p < 1:
+        steps.append(TypicalLogitsWarper(sampling.typical_p))
     ids, rows = torch.from_numpy(seen)[None], torch.from_numpy(logits)[None].clone()
     scores: torch.Tensor = LogitsProcessorList(steps)(ids, rows)
-    return scores[0].numpy()
+    probabilities: np.ndarray = scores[0].double().softmax(-1).numpy()
+    return probabilities
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    """Compare probabilities (V,), and which tokens have any."""
+    may_differ = (found < NEVER) & (expected < NEVER)
+    np.testing.assert_array_equal((found > 0)[~may_differ], (expected > 0)[~may_differ])
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=NEVER)
 
 
 def random_logits(seed: int, size: int = VOCABULARY) -> np.ndarray:
@@ -83,14 +112,10 @@ def test_filters_are_those_of_transformers(settings: dict[str, Any], seed: int) 
     sampling = Sampling(**{"temperature": 1.0, **settings})
     logits = random_logits(seed)
 
-    found, expected = ours(logits, SEEN, sampling), theirs(logits, SEEN, sampling)
-
-    np.testing.assert_array_equal(np.isneginf(found), np.isneginf(expected))
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(softmax(found), torch.from_numpy(expected).double().softmax(-1), rtol=1e-5, atol=1e-9)
+    assert_same(ours(logits, SEEN, sampling), theirs(logits, SEEN, sampling))
 
 
-@pytest.mark.parametrize("settings", [SETTINGS[-2], SETTINGS[-1]], ids=str)
+@pytest.mark.parametrize("settings", [SETTINGS[-4], SETTINGS[-3], SETTINGS[-2], SETTINGS[-1]], ids=str)
 def test_order_of_the_filters_is_that_of_generate(checkpoint: Path, settings: dict[str, Any]) -> None:
     """The scores that `generate` itself sampled from, step by step."""
     model = load_checkpoint(checkpoint).model
@@ -104,14 +129,13 @@ def test_order_of_the_filters_is_that_of_generate(checkpoint: Path, settings: di
         output_logits=True,
         output_scores=True,
         return_dict_in_generate=True,
-        **{"top_k": 0, **settings},
+        **{"top_k": 0, **{name: value for name, value in settings.items() if name != "logit_bias"}},
+        sequence_bias={(token,): bias for token, bias in settings.get("logit_bias", {}).items()} or None,
     )
     assert len(output.scores) > 4
     for step, (logits, expected) in enumerate(zip(output.logits, output.scores, strict=True)):
         seen = output.sequences[0, : prompt.shape[1] + step].numpy()
-        found = ours(logits[0].numpy(), seen, Sampling(**settings))
-        np.testing.assert_array_equal(np.isneginf(found), np.isneginf(expected[0].numpy()))
-        np.testing.assert_allclose(found, expected[0].numpy(), rtol=1e-5, atol=1e-5)
+        assert_same(ours(logits[0].numpy(), seen, Sampling(**settings)), expected[0].double().softmax(-1).numpy())
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -119,7 +143,16 @@ def test_equal_scores_at_the_edge_of_top_k_are_all_kept(top_k: int) -> None:
     logits = np.array([1, 5, 3, 5, 3, 3], dtype=np.float32)
     sampling = Sampling(temperature=1.0, top_k=top_k)
 
-    np.testing.assert_array_equal(ours(logits, SEEN[:1], sampling), theirs(logits, SEEN[:1], sampling))
+    assert_same(ours(logits, SEEN[:1], sampling), theirs(logits, SEEN[:1], sampling))
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=400), st.data())
+def test_top_indices_are_those_of_the_best_and_of_their_equals(values: list[int], data: st.DataObject) -> None:
+    scores, count = np.array(values, dtype=np.float32), data.draw(st.integers(1, len(values)))
+
+    expected = [index for index, value in enumerate(values) if value >= sorted(values)[-count]]
+
+    assert top_indices(scores, count).tolist() == expected
 
 
 @given(
@@ -133,11 +166,10 @@ def test_likeliest_token_always_remains(seed: int, top_k: int, top_p: float, min
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = random_logits(seed, 50)
 
-    scores = ours(logits, SEEN[:1], sampling)
+    probabilities = ours(logits, SEEN[:1], sampling)
 
-    assert scores.argmax() == logits.argmax()
-    assert np.isfinite(scores.max())
-    assert softmax(scores).sum() == pytest.approx(1)
+    assert probabilities.argmax() == logits.argmax()
+    assert np.isfinite(probabilities).all()
 
 
 # Drawing
@@ -222,21 +254,116 @@ def test_no_seed_draws_anew() -> None:
         {"temperature": 1.0, "top_k": 5},
         {"temperature": 1.0, "top_p": 0.8},
         {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 1.0, "typical_p": 0.8},
+        {"temperature": 1.0, "logit_bias": {2: 1.5, 4: -100.0}},
     ],
     ids=str,
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(settings: dict[str, Any]) -> None:
     count, logits = 10_000, random_logits(3, 10) / 3
     sampling = Sampling(**settings, seed=0)
-    expected = count * torch.from_numpy(theirs(logits, SEEN[:1], sampling)).double().softmax(-1).numpy()
+    expected = count * theirs(logits, SEEN[:1], sampling)
 
     observed = np.bincount(draws(count, logits, sampling), minlength=len(logits))
 
-    kept = expected > 0
+    kept = expected > count * NEVER
     assert observed[~kept].sum() == 0
     chi_square = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
     freedom = kept.sum() - 1
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom)  # four standard deviations above its mean
+
+
+def test_unlikely_tokens_of_many_are_drawn_as_often_as_they_should_be() -> None:
+    """Those that a draw looks at only where it falls beyond the likely ones."""
+    logits = np.full(20_000, -11.0, dtype=np.float32)  # together a third of the first
+    logits[:2] = [1.0, 0.0]
+    expected = np.exp(logits.astype(np.float64))
+    expected /= expected.sum()
+
+    observed = draws(4000, logits, Sampling(temperature=1.0, seed=0))
+
+    rare = (observed >= 2).sum()
+    share = expected[2:].sum()
+    assert abs(rare - 4000 * share) < 4 * np.sqrt(4000 * share * (1 - share))
+    assert len(set(observed[observed >= 2])) > 0.9 * rare
+
+
+# Penalties
+
+
+@pytest.mark.parametrize("frequency", [0.0, 0.4, -0.3])
+@pytest.mark.parametrize("presence", [0.0, 1.1, -0.7])
+def test_frequency_and_presence_are_those_of_openai(frequency: float, presence: float) -> None:
+    """μ_j − c_j·frequency − [c_j > 0]·presence, c_j how often token j has been generated; the prompt does not count."""
+    sampling = Sampling(frequency_penalty=frequency, presence_penalty=presence)
+    penalties, generated = Penalties(sampling, np.array([1, 1, 2]), 6), [3, 4, 3, 3, 0]
+    logits = np.array([0.5, -1.0, 2.0, 3.0, -0.25, 1.0], dtype=np.float32)
+
+    for count in range(len(generated) + 1):
+        so_far = generated[:count]
+        expected = [
+            value - so_far.count(token) * frequency - (token in so_far) * presence for token, value in enumerate(logits)
+        ]
+        np.testing.assert_allclose(penalties.apply(logits), expected, rtol=1e-6)
+        if count < len(generated):
+            penalties.note(generated[count])
+
+
+def test_penalties_and_bias_apply_one_after_another() -> None:
+    sampling = Sampling(logit_bias={1: 3.0}, repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
+    penalties = Penalties(sampling, np.array([1]), 3)
+    penalties.note(2)
+    penalties.note(2)
+
+    found = penalties.apply(np.array([1.0, -1.0, 4.0], dtype=np.float32))
+
+    np.testing.assert_allclose(found, [1.0, (-1.0 + 3.0) / 2, 4.0 / 2 - 2 * 0.5 - 0.25])
+
+
+def test_greedy_choice_goes_by_bias_and_penalties() -> None:
+    logits = np.array([0, 4, 3, -1], dtype=np.float32)
+
+    assert Sampler(Sampling(logit_bias={3: 100.0}), SEEN[:1], 4).choose(logits) == 3
+    assert Sampler(Sampling(logit_bias={1: -100.0}), SEEN[:1], 4).choose(logits) == 2
+    sampler = Sampler(Sampling(frequency_penalty=0.6), SEEN[:1], 4)
+    assert [sampler.choose(logits) for _ in range(5)] == [1, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 0}, {"temperature": 2.0, "top_p": 0.9}], ids=str)
+def test_allowed_tokens_alone_are_chosen(settings: dict[str, Any]) -> None:
+    logits, allowed = random_logits(1), np.array([4, 90, 91, 150])
+    sampler = Sampler(Sampling(**settings), SEEN, VOCABULARY)
+
+    chosen = {sampler.choose(logits, allowed) for _ in range(50)}
+
+    assert chosen <= set(allowed.tolist())
+    assert settings or chosen == {int(allowed[logits[allowed].argmax()])}
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_bias_of_a_token_that_is_none(token: int) -> None:
+    with pytest.raises(GenerationError) as caught:
+        Sampler(Sampling(logit_bias={token: 1.0}), SEEN, VOCABULARY)
+
+    assert str(caught.value) == f"`logit_bias`: token id {token} is outside the vocabulary of {VOCABULARY}"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_refused(value: float) -> None:
+    logits = random_logits(0)
+    logits[7] = value
+
+    with pytest.raises(GenerationError, match="the model's logits are not finite"):
+        Sampler(Sampling(temperature=1.0), SEEN, VOCABULARY).choose(logits)
+
+
+def test_sampling_can_be_a_key_and_is_not_changed_from_outside() -> None:
+    bias = {3: 1.0}
+    sampling = Sampling(logit_bias=bias)
+    bias[3] = 2.0
+
+    assert sampling.logit_bias == {3: 1.0}
+    assert {sampling: 1}[Sampling(logit_bias={3: 1.0})] == 1
 
 
 # Settings
@@ -255,6 +382,13 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(settings: dict[str,
         ("top_p", float("nan"), "above 0 and at most 1"),
         ("min_p", -0.1, "from 0 to 1"),
         ("min_p", 1.5, "from 0 to 1"),
+        ("typical_p", 0, "above 0 and at most 1"),
+        ("typical_p", 1.5, "above 0 and at most 1"),
+        ("mirostat_tau", -1, "at least 0"),
+        ("mirostat_tau", float("inf"), "at least 0"),
+        ("mirostat_eta", 0, "above 0"),
+        ("frequency_penalty", float("nan"), "a finite number"),
+        ("presence_penalty", float("inf"), "a finite number"),
         ("seed", -1, "at least 0"),
     ],
 )
@@ -264,3 +398,21 @@ def test_setting_out_of_range_is_named(name: str, value: float, allowed: str) ->
         Sampling(**settings)
 
     assert str(caught.value) == f"`{name}` is {value}; it must be {allowed}"
+
+
+def test_bias_that_is_no_number_is_named() -> None:
+    with pytest.raises(GenerationError) as caught:
+        Sampling(logit_bias={5: float("nan")})
+
+    assert str(caught.value) == "`logit_bias` is {5: nan}; it must be of finite numbers"
+
+
+def test_mirostat_needs_a_temperature_and_no_filter() -> None:
+    with pytest.raises(GenerationError) as caught:
+        Sampling(mirostat_tau=5.0)
+    assert str(caught.value) == "`mirostat_tau` needs a `temperature` above 0; 1 leaves the model's probabilities"
+    for name, value in {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9}.items():
+        settings: dict[str, Any] = {name: value}
+        with pytest.raises(GenerationError) as caught:
+            Sampling(mirostat_tau=5.0, temperature=1.0, **settings)
+        assert str(caught.value) == f"`mirostat_tau` takes the place of `{name}`; leave one of them out"
