@@ -207,25 +207,30 @@ class Generator:
 
     def _complete(self, batch: Batch, rows: Sequence[Row], prefix: Cache | None) -> None:
         """Run rows to their ends. Samples of one prompt, which stand together, begin with what the first has read."""
+        reused: dict[Row, int] = {}
+        read = prefix
         for row in rows:
-            if row.index % row.request.n == 0:
-                read = prefix if row.request.n == 1 else self._read_once(row, batch.cache, prefix)
+            if row.request.n > 1 and row.index % row.request.n == 0:
+                read, reused[row] = self._read_once(row, batch.cache, prefix)
             row.prefix = read
             batch.add(row)
         while not batch.idle:
             batch.step()
+        for row, count in reused.items():
+            row.completion.reused_tokens = count
 
-    def _read_once(self, row: Row, like: Cache, prefix: Cache | None) -> Cache:
-        """Return a cache that has read all of a row's prompt but the last token."""
+    def _read_once(self, row: Row, like: Cache, prefix: Cache | None) -> tuple[Cache, int]:
+        """Return a cache that has read all of a row's prompt but the last token, and how many others had read."""
         began, cache = time.perf_counter(), self.session.new_cache(1, like.capacity, like.window)
         if prefix is not None and prefix.shared(row.ids[:-1]):
             cache.take(prefix)
         rest = cache.reuse(row.ids)
+        reused = len(row.ids) - len(rest)
         for logits in self.session.prefill(cache, rest[:-1], self.prefill_chunk):
             rest = rest[len(logits) :]
             row.has_read(len(rest))
         row.completion.prefill_seconds = time.perf_counter() - began
-        return cache
+        return cache, reused
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -116,26 +118,107 @@ def test_generate_prints_what_the_python_api_gives(packages: Path) -> None:
 
 
 def test_generate_passes_every_option_on(packages: Path) -> None:
-    sampling = Sampling(temperature=1.2, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=3)
+    sampling = Sampling(
+        temperature=1.2,
+        top_k=50,
+        top_p=0.95,
+        min_p=0.01,
+        typical_p=0.97,
+        repetition_penalty=1.1,
+        frequency_penalty=0.2,
+        presence_penalty=0.1,
+        logit_bias={5: 1.5, 9: -100.0},
+        seed=3,
+    )
     stop = [" the", " and"]
     (expected,) = Generator.load(packages / "int8-static").generate(
-        ["the"], max_new_tokens=60, sampling=sampling, stop=stop
+        ["the"], max_new_tokens=60, min_new_tokens=2, sampling=sampling, stop=stop, stop_tokens=[7, 8], logprobs=2
     )
     assert expected.finish_reason == "stop"
 
     result = succeed(
         *("generate", packages / "int8-static", "--prompt", "the", "--max-new-tokens", "60", "--temperature", "1.2"),
-        *("--top-k", "50", "--top-p", "0.95", "--min-p", "0.01", "--repetition-penalty", "1.1", "--seed", "3"),
-        *("--stop", " the", "--stop", " and", "--cache-length", "200", "--threads", "1", "--device", "cpu", "--json"),
+        *("--top-k", "50", "--top-p", "0.95", "--min-p", "0.01", "--typical-p", "0.97", "--repetition-penalty", "1.1"),
+        *("--frequency-penalty", "0.2", "--presence-penalty", "0.1", "--logit-bias", "5=1.5", "--logit-bias", "9=-100"),
+        *("--seed", "3", "--min-new-tokens", "2", "--stop", " the", "--stop", " and", "--stop-token", "7"),
+        *(
+            "--stop-token",
+            "8",
+            "--cache-length",
+            "200",
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+            "--json",
+            "--logprobs",
+            "2",
+        ),
     )
 
     found = json.loads(result.stdout)
-    assert set(found) == {
-        *("prompt", "text", "tokens", "prompt_tokens", "finish_reason", "prefill_seconds", "decode_seconds")
+    assert found == {
+        "prompt": "the",
+        **json.loads(json.dumps(dataclasses.asdict(expected))),
+        "prefill_seconds": found["prefill_seconds"],
+        "decode_seconds": found["decode_seconds"],
     }
+    assert len(found["logprobs"]) == len(found["tokens"])
+
+
+def test_generate_draws_samples(packages: Path) -> None:
+    expected = Generator.load(packages / "float32").generate(
+        ["the"], n=3, max_new_tokens=9, sampling=Sampling(temperature=1.0, mirostat_tau=4.0, mirostat_eta=0.2, seed=3)
+    )
+    common = ("generate", packages / "float32", "--prompt", "the", "--samples", "3", "--max-new-tokens", "9")
+    drawn = (*common, "--temperature", "1", "--mirostat-tau", "4", "--mirostat-eta", "0.2", "--seed", "3")
+
+    assert succeed(*drawn).stdout == "".join(f"[{number}]\n{each.text}\n" for number, each in enumerate(expected, 1))
+    found = json.loads(succeed(*drawn, "--json").stdout)
     assert found["prompt"] == "the"
-    assert (found["text"], found["tokens"], found["finish_reason"]) == (expected.text, expected.tokens, "stop")
-    assert found["prompt_tokens"] == expected.prompt_tokens
+    assert [each["tokens"] for each in found["completions"]] == [each.tokens for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (["--regex", "[a-f]{2}=[0-9];"], "[a-f]{2}=[0-9];"),
+        (["--choice", "yes", "--choice", "no"], "yes|no"),
+        (["--grammar", "brackets.lark"], r"\[\[+\]+\]"),
+        (["--json-schema", '{"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 2}'], r"\[1, 1\]"),
+        (["--json-schema", "schema.json"], r'\{"a": (true|false)\}'),
+    ],
+    ids=str,
+)
+def test_generate_writes_what_a_constraint_says(packages: Path, options: list[str], pattern: str) -> None:
+    write_text("brackets.lark", 'start: "[" inner "]"\ninner: "[" "]" | "[" inner "]"\n')
+    write_text(
+        "schema.json",
+        '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": false}',
+    )
+
+    for seed in range(2):
+        hot = ("--temperature", 50, "--seed", seed, "--max-new-tokens", 2000, "--top-k", 60)
+        result = succeed("generate", packages / "float32", "--prompt", "the", *hot, *options)
+        assert re.fullmatch(pattern, result.stdout[:-1])
+
+
+def test_generate_says_how_fast_it_was(packages: Path) -> None:
+    result = succeed("generate", packages / "float32", "--prompt", "the", "--max-new-tokens", "9", "--verbose")
+
+    loaded, summary = result.stderr.splitlines()
+    assert re.fullmatch(r"loaded in [\d.]+ s", loaded)
+    assert re.fullmatch(
+        r"prompt: \d+ tokens, [\d.]+ s, [\d,]+ tokens/s; new: 9 tokens, [\d.]+ s, [\d,]+ tokens/s; ended by length",
+        summary,
+    )
+
+
+def test_a_long_prompt_shows_how_far_it_has_been_read(packages: Path) -> None:
+    common = ("generate", packages / "float32", "--max-new-tokens", "1")
+
+    assert "reading the prompt" in succeed(*common, stdin=b"the tree " * 4000).stderr
+    assert succeed(*common, stdin=b"the tree " * 200).stderr == ""
 
 
 def test_generate_streams_through_a_real_pipe(packages: Path) -> None:

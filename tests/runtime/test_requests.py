@@ -91,7 +91,7 @@ def test_samples_of_a_prompt_are_what_each_seed_gives_alone(
         seeded = dataclasses.replace(WARM, seed=3 + index)
         (alone,) = generator.generate([PROMPTS[index // 3]], max_new_tokens=25, sampling=seeded)
         assert (found.tokens, found.text) == (alone.tokens, alone.text)
-        assert found.reused_tokens == found.prompt_tokens - 1
+        assert found.reused_tokens == (0 if index % 3 == 0 else found.prompt_tokens - 1)
     assert len({found.text for found in samples}) > 4
 
 
