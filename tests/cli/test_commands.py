@@ -194,7 +194,8 @@ def test_generate_writes_what_a_constraint_says(packages: Path, options: list[st
     write_text("brackets.lark", 'start: "[" inner "]"\ninner: "[" "]" | "[" inner "]"\n')
     write_text(
         "schema.json",
-        '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": false}',
+        '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], '
+        '"additionalProperties": false}',
     )
 
     for seed in range(2):
