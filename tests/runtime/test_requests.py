@@ -280,11 +280,11 @@ def test_drafts_change_nothing_of_what_is_asked(generator: Generator, sampling: 
     asked: dict[str, Any] = {
         "sampling": dataclasses.replace(sampling, presence_penalty=0.5, logit_bias={7: 1.0}),
         "logprobs": 2,
-        "constraint": Constraint(regex="(ab|cd| ){1,60}"),
+        "constraint": Constraint(regex="(one, two, (three|four), ){1,60}"),
         "stop_tokens": [299],
     }
     (plain,), (drafted,) = (
-        generator.generate(["ab ab ab cd ab ab"], max_new_tokens=40, prompt_lookup=lookup, **asked)
+        generator.generate(["one, two, three, one, two, three, "], max_new_tokens=60, prompt_lookup=lookup, **asked)
         for lookup in (False, True)
     )
 
