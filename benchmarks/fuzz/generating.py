@@ -35,9 +35,26 @@ def odd_sampling(random: Random) -> dict[str, Any]:
         "top_k": odd_number(random, 0, 400, whole=True),
         "top_p": odd_number(random, 0, 1, whole=False),
         "min_p": odd_number(random, 0, 1, whole=False),
+        "typical_p": odd_number(random, 0, 1, whole=False),
+        "mirostat_tau": random.choice((0.0, 0.0, odd_number(random, 0, 9, whole=False))),
+        "mirostat_eta": odd_number(random, 0, 1, whole=False),
         "repetition_penalty": odd_number(random, 0, 3, whole=False),
+        "frequency_penalty": odd_number(random, -2, 2, whole=False),
+        "presence_penalty": odd_number(random, -2, 2, whole=False),
         "seed": odd_number(random, 0, 10, whole=True),
     }
+
+
+def odd_wishes(random: Random) -> dict[str, Any]:
+    """Draw some of what else may be asked for."""
+    number = odd_number(random, 0, 9, whole=True)
+    wishes = {
+        "n": min(number, 9),
+        "min_new_tokens": odd_number(random, 0, 9, whole=True),
+        "stop_tokens": [odd_number(random, 0, 299, whole=True) for _ in range(random.randint(0, 3))],
+        "logprobs": odd_number(random, 0, 9, whole=True),
+    }
+    return {name: wishes[name] for name in random.sample(list(wishes), random.randint(0, 3))}
 
 
 def sampling(trial: Trial) -> None:
@@ -46,14 +63,18 @@ def sampling(trial: Trial) -> None:
     names = trial.random.sample(list(odd_sampling(trial.random)), trial.random.randint(0, 6))
     drawn = odd_sampling(trial.random)
     settings = trial.given["sampling"] = {name: drawn[name] for name in names}
+    if trial.random.random() < 0.3:
+        token = odd_number(trial.random, 0, 299, whole=True)
+        settings["logit_bias"] = {token: odd_number(trial.random, -100, 100, whole=False)}
     stop = trial.given["stop"] = trial.random.choice(((), "", "e", ("", "th"), ODD_TEXTS))
     room = trial.given["cache_length"] = trial.random.choice((None, odd_number(trial.random, 1, 64, whole=True)))
     count = trial.given["max_new_tokens"] = odd_number(trial.random, 1, 8, whole=True)
     if isinstance(count, int) and 100 < count < 2**24:
         count = 8  # may be asked for, and takes as long as it takes
     prompts = trial.random.choice((["the"], ["the", "a tree"], [[1, 2], [0]]))
+    asked = trial.given["asked"] = odd_wishes(trial.random)
     done = generator.generate(
-        prompts, max_new_tokens=count, sampling=Sampling(**settings), stop=stop, cache_length=room
+        prompts, max_new_tokens=count, sampling=Sampling(**settings), stop=stop, cache_length=room, **asked
     )
     assert all(completion.tokens for completion in done)
 
@@ -72,6 +93,59 @@ def generate_options(trial: Trial) -> None:
     flags = [f"--{name.replace('_', '-')}={options[name]}" for name in {*chosen, "max_new_tokens", "threads"}]
     package = trial.materials.package(trial.random.choice(PACKAGES))
     trial.run("generate", package, "--prompt", "the", *sorted(flags))
+
+
+#: What constraints are made of by chance: well-formed pieces, and such as meet badly.
+EXPRESSIONS = (
+    *("a", "[a-z]+", r"\d{3}", "(", ")", "|", "*", "{2,99999}", r"[^\s\S]", "\\", "/", "(?i)é", r"\b", "^$", "(a|b)*c"),
+)
+RULES = (
+    *(
+        "start: a\n",
+        "a: ",
+        '"x"',
+        "/[0-9]+/",
+        " | ",
+        "a",
+        "start",
+        "+",
+        "\n",
+        "%ignore /x/\n",
+        "<0>",
+        "%json {}",
+        "[1]",
+    ),
+)
+SCHEMAS = (
+    *(
+        '{"type": "object"}',
+        '{"type": "string", "pattern": "a+"}',
+        '{"enum": []}',
+        '{"$ref": "#"}',
+        '{"type": "color"}',
+    ),
+    *('{"allOf": [{"type": "integer"}, {"minimum": 9, "maximum": 3}]}', '{"const": {"a": [1e999]}}', "true", "[", "{"),
+)
+
+
+def constraints(trial: Trial) -> None:
+    """Expressions, grammars, schemas and choices, by the command line."""
+    random = trial.random
+    pieces = {"--regex": EXPRESSIONS, "--grammar": RULES, "--json-schema": SCHEMAS, "--choice": ODD_TEXTS}
+    flag = random.choice(list(pieces))
+    joined = "".join(
+        random.choices(pieces[flag], k=1 if flag in ("--json-schema", "--choice") else random.randint(1, 6))
+    )
+    content = joined.encode(errors="surrogatepass")
+    if random.random() < 0.3:
+        content = bytes_changed(content, random)
+    if flag in ("--grammar", "--json-schema"):
+        trial.replace(trial.folder / "rules", content)
+        value: object = trial.folder / "rules"
+    else:
+        value = content.decode(errors="surrogateescape")
+    package = trial.materials.package(random.choice(PACKAGES))
+    trial.run("generate", package, "--prompt", "the", "--max-new-tokens", 6, "--threads", 1, f"{flag}={value}")
 
 
 def prompts(trial: Trial) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.fuzz.checkpoints import changed_file, tokenizer, tokenizer_settings, weights_file
-from benchmarks.fuzz.generating import generate_options, prompts, sampling
+from benchmarks.fuzz.generating import constraints, generate_options, prompts, sampling
 from benchmarks.fuzz.options import options
 from benchmarks.fuzz.packages import contract, graph, manifest
 from benchmarks.fuzz.training import positions, settings_file, text_files
@@ -26,6 +26,7 @@ TARGETS: dict[str, Callable[[Trial], object]] = {
     "text": text_files,
     "sampling": sampling,
     "generate options": generate_options,
+    "constraints": constraints,
     "prompts": prompts,
     "options": options,
 }

@@ -67,13 +67,20 @@ class Constraint:
         return self._given()[0]
 
     def to_llguidance(self) -> str:
-        """Return the grammar as llguidance takes it."""
+        """Return the grammar as llguidance takes it.
+
+        Raises:
+            GenerationError: a schema that it does not read.
+        """
         from llguidance import LLMatcher
 
         if self.regex is not None:
             return str(LLMatcher.grammar_from_regex(self.regex))
         if isinstance(self.json_schema, str):
-            return str(LLMatcher.grammar_from_json_schema(self.json_schema, defaults=JSON_STYLE))
+            try:
+                return str(LLMatcher.grammar_from_json_schema(self.json_schema, defaults=JSON_STYLE))
+            except ValueError as error:  # what is JSON to Python and not to it, such as numbers of 400 digits
+                raise GenerationError(f"`json_schema`: {reason_of(error)}") from error
         if self.grammar is not None:
             return str(LLMatcher.grammar_from_lark(self.grammar))
         return str(LLMatcher.grammar_from_regex("|".join(map(_escaped, self.choices))))
@@ -203,7 +210,7 @@ def _escaped(text: str) -> str:
 def _schema_text(schema: object) -> str:
     try:
         values = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(values)
+        text = json.dumps(values, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise GenerationError(f"`json_schema` is no JSON ({reason_of(error)})") from error
     if not isinstance(values, Mapping | bool):

@@ -8,7 +8,7 @@ import numpy as np
 
 from expe_edge.runtime.filters import Scores, draw
 
-#: The bound never leaves these, whatever is asked for, so that it stays a number.
+#: Target and bound never leave these, whatever is asked for, so that they stay numbers.
 MOST_BITS = 1e6
 
 
@@ -23,8 +23,8 @@ class Mirostat:
     """
 
     def __init__(self, tau: float, eta: float) -> None:
-        self.tau, self.eta = tau, eta
-        self.bound = min(2 * tau, MOST_BITS)
+        self.tau, self.eta = min(tau, MOST_BITS), min(eta, MOST_BITS)
+        self.bound = min(2 * self.tau, MOST_BITS)
 
     def draw(self, weights: Scores, random: np.random.Generator) -> int:
         """Return the index of a token drawn by `weights` (V,), probabilities but for a factor, and move the bound."""

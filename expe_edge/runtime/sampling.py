@@ -55,10 +55,10 @@ class Sampling:
     def __post_init__(self) -> None:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         checks = {
-            "logit_bias": (all(map(math.isfinite, self.logit_bias.values())), "of finite numbers"),
+            "logit_bias": (all(map(_is_finite, self.logit_bias.values())), "of finite numbers"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
+            "frequency_penalty": (_is_finite(self.frequency_penalty), "a finite number"),
+            "presence_penalty": (_is_finite(self.presence_penalty), "a finite number"),
             "temperature": (self.temperature >= 0, "at least 0"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -86,6 +86,10 @@ class Sampling:
     def counts_tokens(self) -> bool:
         """Whether it matters how often a token has been generated."""
         return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+def _is_finite(number: float) -> bool:
+    return -math.inf < number < math.inf  # of whole numbers, those too that no float holds
 
 
 class Sampler:

@@ -217,6 +217,7 @@ def test_one_constraint_and_no_more(given: dict[str, Any], what: str) -> None:
         ({"regex": r"a[^\s\S]"}, "`regex`: no text of this vocabulary can meet it from here on"),
         ({"grammar": "start: missing"}, '`grammar`: at 1(8): unknown name: "missing"'),
         ({"grammar": ""}, "`grammar`: "),
+        ({"json_schema": {"const": 10**400}}, "`json_schema`: number out of range"),
         ({"json_schema": {"type": "color"}}, "`json_schema`: Invalid type: color"),
         ({"json_schema": {"type": "integer", "minimum": 3, "maximum": 2}}, "`json_schema`: Unsatisfiable schema"),
     ],
@@ -232,6 +233,7 @@ def test_constraint_that_cannot_be_met(generator: Generator, given: dict[str, An
     [
         ("{", "`json_schema` is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
         ("[1]", "`json_schema` must be an object, true or false"),
+        ('{"const": 1e999}', "`json_schema` is no JSON (Out of range float values are not JSON compliant)"),
         ("3", "`json_schema` must be an object, true or false"),
         ({"a": {1}}, "`json_schema` is no JSON (Object of type set is not JSON serializable)"),
     ],

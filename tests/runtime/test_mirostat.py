@@ -76,7 +76,9 @@ def test_mean_surprise_meets_the_target(tau: float) -> None:
     assert np.mean(surprises[200:]) == pytest.approx(tau, abs=0.2)
 
 
-def test_settings_without_measure_stay_numbers() -> None:
-    sampler = Sampler(Sampling(temperature=1.0, mirostat_tau=1e300, mirostat_eta=1e300, seed=0), np.array([0]), 300)
+@pytest.mark.parametrize("without", [1e300, 10**400])
+def test_settings_without_measure_stay_numbers(without: float) -> None:
+    sampling = Sampling(temperature=1.0, mirostat_tau=without, mirostat_eta=without, seed=0)
+    sampler = Sampler(sampling, np.array([0]), 300)
     with np.errstate(all="raise", under="ignore"):
         assert all(0 <= sampler.choose(logits_of(step)) < 300 for step in range(20))

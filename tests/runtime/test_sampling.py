@@ -340,6 +340,16 @@ def test_allowed_tokens_alone_are_chosen(settings: dict[str, Any]) -> None:
     assert settings or chosen == {int(allowed[logits[allowed].argmax()])}
 
 
+@pytest.mark.parametrize("without", [1e300, -1e300, 10**400])
+def test_penalties_and_bias_without_measure_stay_numbers(without: float) -> None:
+    sampling = Sampling(
+        frequency_penalty=without, presence_penalty=without, logit_bias={3: without}, repetition_penalty=1e300
+    )
+    sampler = Sampler(sampling, SEEN, VOCABULARY)
+    with np.errstate(all="raise", under="ignore"):
+        assert all(0 <= sampler.choose(random_logits(step)) < VOCABULARY for step in range(20))
+
+
 @pytest.mark.parametrize("token", [-1, VOCABULARY])
 def test_bias_of_a_token_that_is_none(token: int) -> None:
     with pytest.raises(GenerationError) as caught:
