@@ -11,9 +11,11 @@ import pytest
 from docs.generate import PAGES
 from expe_edge.cli.main import main as cli
 from expe_edge.training.settings import make_settings
+from tests.command_line import succeed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GENERATE = (ROOT / "docs/generate.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -43,6 +45,21 @@ def test_the_commands_of_the_readme_parse(line: str) -> None:
     name, *arguments = shlex.split(line)
     parent = cli.make_context("expe-edge", [name])
     cli.commands[name].make_context(name, arguments, parent)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ {4}expe-edge (.*)$", GENERATE, flags=re.MULTILINE))
+@pytest.mark.usefixtures("elsewhere")
+def test_the_commands_of_the_page_of_generate_run(line: str) -> None:
+    arguments = shlex.split(re.sub(r"\$'([^']*)'", lambda text: shlex.quote(text[1].replace("\\n", "\n")), line))
+    result = succeed(*arguments, stdin=b"def main():\n\n")
+    assert result.stdout.strip()
+
+
+def test_the_python_example_of_the_page_of_generate_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", GENERATE, flags=re.DOTALL)
+    exec(example, {})  # noqa: S102
+    printed = capsys.readouterr().out
+    assert re.search(r'^"\d+\.\d+\.\d+"$', printed, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", re.findall(r"^ {4}make (\w+)", README, flags=re.MULTILINE))

@@ -210,7 +210,7 @@ def _escaped(text: str) -> str:
 def _schema_text(schema: object) -> str:
     try:
         values = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(values, allow_nan=False)
+        text = json.dumps({} if values is True else values, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise GenerationError(f"`json_schema` is no JSON ({reason_of(error)})") from error
     if not isinstance(values, Mapping | bool):

@@ -193,6 +193,12 @@ def test_schema_as_text_and_as_values_is_the_same() -> None:
     assert Constraint(json_schema=json.dumps(PERSON)) == Constraint(json_schema=PERSON)
 
 
+def test_schema_that_all_json_meets() -> None:
+    for seed in range(10):
+        text = random_text(Constraint(json_schema=True), 257, seed, most=4000)
+        assert text is None or json.loads(text) is not ...
+
+
 # Refusals
 
 
@@ -218,6 +224,7 @@ def test_one_constraint_and_no_more(given: dict[str, Any], what: str) -> None:
         ({"grammar": "start: missing"}, '`grammar`: at 1(8): unknown name: "missing"'),
         ({"grammar": ""}, "`grammar`: "),
         ({"json_schema": {"const": 10**400}}, "`json_schema`: number out of range"),
+        ({"json_schema": False}, "`json_schema`: "),
         ({"json_schema": {"type": "color"}}, "`json_schema`: Invalid type: color"),
         ({"json_schema": {"type": "integer", "minimum": 3, "maximum": 2}}, "`json_schema`: Unsatisfiable schema"),
     ],
