@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from expe_edge.errors import GenerationError, reason_of
 from expe_edge.runtime.prompts import require_text
+from expe_edge.runtime.streaming import BYTES
 
 #: How JSON is written, unless the schema's `x-guidance` says otherwise: as Python writes it. White space that is free
 #: could go on for ever.
@@ -95,30 +96,19 @@ class ByteTokens:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_of_text: int) -> None:
         self.tokenizer, self.eos_token_id, self.bos_token_id = tokenizer, end_of_text, None
         control = {end_of_text, *tokenizer.get_added_tokens_decoder()}
-        alphabet = byte_alphabet()
         names = [tokenizer.id_to_token(token) or "" for token in range(vocab_size)]
         self.special_token_ids = sorted(
-            token for token, name in enumerate(names) if token in control or not alphabet.keys() >= set(name)
+            token for token, name in enumerate(names) if token in control or not BYTES.keys() >= set(name)
         )
         special = set(self.special_token_ids)
         self.tokens = [
-            name.encode() if token in special else bytes(alphabet[character] for character in name)
+            name.encode() if token in special else bytes(BYTES[character] for character in name)
             for token, name in enumerate(names)
         ]
 
     def __call__(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for (Radford et al., 2019).
-
-    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 class Vocabulary:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for (Radford et al., 2019).
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTES = byte_alphabet()
 
 
 class TextStream:
-    """Turns tokens into pieces of text that are safe to print.
+    """Turns tokens of a byte-level vocabulary into pieces of text that are safe to print.
 
     stop: a string that ends the text, or several.
 
@@ -20,25 +33,27 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
         stops = (stop,) if isinstance(stop, str) else stop
         self.tokenizer, self.stop = tokenizer, tuple(text for text in stops if text)
-        self.decoder = DecodeStream(skip_special_tokens=True)
-        self.tokens: list[int] = []
-        self.decoded = 0  # characters taken from the decoder
+        self.control = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Take one token; return the text that is now certain."""
-        self.tokens.append(token)
-        piece = self.decoder.step(self.tokenizer, token) or ""
-        self.decoded += len(piece)
-        return self._release(piece)
+        return "" if token in self.control else self._release(self.decoder.decode(self._bytes(token)))
+
+    def _bytes(self, token: int) -> bytes:
+        name: str = self.tokenizer.id_to_token(token)
+        try:
+            return bytes([BYTES[character] for character in name])
+        except KeyError:  # a token that was added as it is
+            return name.encode()
 
     def finish(self) -> str:
         """Return what was held back: an unfinished character as U+FFFD, the start of a stop string as itself."""
         if self.stopped:
             return ""
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        piece = self._release(text[self.decoded :])
+        piece = self._release(self.decoder.decode(b"", True))
         rest, self.held = self.held, ""
         return piece + ("" if self.stopped else rest)
 
