@@ -23,6 +23,8 @@ Scores = npt.NDArray[np.float32]
 NEVER = 30.0
 #: Temperatures beyond act as these: greedy but for equal tokens, and all as likely.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-36, 1e36
+#: Into how many ranges of distance tokens are put to find those nearest to the entropy.
+BINS = 1024
 #: Of how many tokens a draw first looks among the likely ones alone, and the probability that all others share at most.
 MANY, RARE = 512, 0.01
 
@@ -119,9 +121,14 @@ def typical_indices(weights: Scores, typical_p: float) -> Ids:
     probabilities /= probabilities.sum()
     logs = np.log(probabilities)
     distance = np.abs(logs - probabilities @ logs)
-    order = distance.argsort()
-    reached = probabilities[order].cumsum()
-    last = order[min(int(reached.searchsorted(typical_p)), len(order) - 1)]
+    bins = (distance * (BINS / (float(distance.max()) or 1.0))).astype(np.int64)  # all but one need not be sorted
+    masses = np.bincount(bins, weights=probabilities)
+    reached = masses.cumsum()
+    crossed = min(int(reached.searchsorted(typical_p)), len(masses) - 1)
+    inside = (bins == crossed).nonzero()[0]
+    inside = inside[distance[inside].argsort()]
+    within = float(reached[crossed] - masses[crossed]) + probabilities[inside].cumsum()
+    last = inside[min(int(within.searchsorted(typical_p)), len(inside) - 1)]
     kept: Ids = (distance <= distance[last]).nonzero()[0]
     return kept
 

@@ -115,6 +115,21 @@ def test_filters_are_those_of_transformers(settings: dict[str, Any], seed: int) 
     assert_same(ours(logits, SEEN, sampling), theirs(logits, SEEN, sampling))
 
 
+@pytest.mark.parametrize("settings", [{"typical_p": 0.3}, {"typical_p": 0.9}, {"top_k": 40}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_filters_of_a_large_vocabulary(settings: dict[str, Any], spread: float) -> None:
+    sampling = Sampling(**{"temperature": 1.0, **settings})
+    logits = (np.random.default_rng(5).standard_normal(20_000) * spread).astype(np.float32)
+
+    found, expected = ours(logits, SEEN, sampling), theirs(logits, SEEN, sampling)
+
+    if spread > 0.5:  # among nearly equal tokens, which are the last ones is a matter of rounding
+        differ = (found > NEVER) != (expected > NEVER)
+        assert differ.sum() <= 2
+        np.testing.assert_allclose(found[~differ], expected[~differ], rtol=1e-3, atol=1e-9)
+    assert abs((found > 0).sum() - (expected > 0).sum()) <= 0.01 * (expected > 0).sum() + 1
+
+
 @pytest.mark.parametrize("settings", [SETTINGS[-4], SETTINGS[-3], SETTINGS[-2], SETTINGS[-1]], ids=str)
 def test_order_of_the_filters_is_that_of_generate(checkpoint: Path, settings: dict[str, Any]) -> None:
     """The scores that `generate` itself sampled from, step by step."""
