@@ -226,9 +226,8 @@ class Generator:
             cache.take(prefix)
         rest = cache.reuse(row.ids)
         reused = len(row.ids) - len(rest)
-        for logits in self.session.prefill(cache, rest[:-1], self.prefill_chunk):
-            rest = rest[len(logits) :]
-            row.has_read(len(rest))
+        for _ in self.session.prefill(cache, rest[:-1], self.prefill_chunk, last=True):
+            row.has_read(len(row.ids) - cache.read)
         row.completion.prefill_seconds = time.perf_counter() - began
         return cache, reused
 
