@@ -84,7 +84,7 @@ class Generator:
             cache_length: tokens that the cache may hold; None for as many as prompt and new tokens need.
             context: what was read before. What it shares with the beginning of the prompt is not read again; what
                 differs is taken back. Then it holds all but the last token of prompt and completion.
-            window: what is kept of text of any length; None for all of it, or as the context has it.
+            window: what is kept of text of any length; None for all of it, or as the context has it, whose it must be.
             prompt_lookup: whether to verify several tokens at once where text repeats itself. The tokens are the same;
                 with int8-dynamic, whose runs share one range of activations, nearly.
 
@@ -99,6 +99,7 @@ class Generator:
             capacity = _capacity(ids, max_new_tokens, cache_length, window)
             cache = self.session.new_cache(1, capacity, window)
         else:
+            self._require_own(context, window)
             ids, cache = self._going_on(prompt, context), context.cache
             capacity = _capacity(ids, max_new_tokens, cache_length, cache.window)
             self.session.require_within_reach(capacity)
@@ -137,7 +138,9 @@ class Generator:
             return []
         if batch_size < 1:
             raise GenerationError(f"`batch_size` is {batch_size}; at least 1")
-        window = context.cache.window if window is None and context is not None else window
+        if context is not None:
+            self._require_own(context, window)
+            window = context.cache.window
         all_ids = [self.encode(prompt) for prompt in prompts]
         capacity = max(_capacity(ids, max_new_tokens, cache_length, window) for ids in all_ids)
         places = min(batch_size, len(all_ids))
@@ -181,6 +184,13 @@ class Generator:
             end_of_text=self.end_of_text,
             lookup=PromptLookup(ids) if prompt_lookup else None,
         )
+
+    def _require_own(self, context: Context, window: Window | None) -> None:
+        """Raise `GenerationError` for a context that another package has read, or that another window has cut."""
+        if context.session is not self.session:
+            raise GenerationError("the context is another generator's; make one with `context` of this one")
+        if window not in (None, context.cache.window):
+            raise GenerationError("`window` is not the context's; leave it out, or give it where the context is made")
 
     def _going_on(self, prompt: Prompt | None, context: Context) -> Ids:
         """Return all tokens of the text that a context's stream begins with."""
