@@ -191,9 +191,19 @@ class Cache:
         self.storage.write(self.begin, tensors, len(history.ids))
         self.histories[0].assign(history)
 
-    def take(self, other: Cache) -> None:
-        """Become a copy of another cache of one row, of which there may be more room."""
-        self.restore(other.tensors(), other.histories[0])
+    def take(self, other: Cache, read: int | None = None) -> None:
+        """Become a copy of another cache of one row, or of the first `read` tokens that it has read.
+
+        Heads with windows of their own may have forgotten what the last of these saw: nothing is taken then.
+        """
+        surplus = 0 if read is None else other.read - read
+        if surplus and self.contract.windows:
+            self.clear()
+            return
+        history = History()
+        history.assign(other.histories[0])
+        history.truncate(len(history.ids) - surplus)
+        self.restore([tensor[:, : tensor.shape[1] - surplus] for tensor in other.tensors()], history)
 
 
 def make_storage(contract: GraphContract, batch: int, capacity: int) -> Storage:

@@ -100,7 +100,7 @@ class Generator:
             cache_length: tokens that the cache may hold; None for as many as prompt and new tokens need.
             context: what was read before. What it shares with the beginning of the prompt is not read again; what
                 differs is taken back. Then it holds all but the last token of prompt and completion.
-            window: what is kept of text of any length; None for all of it, or as the context has it.
+            window: what is kept of text of any length; None for all of it, or as the context has it, whose it must be.
             prompt_lookup: whether to verify several tokens at once where text repeats itself. The tokens are the same;
                 with int8-dynamic, whose runs share one range of activations, nearly.
             callback: called after every token with the row's index, here 0, and the completion so far; what is true
@@ -132,6 +132,7 @@ class Generator:
             capacity = request.capacity(len(row.ids), window)
             cache = self.session.new_cache(1, capacity, window)
         else:
+            self._require_own(context, window)
             row, cache = self.row(self._going_on(prompt, context), request), context.cache
             row.prefix, row.goes_on = cache, prompt is None
             row.completion.prompt_tokens = len(context) if prompt is None else len(row.ids)
@@ -191,7 +192,9 @@ class Generator:
             callback=callback,
             on_prefill=on_prefill,
         )
-        window = context.cache.window if window is None and context is not None else window
+        if context is not None:
+            self._require_own(context, window)
+            window = context.cache.window
         all_ids = [ids for ids in map(self.encode, prompts) for _ in range(n)]
         capacity = max(request.capacity(len(ids), window) for ids in all_ids)
         rows = [self.row(ids, request, index=index) for index, ids in enumerate(all_ids)]
@@ -259,6 +262,13 @@ class Generator:
             end_of_text=self.end_of_text,
             matcher=None if request.constraint is None else self.vocabulary.matcher(request.constraint),
         )
+
+    def _require_own(self, context: Context, window: Window | None) -> None:
+        """Raise `GenerationError` for a context that another package has read, or that another window has cut."""
+        if context.session is not self.session:
+            raise GenerationError("the context is another generator's; make one with `context` of this one")
+        if window not in (None, context.cache.window):
+            raise GenerationError("`window` is not the context's; leave it out, or give it where the context is made")
 
     def _going_on(self, prompt: Prompt | None, context: Context) -> Ids:
         """Return all tokens of the text that a context's stream begins with."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expe_edge.errors import GenerationError
-from expe_edge.runtime import Context, Generator
+from expe_edge.runtime import Context, Generator, Window
 from tests.conftest import needs_int8_cache
 from tests.runtime.test_generator import LOGITS_TOLERANCE
 
@@ -123,6 +123,20 @@ def test_many_prompts_begin_with_what_a_context_has_read(cached_generator: Gener
     require_fresh(cached_generator, context, text[:200])
 
 
+def test_prompts_may_share_but_the_beginning_of_a_longer_context(cached_generator: Generator, text: list[int]) -> None:
+    """Of 500 tokens that were read, rows with room for 60 take what they share."""
+    context = cached_generator.context(text[:500])
+    prompts = [text[:40], [*text[:30], *text[200:220]], text[100:120]]
+
+    found = cached_generator.generate(prompts, max_new_tokens=10, context=context)
+
+    expected = cached_generator.generate(prompts, max_new_tokens=10)
+    assert [completion.tokens for completion in found] == [completion.tokens for completion in expected]
+    assert found[0].reused_tokens == 39
+    assert 30 <= found[1].reused_tokens < 40
+    assert len(context) == 500
+
+
 @needs_int8_cache
 def test_contexts_of_an_int8_cache(int8_cache_generator: Generator, text: list[int], tmp_path: Path) -> None:
     """Copies hold the same bytes and go on alike; what is read in other parts may differ by a level of int8."""
@@ -164,6 +178,23 @@ def test_nothing_to_go_on_from(generator: Generator) -> None:
         generator.stream(None)
     with pytest.raises(GenerationError, match=r"^the context has read nothing; give a `prompt`$"):
         generator.stream(None, context=generator.context())
+
+
+def test_a_context_of_another_generator_is_refused(packages: Path, generator: Generator) -> None:
+    other = Generator.load(packages / "int8-static").context("the")
+    for use in (generator.stream, lambda prompt, context: generator.generate([prompt], context=context)):
+        with pytest.raises(GenerationError, match=r"^the context is another generator's; "):
+            use("the", context=other)
+
+
+def test_a_window_that_is_not_the_context_s_is_refused(generator: Generator) -> None:
+    for own, given_window in ((None, Window(8)), (Window(9), Window(8))):
+        context = generator.context("the", window=own)
+        with pytest.raises(GenerationError, match=r"^`window` is not the context's; "):
+            generator.stream("the tree", context=context, window=given_window)
+        with pytest.raises(GenerationError, match=r"^`window` is not the context's; "):
+            generator.generate(["the tree"], context=context, window=given_window)
+    generator.stream("the tree", context=context, window=Window(9)).close()
 
 
 def test_a_context_serves_one_stream_at_a_time(generator: Generator) -> None:
