@@ -140,7 +140,7 @@ class PackageSession:
         if self.contract.cache_dtype == "float32" and not self.contract.growing_cache:
             mended.append("export a package with `cache` int8, a quarter of the size")
         if chunk is not None and chunk > LEAST_CHUNK:
-            mended.append("lower `prefill_chunk`")
+            mended.append("read it in shorter chunks")
         raise GenerationError(
             f"{rows} × {tokens:,} tokens need {gigabytes(plan.cache)} of keys and values and "
             f"{gigabytes(plan.needed - plan.cache)} to read them, but {gigabytes(free + held)} are free; "
@@ -264,11 +264,11 @@ def window_refusal(manifest: Manifest) -> str | None:
     relative = encoding == "expe" and where == "key" and manifest.positions == "folded"
     if relative or encoding in WITHOUT_POSITIONS:
         return None
-    form = f"{encoding} with `where` {where}" if where not in (None, "key") else encoding
+    form = f"{encoding} with positions in {where.replace('_', ' and ')}" if where not in (None, "key") else encoding
     inline = " with positions inline" if manifest.positions == "inline" else ""
     return (
         f"`window`: tokens of {form}{inline} cannot be counted anew when others are dropped; leave `window` out "
-        "or take a package of relative positions (`where` key, folded), alibi, relative or none"
+        "or take a package of the relative form, folded, of alibi, relative or none"
     )
 
 
