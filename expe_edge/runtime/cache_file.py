@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from io import BufferedReader
@@ -14,7 +16,7 @@ import numpy as np
 
 from expe_edge.errors import GenerationError
 from expe_edge.package.checks import TEXT, optional, record, whole
-from expe_edge.package.contract import LONGEST, GraphContract, HeadGroup
+from expe_edge.package.contract import CACHE_ITEM_BYTES, LONGEST
 from expe_edge.package.directory import MODEL_FILE, TOKENIZER_FILE
 from expe_edge.package.manifest import Manifest
 from expe_edge.runtime.cache import Cache
@@ -56,6 +58,8 @@ def write_cache_file(path: Path, manifest: Manifest, cache: Cache) -> None:
     }
     partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
+            left.unlink(missing_ok=True)  # by a process that was killed
         with partial.open("xb") as file:
             digest = hashlib.sha256()
             for piece in _pieces(header, history, cache.tensors()):
@@ -106,15 +110,17 @@ def _read(path: Path, file: BufferedReader, manifest: Manifest, cache: Cache) ->
     if header["window"] != window:
         raise GenerationError(f"{path} was written with `window` {_said(header['window'])}, not {_said(window)}")
     held, contract = header["held"], cache.contract
-    tensors = [_shaped(contract, group, held) for group in contract.cache_groups]
-    size = len(MAGIC) + len(line) + 8 * held + sum(tensor.nbytes for tensor in tensors) + HASH_BYTES
-    if path.stat().st_size != size or held > cache.capacity:
+    shapes = [(group.heads, group.seen(held), contract.head_size) for group in contract.cache_groups]
+    content = sum(map(math.prod, shapes)) * CACHE_ITEM_BYTES[contract.cache_dtype]
+    size = len(MAGIC) + len(line) + 8 * held + content + HASH_BYTES
+    if path.stat().st_size != size or held > cache.capacity:  # before anything is allocated
         raise _damaged(path)
     digest = hashlib.sha256(MAGIC + line)
     ids = _read_array(file, np.empty(held, dtype="<i8"))
     digest.update(ids.data)
+    tensors = [_read_array(file, np.empty(shape, dtype=contract.cache_dtype)) for shape in shapes]
     for tensor in tensors:
-        digest.update(_read_array(file, tensor).data)
+        digest.update(tensor.data)
     if file.read() != digest.digest():
         raise _damaged(path)
     if ids.size and not (ids.min() >= 0 and ids.max() < contract.vocab_size):
@@ -133,11 +139,6 @@ def _parsed(path: Path, line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _damaged(path) from error
     return header
-
-
-def _shaped(contract: GraphContract, group: HeadGroup, held: int) -> Array:
-    """Return room for what a group of heads keeps of `held` tokens."""
-    return np.empty((group.heads, group.seen(held), contract.head_size), dtype=contract.cache_dtype)
 
 
 def _read_array(file: BufferedReader, array: Array) -> Array:

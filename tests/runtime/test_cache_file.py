@@ -6,7 +6,9 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from expe_edge.errors import GenerationError
@@ -111,3 +113,34 @@ def test_a_file_is_replaced_only_when_complete(
 
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_what_a_killed_process_left_is_removed(generator: Generator, saved: Path) -> None:
+    left, others = (
+        saved.with_name(".cache-0123abcd"),
+        [saved.with_name(name) for name in (".cache-own", ".cachf-0123abcd")],
+    )
+    for file in (left, *others):
+        file.write_bytes(b"half")
+
+    generator.context("the").save(saved)
+
+    assert sorted(saved.parent.iterdir()) == sorted([saved, *others])
+
+
+def test_nothing_is_allocated_on_the_word_of_a_file(
+    generator: Generator, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved.write_bytes(with_header(saved.read_bytes(), held=2**24))
+    taken, empty = list[int](), np.empty
+
+    def counting(shape: Any, *arguments: Any, **keywords: Any) -> Any:
+        array = empty(shape, *arguments, **keywords)
+        taken.append(array.nbytes)
+        return array
+
+    context = generator.context([5, 6])
+    monkeypatch.setattr(np, "empty", counting)
+    with pytest.raises(GenerationError, match="a damaged cache"):
+        context.load(saved)
+    assert sum(taken) < 10_000
