@@ -13,6 +13,7 @@ from expe_edge.runtime.decoding import Completion, Stream
 from expe_edge.runtime.generator import Generator
 from expe_edge.runtime.history import Window
 from expe_edge.runtime.logprobs import Alternative, TokenLogprobs
+from expe_edge.runtime.request import Request
 from expe_edge.runtime.sampling import Sampling
 from expe_edge.runtime.session import PackageSession
 
@@ -24,6 +25,7 @@ __all__ = [
     "Context",
     "Generator",
     "PackageSession",
+    "Request",
     "Sampling",
     "Stream",
     "TokenLogprobs",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expe_edge.errors import GenerationError
-from expe_edge.runtime import Context, Generator, Window
+from expe_edge.runtime import Context, Generator, Sampling, Window
 from tests.conftest import needs_int8_cache
 from tests.runtime.test_generator import LOGITS_TOLERANCE
 
@@ -134,6 +134,13 @@ def test_prompts_may_share_but_the_beginning_of_a_longer_context(cached_generato
     assert [completion.tokens for completion in found] == [completion.tokens for completion in expected]
     assert found[0].reused_tokens == 39
     assert 30 <= found[1].reused_tokens < 40
+    samples, plain = (
+        cached_generator.generate(
+            prompts, n=2, sampling=Sampling(temperature=1.0, seed=3), max_new_tokens=10, context=given_context
+        )
+        for given_context in (context, None)
+    )
+    assert [completion.tokens for completion in samples] == [completion.tokens for completion in plain]
     assert len(context) == 500
 
 
