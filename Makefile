@@ -88,6 +88,7 @@ chaos: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/expe-edge reproduce studies/encodings.yaml
 	$(BIN)/python -m benchmarks.runtime_overhead
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/expe-edge train --config examples/plain-slopes.yaml --out runs/plain --force
 	$(BIN)/python -m benchmarks.quantization runs/plain --out runs/quantization
 	$(BIN)/python -m benchmarks.off_the_shelf runs/plain

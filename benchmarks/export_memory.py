@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.measuring import RSS_UNIT
+from expe_edge.speed.measuring import RSS_UNIT
 
 MODEL = (
     *("--preset", "base", "--num-key-value-heads", "12", "--no-tie-word-embeddings", "--vocab-size", "32000"),

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measuring import peak_bytes
 from expe_edge.divergence import Float
 from expe_edge.quality.scoring import Ids, PackageScorer
 from expe_edge.runtime import PackageSession
-from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.memory import PREFILL_CHUNK
-from expe_edge.runtime.session import Step
+from expe_edge.speed.apart import Apart
+from expe_edge.speed.measuring import peak_bytes, read
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +31,7 @@ class Part:
     peak: int
 
 
-class Reader:
+class Reader(Apart):
     """A package that reads one text, part by part, in a process of its own.
 
     Args:
@@ -50,45 +45,33 @@ class Reader:
     """
 
     def __init__(self, path: Path, capacity: int, threads: int, chunk: int) -> None:
-        self.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self.opened: int = self.process.submit(_open, path, capacity, threads, chunk).result()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.shutdown(cancel_futures=True)
+        super().__init__(_Reading, path, capacity, threads, chunk)
+        self.opened: int = self.call("opened")
 
     def read(self, tokens: Ids, single: int) -> Part:
         """Append tokens (t,) to what was read, the last `single` one by one."""
-        return self.process.submit(_read, tokens, single).result()
+        part: Part = self.call("read", tokens, single)
+        return part
 
 
-_reading: tuple[PackageSession, Cache, int] | None = None  # of the process that a `Reader` starts
+class _Reading:
+    """What the process of a `Reader` holds."""
 
+    def __init__(self, path: Path, capacity: int, threads: int, chunk: int) -> None:
+        self.session, self.chunk = PackageSession.load(path, threads=threads), chunk
+        self.cache = self.session.new_cache(1, capacity)
 
-def _open(path: Path, capacity: int, threads: int, chunk: int) -> int:
-    global _reading
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks for parts stops asking
-    session = PackageSession.load(path, threads=threads)
-    _reading = session, session.new_cache(1, capacity), chunk
-    return peak_bytes()
+    def opened(self) -> int:
+        return peak_bytes()
 
-
-def _read(tokens: Ids, single: int) -> Part:
-    assert _reading is not None
-    session, cache, chunk = _reading
-    together = len(tokens) - single
-    began = time.perf_counter()
-    logits = list(session.prefill(cache, tokens[:together], chunk))
-    prefill, decode = time.perf_counter() - began, []
-    step = Step(session, cache, 1)
-    for token in tokens[together:]:
-        began = time.perf_counter()
-        row = step.run(token[None, None])[0]
-        decode.append(time.perf_counter() - began)
-        logits.append(row.copy())
-    return Part(np.concatenate(logits), prefill, decode, peak_bytes())
+    def read(self, tokens: Ids, single: int) -> Part:
+        logits: list[Float] = []
+        prefill, decode = read(
+            *(self.session, self.cache, tokens, single),
+            chunk=self.chunk,
+            keep=lambda rows: logits.append(rows.copy()),
+        )
+        return Part(np.concatenate(logits), prefill, decode, peak_bytes())
 
 
 class BranchingScorer(PackageScorer):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.long_context_records import Records, Settings, between, digest_of, run_of
-from benchmarks.measuring import quartiles
 from expe_edge.cli.plots import drawing, scale_by_length
 from expe_edge.cli.tables import short
 from expe_edge.divergence import ratio_of_sums
@@ -20,6 +19,7 @@ from expe_edge.quality.recall import Recall
 from expe_edge.quality.scoring import Ids, PackageScorer
 from expe_edge.results import Result
 from expe_edge.runtime.memory import PREFILL_CHUNK
+from expe_edge.speed.measuring import quartiles
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,19 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.measuring import quartiles
 from expe_edge.export.exporter import export
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import PackageSession
-from expe_edge.study.cost import in_turn
+from expe_edge.speed.measuring import in_turn, quartiles
+
+#: Steps whose median is the time of one, after a prefill.
+DECODED = 40
 
 
 def ratios(sessions: list[PackageSession], context: int, turns: int) -> dict[str, list[float]]:
     """First quartile, median and third quartile of the second session's time over the first's."""
-    tokens = np.random.default_rng(0).integers(sessions[0].contract.vocab_size, size=context)
-    times = in_turn(sessions, tokens, turns)  # (turns, 2, 2)
+    tokens = np.random.default_rng(0).integers(sessions[0].contract.vocab_size, size=context + DECODED)
+    times = in_turn(sessions, tokens, DECODED, turns)  # (turns, 2, 2)
     prefill, decode = (quartiles(times[:, 1, part] / times[:, 0, part]) for part in (0, 1))
     return {"prefill": prefill, "decode": decode}
 

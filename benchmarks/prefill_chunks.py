@@ -14,11 +14,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.measuring import quartiles
 from expe_edge.runtime import PackageSession
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.history import History
 from expe_edge.runtime.session import Step
+from expe_edge.speed.measuring import quartiles
 
 
 def filled(session: PackageSession, depth: int, room: int) -> Cache:

@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.measuring import quartiles
 from expe_edge.runtime import Completion, Generator, Sampling
+from expe_edge.speed.measuring import quartiles
 
 #: Modules of Python's library, none longer than a prompt would want.
 MODULES = (

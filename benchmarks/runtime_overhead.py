@@ -11,8 +11,6 @@ of one training step: speed does not depend on them.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,20 +19,8 @@ import click
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.untrained import untrained_package
 from expe_edge.runtime import Constraint, Generator, Sampling
-
-
-def make_package(out: Path, preset: str, precision: str) -> Path:
-    """Train one step of `preset` and export it, unless that is there."""
-    checkpoint, package = out / preset, out / f"{preset}-package"
-    expe_edge = [sys.executable, "-m", "expe_edge"]
-    if not (checkpoint / "model.safetensors").is_file():
-        command = ["train", "--preset", preset, "--max-steps", "1", "--batch-size", "1", "--out", str(checkpoint)]
-        subprocess.run([*expe_edge, *command, "--force"], check=True)
-    if not (package / precision).is_dir():
-        command = ["export", str(checkpoint), "--precision", precision, "--out", str(package)]
-        subprocess.run([*expe_edge, *command], check=True)
-    return package / precision
 
 
 class TimedSession:
@@ -113,7 +99,7 @@ def summary(times: np.ndarray) -> dict[str, float]:
 @click.option("--rounds", default=5, show_default=True)
 def main(out: Path, package: Path | None, preset: str, precision: str, context: int, steps: int, rounds: int) -> None:
     """Print, as JSON lines, the share of a decode step spent in the runtime's own Python."""
-    generator = Generator.load(package or make_package(out, preset, precision))
+    generator = Generator.load(package or untrained_package(out, preset, precision))
     generator.vocabulary  # noqa: B018  # made once for all constraints
     generator.end_of_text = None  # as many tokens as are asked for, whatever they are
     generator.session.session = TimedSession(generator.session.session)

@@ -26,7 +26,7 @@ from expe_edge.quality import ProbeSettings, Scorer, compare_by_length, probe
 from expe_edge.quality.comparison import long_documents
 from expe_edge.quality.scoring import open_side_by_side
 from expe_edge.runtime import Completion, Generator, Sampling
-from expe_edge.study.machine import processor, versions
+from expe_edge.speed.machine import processor, versions
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURES = DOCS / "reference.md", DOCS / "reference.json"

@@ -58,8 +58,9 @@ MAY_IMPORT = {
         *("model.attention", "model.decoder", "model.encoding"),
     ),
     "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
-    "study": ("export", "quality", "runtime", "training", "positions", "package"),
-    "cli": ("study", "calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
+    "speed": ("runtime", "package"),
+    "study": ("export", "quality", "runtime", "speed", "training", "positions", "package"),
+    "cli": ("study", "speed", "calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
     "__main__": ("cli",),
 }
 #: Folders that the base install must be able to run, or that must stay arithmetic; what they may import of others.
@@ -71,6 +72,7 @@ LIGHT = {
     "positions": {"numpy"},
     "quant": {"numpy"},
     "runtime": {"numpy", "onnxruntime", "tokenizers", "llguidance"},  # the last imported where a constraint is used
+    "speed": {"numpy", "onnxruntime"},
 }
 
 

@@ -13,6 +13,7 @@ import click
 
 from expe_edge import __version__
 from expe_edge.cli.analyze import analyze
+from expe_edge.cli.bench import bench
 from expe_edge.cli.compare import compare
 from expe_edge.cli.evaluate import evaluate
 from expe_edge.cli.export import export
@@ -122,6 +123,7 @@ for command in (
     inspect,
     plan,
     generate,
+    bench,
     compare,
     probe,
     analyze,

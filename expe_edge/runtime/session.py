@@ -224,7 +224,12 @@ class Step:
         return self.logits
 
 
-def _open_session(package: Package, threads: int | None, device: str) -> ort.InferenceSession:
+def provider_of(device: str) -> str:
+    """Return the execution provider that a device stands for.
+
+    Raises:
+        GenerationError: an unknown device, or one that this onnxruntime cannot run on.
+    """
     if device not in PROVIDERS:
         raise GenerationError(f"unknown device {device!r}; available: {', '.join(PROVIDERS)}; change `device`")
     provider = PROVIDERS[device]
@@ -233,9 +238,15 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
             f"`device` {device}: this onnxruntime has no {provider}; install onnxruntime-gpu on a machine with a GPU, "
             "or use `device` cpu"
         )
-    needed = package.manifest.requires_onnxruntime
-    if release(ort.__version__) < release(needed):
-        raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
+    return provider
+
+
+def session_options(threads: int | None) -> ort.SessionOptions:
+    """Return what every session is opened with.
+
+    Raises:
+        GenerationError: no threads, or more than `MOST_THREADS`.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
     if threads is not None:
@@ -243,6 +254,15 @@ def _open_session(package: Package, threads: int | None, device: str) -> ort.Inf
             limit = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
             raise GenerationError(f"`threads` is {threads}; {limit}")
         options.intra_op_num_threads = threads
+    return options
+
+
+def _open_session(package: Package, threads: int | None, device: str) -> ort.InferenceSession:
+    provider = provider_of(device)
+    needed = package.manifest.requires_onnxruntime
+    if release(ort.__version__) < release(needed):
+        raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
+    options = session_options(threads)
     providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
     try:
         session = ort.InferenceSession(str(package.model_path), options, providers=providers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import numpy as np
 
 from expe_edge.export.exporter import export
 from expe_edge.progress import counted
-from expe_edge.runtime.session import PackageSession, Step
-from expe_edge.study.machine import processor
+from expe_edge.runtime.session import PackageSession
+from expe_edge.speed.machine import processor
+from expe_edge.speed.measuring import in_turn
 from expe_edge.study.plan import Study
 from expe_edge.study.records import read_record, write_record
 from expe_edge.training.settings import WEIGHTS_FILE
@@ -24,30 +24,6 @@ DECODED = 40
 #: How often everything is measured, in turn.
 TURNS = 7
 COST_FILE = "cost.json"
-
-
-def seconds(session: PackageSession, tokens: np.ndarray) -> tuple[float, float]:
-    """Time of a prefill of `tokens` (T,), and the median of the decode steps after it."""
-    cache, steps = session.new_cache(1, len(tokens) + DECODED), []
-    began = time.perf_counter()
-    for _ in session.prefill(cache, tokens):
-        pass
-    prefill, step = time.perf_counter() - began, Step(session, cache, 1)
-    for _ in range(DECODED):
-        began = time.perf_counter()
-        step.run(tokens[None, :1])
-        steps.append(time.perf_counter() - began)
-    return prefill, float(np.median(steps))
-
-
-def in_turn(sessions: Sequence[PackageSession], tokens: np.ndarray, turns: int) -> np.ndarray:
-    """Return `seconds` of every session, one after the other in every turn, (turns, sessions, 2).
-
-    So a busy machine slows all of them. A turn before is not counted.
-    """
-    for session in sessions:
-        seconds(session, tokens)
-    return np.array([[seconds(session, tokens) for session in sessions] for _ in range(turns)])
 
 
 def measure_variants(study: Study, out: Path) -> None:
@@ -99,8 +75,9 @@ def measure(checkpoints: Mapping[str, Path], lengths: Sequence[int], out: Path) 
             sessions = [PackageSession.load(package.path, threads=1) for package in packages]
             with counted(f"timing {precision}", len(lengths)) as advance:
                 for length in lengths:
-                    tokens = np.random.default_rng(0).integers(256, size=length)  # of any vocabulary: single bytes
-                    times = in_turn(sessions, tokens, TURNS)
+                    # Of any vocabulary: single bytes.
+                    tokens = np.random.default_rng(0).integers(256, size=length + DECODED)
+                    times = in_turn(sessions, tokens, DECODED, TURNS)
                     caches = [(length + DECODED) * session.contract.cache_bytes for session in sessions]
                     found.append(
                         {

@@ -12,8 +12,8 @@ import numpy as np
 
 from expe_edge.divergence import Double
 from expe_edge.package.directory import TOKENIZER_FILE
+from expe_edge.speed.machine import processor, versions
 from expe_edge.study.cost import COST_FILE, ratios
-from expe_edge.study.machine import processor, versions
 from expe_edge.study.plan import Study, Variant
 from expe_edge.study.records import read_record
 from expe_edge.study.scores import paired_difference

@@ -11,13 +11,13 @@ import pytest
 from benchmarks import long_context
 from benchmarks.long_context_reading import BranchingScorer, Reader, in_order, work
 from benchmarks.long_context_records import Records, digest_of
-from benchmarks.measuring import peak_bytes, quartiles
 from expe_edge.quality.comparison import compare, long_documents
 from expe_edge.quality.losses import Panel
 from expe_edge.quality.needles import COPIED, CUE
 from expe_edge.quality.recall import Grid, needle_cases, recall
 from expe_edge.quality.scoring import PackageScorer
 from expe_edge.runtime import PackageSession
+from expe_edge.speed.measuring import peak_bytes, quartiles
 from expe_edge.text.tokenization import load_tokenizer
 from tests.small import command_runner
 

@@ -78,6 +78,8 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "quantize": (("{package}", "--out", "out"), ("--out", "--json")),
     "sensitivity": (("{package}",), ("--json", "--plot")),
     "compare": (("{package}",), ("--json", "--plot")),
+    "bench": (("{package}",), ("--json", "--plot")),
+    "plan": (("{package}",), ("--json",)),
     "probe": (("{package}",), ("--json", "--plot")),
     "analyze": (("{checkpoint}",), ("--json", "--plot")),
     "reproduce": (("{study}",), ("--out",)),

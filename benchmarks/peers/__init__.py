@@ -1,0 +1,1 @@
+"""Our runtime beside others on models of one shape, in one run."""
