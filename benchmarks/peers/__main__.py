@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from benchmarks.peers.models import CACHES, PRECISIONS, SIZES, Models
+from benchmarks.peers.models import KEEPS, PRECISIONS, SIZES, Models
 from benchmarks.peers.report import Timings, ratio_table, speed_table
 from benchmarks.peers.runtimes import CLOCKS, CTranslate2, GenAI, LlamaCpp, Optimum, Ours, Runtime, Torch
 from expe_edge.cli.bench import parse_tokens
@@ -30,6 +30,7 @@ from expe_edge.speed.apart import Apart
 from expe_edge.speed.machine import LIBRARIES, cores, processor, versions
 
 COMPARED = (*LIBRARIES, "onnxruntime-genai", "optimum-onnx", "llama-cpp-python", "ctranslate2")
+SAID = dict(zip(KEEPS, ("", ", int8 cache", ", windows", ", windows, int8 cache"), strict=True))
 BITS = {"int8-dynamic": 8, "int8-weight": 8, "int4-weight": 4, "Q8_0": 8, "Q4_0": 4}
 
 
@@ -56,14 +57,13 @@ class Contender:
 def contenders() -> list[Contender]:
     """Return all, ours first."""
 
-    def package(precision: str, cache: str = "float32") -> Callable[[Models], tuple[Any, ...]]:
-        return lambda models: (models.package(precision, cache),)
+    def package(precision: str, keeps: str = "") -> Callable[[Models], tuple[Any, ...]]:
+        return lambda models: (models.package(precision, keeps),)
 
     found = [
-        Contender(f"ours, {precision}{', int8 cache' * (cache == 'int8')}", BITS[precision], Ours, (), opened)
+        Contender(f"ours, {precision}{SAID[keeps]}", BITS[precision], Ours, (), package(precision, keeps))
         for precision in PRECISIONS
-        for cache in CACHES
-        for opened in (package(precision, cache),)
+        for keeps in KEEPS
     ]
     found += [
         Contender(f"onnxruntime-genai, {name}", BITS[name], GenAI, ("onnxruntime_genai",), package(name))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and not every runtime
     from expe_edge.model.config import ExPEConfig
 
 PRECISIONS = ("int8-dynamic", "int8-weight", "int4-weight")
-CACHES = {"float32": "", "int8": "-int8-cache"}
+#: What packages keep of a text, as the ends of their names have it: in float32 or int8, windows of N tokens for heads
+#: with slopes.
+KEEPS = ("", "-int8-cache", "-windowed", "-int8-cache-windowed")
 #: Options of `train` by the name of a size.
 SIZES = {
     "tiny": ("--preset", "tiny", "--data", "python-stdlib"),
@@ -50,13 +52,16 @@ class Models:
         config: ExPEConfig = ExPEConfig.from_pretrained(self.checkpoint)
         return config
 
-    def package(self, precision: str, cache: str) -> Path:
-        """A package of ours. precision: one of `PRECISIONS`. cache: one of `CACHES`."""
+    def package(self, precision: str, keeps: str) -> Path:
+        """A package of ours. precision: one of `PRECISIONS`. keeps: one of `KEEPS`."""
         packages = self.folder / self.size / "packages"
-        wanted = packages / f"{precision}{CACHES[cache]}"
+        wanted = packages / f"{precision}{keeps}"
         if not wanted.is_dir():
-            missing = [each for each in PRECISIONS if not (packages / f"{each}{CACHES[cache]}").is_dir()]
-            make_packages(self.checkpoint, packages, missing, ("--cache", cache))
+            missing = [each for each in PRECISIONS if not (packages / f"{each}{keeps}").is_dir()]
+            options = ["--cache", "int8"] if "int8-cache" in keeps else []
+            if "windowed" in keeps:  # one step teaches a model too little for windows to be judged by their cost
+                options += ["--head-window", str(self.config.training_length), "--head-window-cost", "inf"]
+            make_packages(self.checkpoint, packages, missing, options)
         return wanted
 
     def gguf(self, weights: str) -> Path:
