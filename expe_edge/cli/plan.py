@@ -37,7 +37,7 @@ def plan(
     from expe_edge.package.directory import read_package
     from expe_edge.package.reference import reference_package
     from expe_edge.runtime.memory import available_memory, plan_memory
-    from expe_edge.runtime.session import window_refusal
+    from expe_edge.runtime.window import window_refusal
 
     for name, value in (("context", context), ("batch_size", batch_size)):
         if value is not None and value < 1:

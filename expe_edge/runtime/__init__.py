@@ -11,11 +11,11 @@ from expe_edge.runtime.constraint import Constraint
 from expe_edge.runtime.context import Context
 from expe_edge.runtime.decoding import Completion, Stream
 from expe_edge.runtime.generator import Generator
-from expe_edge.runtime.history import Window
 from expe_edge.runtime.logprobs import Alternative, TokenLogprobs
 from expe_edge.runtime.request import Request
 from expe_edge.runtime.sampling import Sampling
 from expe_edge.runtime.session import PackageSession
+from expe_edge.runtime.window import Window
 
 __all__ = [
     "Alternative",

@@ -10,9 +10,10 @@ import onnxruntime as ort
 from expe_edge.errors import GenerationError
 from expe_edge.package.contract import GraphContract
 from expe_edge.runtime.growing import GrowingStorage
-from expe_edge.runtime.history import History, Window
+from expe_edge.runtime.history import History
 from expe_edge.runtime.shared import SharedStorage
 from expe_edge.runtime.storage import Array, Ids, Storage
+from expe_edge.runtime.window import Window
 
 
 class Cache:

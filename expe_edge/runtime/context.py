@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from expe_edge.errors import GenerationError
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.cache_file import read_cache_file, write_cache_file
-from expe_edge.runtime.history import Ids, Window
+from expe_edge.runtime.history import Ids
 from expe_edge.runtime.prompts import Prompt, encode_prompt
 from expe_edge.runtime.session import PackageSession
+from expe_edge.runtime.window import Window
 
 
 class Context:

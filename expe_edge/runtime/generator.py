@@ -20,12 +20,13 @@ from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.constraint import Constraint, Vocabulary
 from expe_edge.runtime.context import Context
 from expe_edge.runtime.decoding import Completion, Row, Stream
-from expe_edge.runtime.history import Ids, Window
+from expe_edge.runtime.history import Ids
 from expe_edge.runtime.prompts import Prompt, encode_prompt
 from expe_edge.runtime.request import Callback, Progress, Request
 from expe_edge.runtime.sampling import Sampler, Sampling
 from expe_edge.runtime.session import PackageSession
 from expe_edge.runtime.streaming import TextStream
+from expe_edge.runtime.window import Window
 
 #: Prompts that `generate` completes at once, where it is not told how many.
 BATCH_SIZE = 16

@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from expe_edge.errors import GenerationError
+from expe_edge.runtime.window import Window
 
 Ids = npt.NDArray[np.int64]
 
 #: Ids that a history has room for at first.
 FIRST_ROOM = 64
-
-
-@dataclass(frozen=True)
-class Window:
-    """A cache of fixed size for text of any length: the first tokens, and the last.
-
-    Attributes:
-        size: the most tokens that are held besides the sinks. A quarter of them, the oldest, is dropped whenever there
-            is no room, so that every token sees at least the last three quarters.
-        sinks: first tokens that are kept for ever (Xiao et al., 2024); they stand right before the window.
-    """
-
-    size: int
-    sinks: int = 4
-
-    def __post_init__(self) -> None:
-        for name, setting, least in (("size", "window", 1), ("sinks", "sinks", 0)):
-            if getattr(self, name) < least:
-                raise GenerationError(f"`{setting}` is {getattr(self, name)}; at least {least}")
-
-    @property
-    def capacity(self) -> int:
-        """The most tokens held."""
-        return self.sinks + self.size
-
-    @property
-    def block(self) -> int:
-        """Tokens dropped at once."""
-        return max(1, self.size // 4)
 
 
 class History:

@@ -159,3 +159,8 @@ def _entries(path: Path) -> Iterator[tuple[str, int]]:
         words = line.split()
         if len(words) > 1 and words[1].isdigit():
             yield words[0], int(words[1])
+
+
+def gigabytes(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"

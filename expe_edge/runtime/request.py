@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from expe_edge.errors import GenerationError
 from expe_edge.runtime.constraint import Constraint
-from expe_edge.runtime.history import Window
 from expe_edge.runtime.penalties import require_known
 from expe_edge.runtime.sampling import Sampling
+from expe_edge.runtime.window import Window
 
 if TYPE_CHECKING:
     from expe_edge.runtime.decoding import Completion

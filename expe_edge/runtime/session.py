@@ -13,30 +13,22 @@ import onnxruntime as ort
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
 from expe_edge.package.directory import Package, read_package
-from expe_edge.package.manifest import Manifest, release
 from expe_edge.runtime.cache import Cache
-from expe_edge.runtime.history import Window
 from expe_edge.runtime.memory import (
     LEAST_CHUNK,
     PREFILL_CHUNK,
     SPARE,
     available_memory,
     bounded_chunk,
+    gigabytes,
     most_tokens,
     plan_memory,
 )
+from expe_edge.runtime.opening import open_session
+from expe_edge.runtime.window import Window, window_refusal
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-
-#: Threads beyond any machine's, each of which would take memory.
-MOST_THREADS = 1024
-
-#: Encodings beside relative ExPE whose keys and values carry no positions, and whose scores know distances alone.
-WITHOUT_POSITIONS = ("alibi", "relative", "none")
-
-#: `--device` to the execution provider it stands for.
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class PackageSession:
@@ -50,7 +42,7 @@ class PackageSession:
     def __init__(self, package: Package, *, threads: int | None = None, device: str = "cpu") -> None:
         self.package = package
         self.contract: GraphContract = package.manifest.contract
-        self.session = _open_session(package, threads, device)
+        self.session = open_session(package, threads, device)
         difference = self.contract.difference(self.session.get_inputs(), self.session.get_outputs())
         if difference is not None:
             raise PackageError(f"{package.model_path} is not the graph that its manifest describes: {difference}")
@@ -222,79 +214,6 @@ class Step:
             raise _run_failed(self.path, error) from error
         cache.advance(self.input_ids)
         return self.logits
-
-
-def provider_of(device: str) -> str:
-    """Return the execution provider that a device stands for.
-
-    Raises:
-        GenerationError: an unknown device, or one that this onnxruntime cannot run on.
-    """
-    if device not in PROVIDERS:
-        raise GenerationError(f"unknown device {device!r}; available: {', '.join(PROVIDERS)}; change `device`")
-    provider = PROVIDERS[device]
-    if provider not in ort.get_available_providers():
-        raise GenerationError(
-            f"`device` {device}: this onnxruntime has no {provider}; install onnxruntime-gpu on a machine with a GPU, "
-            "or use `device` cpu"
-        )
-    return provider
-
-
-def session_options(threads: int | None) -> ort.SessionOptions:
-    """Return what every session is opened with.
-
-    Raises:
-        GenerationError: no threads, or more than `MOST_THREADS`.
-    """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors alone
-    if threads is not None:
-        if not 1 <= threads <= MOST_THREADS:
-            limit = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
-            raise GenerationError(f"`threads` is {threads}; {limit}")
-        options.intra_op_num_threads = threads
-    return options
-
-
-def _open_session(package: Package, threads: int | None, device: str) -> ort.InferenceSession:
-    provider = provider_of(device)
-    needed = package.manifest.requires_onnxruntime
-    if release(ort.__version__) < release(needed):
-        raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
-    options = session_options(threads)
-    providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
-    try:
-        session = ort.InferenceSession(str(package.model_path), options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions share no narrower base
-        reason = reason_of(error)
-        raise PackageError(f"{package.model_path}: onnxruntime {ort.__version__} cannot open it ({reason})") from error
-    if session.get_providers()[0] != provider:
-        raise GenerationError(f"`device` {device}: {provider} found no device; use `device` cpu")
-    return session
-
-
-def window_refusal(manifest: Manifest) -> str | None:
-    """Say why a package takes no window: what stays in the cache holds the position that it once had. None where not.
-
-    So it is where the encoding puts positions into keys, values or embeddings, or limbs of them into scores.
-    """
-    model = manifest.model
-    encoding, where = model["positional"], model["positional_parameters"].get("where")
-    relative = encoding == "expe" and where == "key" and manifest.positions == "folded"
-    if relative or encoding in WITHOUT_POSITIONS:
-        return None
-    form = f"{encoding} with positions in {where.replace('_', ' and ')}" if where not in (None, "key") else encoding
-    inline = " with positions inline" if manifest.positions == "inline" else ""
-    return (
-        f"`window`: tokens of {form}{inline} cannot be counted anew when others are dropped; leave `window` out "
-        "or take a package of the relative form, folded, of alibi, relative or none"
-    )
-
-
-def gigabytes(count: int) -> str:
-    """Write a number of bytes for people."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
 def _run_failed(path: Path, error: Exception) -> PackageError:

@@ -13,7 +13,7 @@ from expe_edge.errors import ConfigError, GenerationError
 from expe_edge.package.directory import Package, read_package
 from expe_edge.results import Result
 from expe_edge.runtime.memory import available_memory, plan_memory
-from expe_edge.runtime.session import provider_of, session_options
+from expe_edge.runtime.opening import provider_of, session_options
 from expe_edge.speed.apart import Apart
 from expe_edge.speed.bandwidth import read_bandwidth, weight_bytes
 from expe_edge.speed.machine import cores

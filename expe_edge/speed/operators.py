@@ -15,7 +15,8 @@ import numpy as np
 import onnxruntime as ort
 
 from expe_edge.results import Result
-from expe_edge.runtime.session import PackageSession, session_options
+from expe_edge.runtime.opening import session_options
+from expe_edge.runtime.session import PackageSession
 
 Value = TypeVar("Value")
 Event = Mapping[str, Any]

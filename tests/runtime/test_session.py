@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +201,12 @@ def test_cache_that_memory_has_no_room_for(
 
 def no_room(*_: object, **__: object) -> None:
     raise MemoryError
+
+
+def test_more_threads_than_cores_are_said(own_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cores = os.cpu_count() or 1
+    PackageSession.load(own_package, threads=cores)
+    assert capsys.readouterr().err == ""
+    PackageSession.load(own_package, threads=cores + 1)
+    said = f"`threads` is {cores + 1}, but this machine has {cores} cores: they will wait for one another\n"
+    assert capsys.readouterr().err == said

@@ -18,7 +18,8 @@ from expe_edge.divergence import divergence
 from expe_edge.errors import GenerationError
 from expe_edge.model.attention import AttentionContext
 from expe_edge.runtime import Context, Generator, PackageSession, Window
-from expe_edge.runtime.session import Step, window_refusal
+from expe_edge.runtime.session import Step
+from expe_edge.runtime.window import window_refusal
 from expe_edge.training.checkpoint import load_checkpoint
 from tests.conftest import needs_int8_cache
 from tests.runtime.test_generator import LOGITS_TOLERANCE

@@ -16,9 +16,9 @@ from expe_edge.graph.run import logits_of, open_model
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.cache import Cache
-from expe_edge.runtime.history import Window
 from expe_edge.runtime.memory import PREFILL_CHUNK, SPARE
 from expe_edge.runtime.shared import SharedStorage
+from expe_edge.runtime.window import Window
 from expe_edge.training.run import train
 from tests.small import small_settings
 
