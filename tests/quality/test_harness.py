@@ -177,8 +177,8 @@ def test_batches_that_lm_eval_may_ask_for(packages: Path) -> None:
 
 def test_requests_it_refuses(packages: Path) -> None:
     model = PackageLM(str(packages / "float32"), max_length=8)
-    with pytest.raises(GenerationError, match="unknown generation setting 'typical_p'"):
-        model.generate_until(requests("generate_until", [("A", {"typical_p": 0.5})]))
+    with pytest.raises(GenerationError, match="unknown generation setting 'eta_cutoff'"):
+        model.generate_until(requests("generate_until", [("A", {"eta_cutoff": 0.5})]))
     with pytest.raises(GenerationError, match="max_gen_toks is 8; of max_length=8 it must leave room for a prompt"):
         model.generate_until(requests("generate_until", [("A", {"max_gen_toks": 8})]))
     with pytest.raises(GenerationError, match="a continuation of 9 tokens exceeds max_length=8; raise it"):
