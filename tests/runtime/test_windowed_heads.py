@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expe_edge.cli.main import main
 from expe_edge.errors import ExportError, GenerationError
 from expe_edge.export.exporter import export
 from expe_edge.graph.run import logits_of, open_model
@@ -20,7 +21,7 @@ from expe_edge.runtime.memory import PREFILL_CHUNK, SPARE
 from expe_edge.runtime.shared import SharedStorage
 from expe_edge.runtime.window import Window
 from expe_edge.training.run import train
-from tests.small import small_settings
+from tests.small import command_runner, small_settings
 
 WINDOW = 16
 #: More than a window's buffers hold, so that they are moved several times.
@@ -155,6 +156,12 @@ def test_the_manifest_says_what_windows_cost(packages: Path) -> None:
     assert record is not None
     assert record["head_windows"]["windows"] == [WINDOW] * 3 + [0]
     assert record["head_windows"]["kl"] > 0
+
+
+def test_inspect_says_it_too(packages: Path) -> None:
+    package = windowed(packages).session.package
+    shown = command_runner().invoke(main, ["inspect", str(package.path)], catch_exceptions=False).stdout
+    assert f"; 3 of 4 heads keep {WINDOW} tokens, for " in " ".join(shown.split())
 
 
 def test_other_clients_are_told(packages: Path) -> None:
