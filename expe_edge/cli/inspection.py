@@ -40,7 +40,7 @@ def _summary(package: Package) -> dict[str, str]:
         "path": str(package.path),
         "precision": manifest.precision,
         "options": ", ".join(f"{name} {value}" for name, value in options.items()) or "defaults",
-        "cache": f"{manifest.contract.cache_dtype}, {manifest.contract.cache_bytes:,} bytes a token{_windows(manifest)}",
+        "cache": _cache(manifest),
         "size": f"{package.size:,} bytes in {len(manifest.files) + 1} files",
         "model": f"{model['num_hidden_layers']} layers, width {model['hidden_size']}, vocabulary {model['vocab_size']}",
         "encoding": f"{model['positional']}, {_settings(model['positional_parameters'])}",
@@ -50,14 +50,14 @@ def _summary(package: Package) -> dict[str, str]:
     }
 
 
-def _windows(manifest: Manifest) -> str:
-    kept = [window for window in manifest.contract.windows if window]
+def _cache(manifest: Manifest) -> str:
+    contract = manifest.contract
+    cache = f"{contract.cache_dtype}, {contract.cache_bytes:,} bytes a token"
+    kept = [window for window in contract.windows if window]
     if not kept:
-        return ""
+        return cache
     cost = (manifest.calibration or {}).get("head_windows", {}).get("loss", math.nan)
-    return (
-        f"; {len(kept)} of {len(manifest.contract.windows)} heads keep {max(kept)} tokens, for {cost:+.2g} nats of loss"
-    )
+    return f"{cache}; {len(kept)} of {len(contract.windows)} heads keep {max(kept)} tokens, for {cost:+.2g} nats"
 
 
 def _settings(parameters: Mapping[str, Any]) -> str:
