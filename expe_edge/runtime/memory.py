@@ -8,6 +8,7 @@ from pathlib import Path
 
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import Package
+from expe_edge.package.manifest import Manifest
 
 #: The most tokens per prefill step: enough to fill the matrix kernels.
 PREFILL_CHUNK = 256
@@ -24,8 +25,15 @@ WEIGHT_COPIES = 1.5
 FUSED_BUFFERS, PORTABLE_BUFFERS = (2, 1), (6, 3)
 
 
+def far_heads(manifest: Manifest) -> int:
+    """Return how many query heads see the whole text, whose scores and biases grow with it."""
+    contract = manifest.contract
+    far = sum(group.heads for group in contract.groups if not group.window)
+    return int(manifest.model["num_attention_heads"]) * far // contract.key_value_heads
+
+
 def bounded_chunk(heads: int, depth: int) -> int:
-    """Return how many tokens to read at once behind `depth` others, so that the position bias stays bounded."""
+    """Return how many tokens to read at once behind `depth` others, so that the scores of `heads` stay bounded."""
     most = MOST_SCORES // (heads * (depth + PREFILL_CHUNK)) // LEAST_CHUNK * LEAST_CHUNK
     return min(PREFILL_CHUNK, max(LEAST_CHUNK, most))
 
@@ -66,15 +74,14 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
     chunk: as of `PackageSession.prefill`.
     """
     model, contract = package.manifest.model, package.manifest.contract
-    heads = int(model["num_attention_heads"])
-    read = min(tokens, chunk or bounded_chunk(heads, 0))
-    deepest = min(read, chunk or bounded_chunk(heads, max(0, tokens - PREFILL_CHUNK)))
+    heads, far = int(model["num_attention_heads"]), far_heads(package.manifest)
+    read = min(tokens, chunk or bounded_chunk(far, 0))
+    deepest = min(read, chunk or bounded_chunk(far, max(0, tokens - PREFILL_CHUNK)))
     by_head, by_pair = PORTABLE_BUFFERS if contract.growing_cache else FUSED_BUFFERS
     pairs = deepest * tokens
     if chunk is None and deepest < PREFILL_CHUNK <= tokens:  # chunks grew shorter on the way, and were larger between
-        pairs = max(pairs, MOST_SCORES // heads)
+        pairs = max(pairs, MOST_SCORES // far)
     near = max(contract.windows, default=0) + SPARE + PREFILL_CHUNK  # keys of heads with a window
-    far = heads * sum(group.heads for group in contract.groups if not group.window) // contract.key_value_heads
     width = 6 * int(model["hidden_size"]) + 3 * int(model["intermediate_size"]) + 2 * contract.vocab_size
     return MemoryPlan(
         tokens=tokens,

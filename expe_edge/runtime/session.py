@@ -20,6 +20,7 @@ from expe_edge.runtime.memory import (
     SPARE,
     available_memory,
     bounded_chunk,
+    far_heads,
     gigabytes,
     most_tokens,
     plan_memory,
@@ -112,7 +113,7 @@ class PackageSession:
 
     def chunk_at(self, depth: int) -> int:
         """Return how many tokens to read at once behind `depth` others, so that the position bias stays bounded."""
-        return bounded_chunk(int(self.package.manifest.model["num_attention_heads"]), depth)
+        return bounded_chunk(far_heads(self.package.manifest), depth)
 
     def require_memory(self, tokens: int, *, rows: int = 1, chunk: int | None = None, held: int = 0) -> None:
         """Refuse what cannot fit: a cache of `rows` × `tokens` and the steps that fill it. held: bytes of it there are.

@@ -17,7 +17,7 @@ from expe_edge.graph.run import logits_of, open_model
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession, Sampling
 from expe_edge.runtime.cache import Cache
-from expe_edge.runtime.memory import PREFILL_CHUNK, SPARE
+from expe_edge.runtime.memory import PREFILL_CHUNK, SPARE, bounded_chunk, far_heads
 from expe_edge.runtime.shared import SharedStorage
 from expe_edge.runtime.window import Window
 from expe_edge.training.run import train
@@ -114,6 +114,12 @@ def test_batches_streams_and_single_prompts_agree(packages: Path, name: str) -> 
         stream = generator.stream(prompt, max_new_tokens=30)
         assert "".join(stream) == stream.completion.text
         assert found.tokens == alone.tokens == stream.completion.tokens
+
+
+def test_prefill_reads_as_much_at_once_as_the_heads_that_see_all_allow(packages: Path) -> None:
+    session = windowed(packages).session
+    assert far_heads(session.package.manifest) == 1  # of four
+    assert session.chunk_at(60_000) == PREFILL_CHUNK > bounded_chunk(4, 60_000)
 
 
 def test_a_context_is_copied_and_saved(packages: Path, tmp_path: Path) -> None:
