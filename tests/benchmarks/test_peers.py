@@ -34,11 +34,11 @@ def made(checkpoint: Path, packages: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_ours_and_what_is_missing(made: models.Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda module: None if module == "llama_cpp" else find_spec(module))
-    options = ("--size", made.size, "--depths", "0,40", "--prefill", "9", "--steps", "3", "--turns", "2")
+    options = ("--size", made.size, "--depths", "0,40", "--prefill", "9", "--steps", "3", "--turns", "2", "--threads", "1")
 
     done = command_runner().invoke(
         peers.main,
-        [*options, "--threads", "1", "--only", "ours, int8-weight|Q4_0, f16", "--out", str(made.folder)],
+        [*options, "--only", "ours, int8-weight(, int8 cache)?$|Q4_0, f16", "--out", str(made.folder)],
         catch_exceptions=False,
     )
 
@@ -56,7 +56,7 @@ def test_ours_and_what_is_missing(made: models.Models, monkeypatch: pytest.Monke
 
 def test_a_contender_that_fails_leaves_the_others_running(made: models.Models, tmp_path: Path) -> None:
     broken = peers.Contender("broken", 8, Ours, (), lambda _: (tmp_path / "none",))
-    whole = peers.Contender("whole", 4, Ours, (), lambda of: (of.package("int4-weight", "float32"),))
+    whole = peers.Contender("whole", 4, Ours, (), lambda of: (of.package("int4-weight", ""),))
     settings = peers.Settings(made.size, (0, 2**30), 4, 2, 1, 1, "wall")
 
     *_, found = peers.measure([broken, whole], made, settings)
@@ -66,8 +66,8 @@ def test_a_contender_that_fails_leaves_the_others_running(made: models.Models, t
 
 #: A runtime, the module it needs, and what it opens of a shape.
 PEERS: list[tuple[type[Runtime], str, Callable[[Any], Any]]] = [
-    (GenAI, "onnxruntime_genai", lambda made: (made.package("int8-weight", "float32"),)),
-    (Optimum, "optimum", lambda made: (made.package("int8-weight", "float32"),)),
+    (GenAI, "onnxruntime_genai", lambda made: (made.package("int8-weight", ""),)),
+    (Optimum, "optimum", lambda made: (made.package("int8-weight", ""),)),
     (LlamaCpp, "llama_cpp", lambda made: (made.gguf("Q8_0"), "f16")),
     (CTranslate2, "ctranslate2", lambda made: (made.ctranslate2(),)),
     (Torch, "torch", lambda made: (made.llama(), False)),
