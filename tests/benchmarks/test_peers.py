@@ -34,11 +34,12 @@ def made(checkpoint: Path, packages: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_ours_and_what_is_missing(made: models.Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda module: None if module == "llama_cpp" else find_spec(module))
-    options = ("--size", made.size, "--depths", "0,40", "--prefill", "9", "--steps", "3", "--turns", "2", "--threads", "1")
+    options = ["--depths", "0,40", "--prefill", "9", "--steps", "3", "--turns", "2", "--threads", "1"]
+    options += ["--size", made.size, "--only", "ours, int8-weight(, int8 cache)?$|Q4_0, f16"]
 
     done = command_runner().invoke(
         peers.main,
-        [*options, "--only", "ours, int8-weight(, int8 cache)?$|Q4_0, f16", "--out", str(made.folder)],
+        [*options, "--out", str(made.folder)],
         catch_exceptions=False,
     )
 
