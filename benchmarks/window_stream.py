@@ -15,12 +15,7 @@ import click
 import numpy as np
 
 from expe_edge.runtime import Generator, Window
-
-
-def resident_bytes() -> int:
-    """Return the resident set of this process, where /proc says it."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024
+from expe_edge.speed.measuring import resident_bytes
 
 
 @click.command()

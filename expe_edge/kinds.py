@@ -15,6 +15,11 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether text can be written as UTF-8: it holds no half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def all_are(kind: Callable[[object], bool], values: object) -> bool:
     """Tell whether `values` is a tuple of nothing else."""
     return isinstance(values, tuple) and all(map(kind, values))

@@ -72,7 +72,7 @@ def generate(
     began = time.perf_counter()
     generator = Generator.load(package, threads=threads, device=device)
     loaded = time.perf_counter() - began
-    require_possible(generator, text, n, options, kept)
+    ids = require_possible(generator, text, n, options, kept)
     if package is None:
         say_reference([generator.session.package.path])
 
@@ -90,9 +90,9 @@ def generate(
         else:
             options |= {"context": context, "window": kept}
             if n > 1:
-                print_samples(generator, text, n, options, as_json, report)
+                print_samples(generator, text, ids, n, options, as_json, report)
             else:
-                print_text(generator, text, options, as_json, report)
+                print_text(generator, text, ids, options, as_json, report)
 
 
 def require_together(
@@ -124,25 +124,34 @@ def request_options(given: dict[str, Any]) -> dict[str, Any]:
     return {**options, "sampling": sampling, "constraint": constraint_of(**constraint)}
 
 
-def require_possible(generator: Generator, text: str, n: int, options: dict[str, Any], window: Window | None) -> None:
-    """Raise `GenerationError` before anything is said where the model cannot do what is asked."""
+def require_possible(
+    generator: Generator, text: str, n: int, options: dict[str, Any], window: Window | None
+) -> list[int]:
+    """Return the ids of the prompt.
+
+    Raises:
+        GenerationError: the model cannot do what is asked; before anything is said.
+    """
     from expe_edge.runtime.request import Request
 
     request = Request(n=n, **options)
     row = generator.row(generator.encode(text) if text else [0], request)
     request.capacity(len(row.ids), window)
+    ids: list[int] = row.ids.tolist()
+    return ids
 
 
 def print_text(
     generator: Generator,
     text: str,
+    ids: list[int],
     options: dict[str, Any],
     as_json: bool,
     report: Callable[[Completion], None],
 ) -> None:
-    """Print what follows a prompt as it comes, or all there is to say of it as JSON."""
+    """Print what follows a prompt, whose ids are given too, as it comes, or all there is to say of it as JSON."""
     with PromptBar() as bar:
-        stream = generator.stream(text, **options, on_prefill=bar)
+        stream = generator.stream(ids, **options, on_prefill=bar)
         for piece in stream:
             if not as_json:
                 write(piece)
@@ -154,6 +163,7 @@ def print_text(
 def print_samples(
     generator: Generator,
     text: str,
+    ids: list[int],
     n: int,
     options: dict[str, Any],
     as_json: bool,
@@ -161,7 +171,7 @@ def print_samples(
 ) -> None:
     """Print several texts that follow a prompt, each behind a line with its number, or all as JSON."""
     with PromptBar() as bar:
-        completions = generator.generate([text], n=n, **options, on_prefill=bar)
+        completions = generator.generate([ids], n=n, **options, on_prefill=bar)
     if as_json:
         listed = [dataclasses.asdict(completion) for completion in completions]
         click.echo(json.dumps({"prompt": text, "completions": listed}, indent=2))

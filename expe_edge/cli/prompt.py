@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from expe_edge.errors import GenerationError
+from expe_edge.kinds import is_unicode
 from expe_edge.text.documents import decoded
 
 #: Tokens still to be read from which on a bar shows how many have been.
@@ -19,7 +20,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise GenerationError("both --prompt and --prompt-file are given; use one")
     if prompt is not None:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are no text
+        if not is_unicode(prompt):  # how Python hands on bytes that are no text
             raise GenerationError("--prompt: not UTF-8 text")
         return prompt
     if prompt_file is None or str(prompt_file) == "-":

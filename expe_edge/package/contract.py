@@ -59,9 +59,9 @@ class HeadGroup:
         """How many they are."""
         return self.end - self.begin
 
-    def seen(self, tokens: int) -> int:
-        """How many of a row's `tokens` its last query sees."""
-        return min(tokens, self.window) if self.window else tokens
+    def seen(self, tokens: int, spare: int = 0) -> int:
+        """How many of a row's `tokens` its last query sees, and up to `spare` more where there is a window."""
+        return min(tokens, self.window + spare) if self.window else tokens
 
 
 class Node(Protocol):
@@ -161,8 +161,7 @@ class GraphContract:
 
     def row_bytes(self, tokens: int, spare: int = 0) -> int:
         """Bytes of the keys and values of a row of so many tokens, where windows have room for `spare` more."""
-        columns = [min(tokens, group.window + spare) if group.window else tokens for group in self.groups]
-        return sum(self._bytes(group.heads) * count for group, count in zip(self.groups, columns, strict=True))
+        return sum(self._bytes(group.heads) * group.seen(tokens, spare) for group in self.groups)
 
     def _bytes(self, heads: int) -> int:
         return 2 * self.layers * heads * self.head_size * CACHE_ITEM_BYTES[self.cache_dtype]

@@ -96,9 +96,7 @@ class Batch:
         """Give a row its place in the cache, with what was read of its prompt before."""
         if row.prefix is not self.cache:
             place.clear()
-            shared = 0 if row.prefix is None else row.prefix.shared(row.ids[:-1])
-            if row.prefix is not None and shared:
-                place.take(row.prefix, shared)
+            place.begin_with(row.prefix, row.ids)
         rest = place.last() if row.goes_on else place.reuse(row.ids)
         row.completion.reused_tokens = row.completion.prompt_tokens - len(rest)
         place.reserve(int(place.lengths[0]) + len(rest))

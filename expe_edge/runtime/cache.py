@@ -76,7 +76,7 @@ class Cache:
         longest = max(self.lengths.tolist()) + tokens
         if longest > self.capacity:
             longest = self._drop(tokens)
-        self.storage.prepare(self.begin, self.end, tokens)
+        self.storage.prepare(self.begin, self.end, tokens, longest)
         if self.batch > 1:
             return self.storage.mask(self.begin, self.end, tokens)
         if longest > self._ones.shape[1]:  # made seldom: each token's microseconds count
@@ -174,6 +174,12 @@ class Cache:
         else:
             self.truncate(kept)
         return ids[kept:]
+
+    def begin_with(self, prefix: Cache | None, ids: Ids) -> None:
+        """Take from another cache of one row what it has read of the beginning of `ids` (T,) but the last, if any."""
+        shared = 0 if prefix is None else prefix.shared(ids[:-1])
+        if prefix is not None and shared:
+            self.take(prefix, shared)
 
     def last(self) -> Ids:
         """Take back the last token that the one row has read; return it, (1,)."""

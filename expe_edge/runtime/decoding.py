@@ -89,6 +89,7 @@ class Row:
         self.lookup = PromptLookup(ids) if request.prompt_lookup else None
         self.completion = Completion(prompt_tokens=len(ids), logprobs=None if request.logprobs is None else [])
         self.began = 0.0  # when it was first decoded, by `time.perf_counter`
+        self._open: Ids | None = None  # the ids that end no text
 
     def has_read(self, rest: int) -> None:
         """Tell whoever looks on that all but `rest` tokens of the prompt have been read."""
@@ -119,8 +120,10 @@ class Row:
             return self.matcher.allowed()
         if len(self.completion.tokens) >= self.request.min_new_tokens:
             return None
-        closing = [token for token in (self.end_of_text, *self.stop_tokens) if token is not None]
-        return np.setdiff1d(np.arange(vocab_size, dtype=np.int64), closing)
+        if self._open is None:
+            closing = [token for token in (self.end_of_text, *self.stop_tokens) if token is not None]
+            self._open = np.setdiff1d(np.arange(vocab_size, dtype=np.int64), closing)
+        return self._open
 
     def _why_ended(self, token: int) -> str | None:
         """Why no token follows this one; None where one does."""

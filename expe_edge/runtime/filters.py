@@ -152,10 +152,3 @@ def draw(weights: npt.NDArray[Any], random: np.random.Generator) -> int:
         reached = weights[likely].cumsum(dtype=np.float64)
     index = reached.searchsorted(beyond if beyond >= 0 else at * total, side="right")
     return int(likely[min(int(index), len(likely) - 1)])
-
-
-def log_softmax(scores: Scores) -> Scores:
-    """Return the log probabilities of `scores` (V,), in nats."""
-    shifted: Scores = scores - scores.max()
-    shifted -= np.float32(math.log(float(np.exp(shifted).sum(dtype=np.float64))))
-    return shifted

@@ -226,9 +226,7 @@ class Generator:
     def _read_once(self, row: Row, like: Cache, prefix: Cache | None) -> tuple[Cache, int]:
         """Return a cache that has read all of a row's prompt but the last token, and how many others had read."""
         began, cache = time.perf_counter(), self.session.new_cache(1, like.capacity, like.window)
-        shared = 0 if prefix is None else prefix.shared(row.ids[:-1])
-        if prefix is not None and shared:
-            cache.take(prefix, shared)
+        cache.begin_with(prefix, row.ids)
         rest = cache.reuse(row.ids)
         reused = len(row.ids) - len(rest)
         for _ in self.session.prefill(cache, rest[:-1], self.prefill_chunk, last=True):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from expe_edge.runtime.filters import Scores, log_softmax, top_indices
+from expe_edge.divergence import Double, log_softmax
+from expe_edge.runtime.filters import Scores, top_indices
 
 
 @dataclass(frozen=True)
@@ -39,5 +40,5 @@ def token_logprobs(tokenizer: Tokenizer, logits: Scores, token: int, count: int)
     return TokenLogprobs(*_described(tokenizer, logprobs, token), top=top)
 
 
-def _described(tokenizer: Tokenizer, logprobs: Scores, token: int) -> tuple[int, str, float]:
+def _described(tokenizer: Tokenizer, logprobs: Double, token: int) -> tuple[int, str, float]:
     return token, str(tokenizer.decode([token], skip_special_tokens=False)), float(logprobs[token])

@@ -32,6 +32,11 @@ def far_heads(manifest: Manifest) -> int:
     return int(manifest.model["num_attention_heads"]) * far // contract.key_value_heads
 
 
+def near_tokens(contract: GraphContract) -> int:
+    """Return the most tokens that heads with a window of their own keep; 0 where there are none."""
+    return max(contract.windows) + SPARE + PREFILL_CHUNK if contract.windows else 0
+
+
 def bounded_chunk(heads: int, depth: int) -> int:
     """Return how many tokens to read at once behind `depth` others, so that the scores of `heads` stay bounded."""
     most = MOST_SCORES // (heads * (depth + PREFILL_CHUNK)) // LEAST_CHUNK * LEAST_CHUNK
@@ -81,7 +86,6 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
     pairs = deepest * tokens
     if chunk is None and deepest < PREFILL_CHUNK <= tokens:  # chunks grew shorter on the way, and were larger between
         pairs = max(pairs, MOST_SCORES // far)
-    near = max(contract.windows, default=0) + SPARE + PREFILL_CHUNK  # keys of heads with a window
     width = 6 * int(model["hidden_size"]) + 3 * int(model["intermediate_size"]) + 2 * contract.vocab_size
     return MemoryPlan(
         tokens=tokens,
@@ -89,7 +93,7 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
         chunk=deepest,
         weights=int(WEIGHT_COPIES * package.size),
         cache=rows * contract.row_bytes(tokens, SPARE + PREFILL_CHUNK) * _copies(contract, rows),
-        scores=4 * (pairs * (by_head * far + by_pair) + deepest * near * by_head * (heads - far)),
+        scores=4 * (pairs * (by_head * far + by_pair) + deepest * near_tokens(contract) * by_head * (heads - far)),
         activations=4 * max(read, rows) * width,
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from expe_edge.errors import GenerationError
+from expe_edge.kinds import is_unicode
 from expe_edge.runtime.history import Ids
 
 #: A prompt is text, or token ids taken as they are.
@@ -36,5 +37,5 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) 
 
 def require_text(name: str, text: str) -> None:
     """Raise `GenerationError` where `text`, which is called `name`, could not be written as UTF-8."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_unicode(text):
         raise GenerationError(f"{name} holds half a surrogate pair, which is no text")

@@ -16,13 +16,12 @@ from expe_edge.package.directory import Package, read_package
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.memory import (
     LEAST_CHUNK,
-    PREFILL_CHUNK,
-    SPARE,
     available_memory,
     bounded_chunk,
     far_heads,
     gigabytes,
     most_tokens,
+    near_tokens,
     plan_memory,
 )
 from expe_edge.runtime.opening import open_session
@@ -88,8 +87,8 @@ class PackageSession:
 
     def _require_wide(self, window: Window) -> None:
         """Raise `GenerationError` for a window that drops what heads with windows of their own still keep."""
-        kept = max(self.contract.windows, default=0) + SPARE + PREFILL_CHUNK
-        if self.contract.windows and window.size - window.block < kept:
+        kept = near_tokens(self.contract)
+        if window.size - window.block < kept:
             raise GenerationError(
                 f"`window` is {window.size}, but heads of this package keep {kept} tokens by themselves; give at least "
                 f"{4 * kept // 3 + 4}"

@@ -41,8 +41,7 @@ class SharedStorage(Storage):
 
     def _room(self, group: int, columns: int) -> int:
         """Columns of a group's buffers where rows have room for `columns` tokens."""
-        window = self.groups[group].window
-        return min(columns, window + SPARE + self.free) if window else columns
+        return self.groups[group].seen(columns, SPARE + self.free)
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +65,13 @@ class SharedStorage(Storage):
         self.columns = columns
         self.version += 1
 
-    def prepare(self, begin: int, end: int, tokens: int) -> None:
-        super().prepare(begin, end, tokens)
+    def prepare(self, begin: int, end: int, tokens: int, longest: int) -> None:
+        super().prepare(begin, end, tokens, longest)
+        if self.contract.windows:
+            self._slide(begin, end, tokens)
+
+    def _slide(self, begin: int, end: int, tokens: int) -> None:
+        """Let windows forget what the run no longer sees, where they have no room for more."""
         if tokens > self.free:
             self.free = tokens
             self._move(self.columns)

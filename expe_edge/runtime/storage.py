@@ -47,13 +47,13 @@ class Storage(ABC):
     def nbytes(self) -> int:
         """Bytes of all buffers."""
 
-    def prepare(self, begin: int, end: int, tokens: int) -> None:
-        """Make room for a run of the rows that appends `tokens` to each.
+    def prepare(self, begin: int, end: int, tokens: int, longest: int) -> None:
+        """Make room for a run of the rows that appends `tokens` to each, and of which the longest has `longest` then.
 
         Raises:
             GenerationError: memory has no room.
         """
-        self.reserve(max(self.lengths[begin:end].tolist()) + tokens)
+        self.reserve(longest)
 
     def earliest(self, row: int) -> int:
         """The least number of tokens above 0 that a row can go back to."""

@@ -16,6 +16,8 @@ from expe_edge.runtime.session import Ids, Logits, PackageSession, Step
 
 #: Bytes of the unit that `ru_maxrss` counts in: macOS counts bytes, Linux kilobytes.
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+#: What Linux says of this process, in kilobytes.
+STATUS = Path("/proc/self/status")
 
 
 def peak_bytes() -> int:
@@ -23,11 +25,19 @@ def peak_bytes() -> int:
 
     Linux lets a new program inherit `ru_maxrss` of the process that started it, but not what /proc says.
     """
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    if not STATUS.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    lines = status.read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    return _status_bytes("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Return the resident set of this process, where /proc says it."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int:
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def quartiles(values: npt.ArrayLike) -> list[float]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from expe_edge.errors import CorpusError
+from expe_edge.kinds import is_unicode
 
 #: What a folder's files are read by; a file that is named itself is plain text whatever its suffix.
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".html", ".tex", ".csv", ".log", ".c", ".h", ".js", ".ts"})
@@ -209,7 +210,7 @@ def _field(where: str, row: Any, text_field: str) -> str:
     text = row[text_field]
     if not isinstance(text, str):
         raise NotTextError(where, f"{text_field!r} is {json_name(text)}, not text; set `text_field`")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_unicode(text):
         raise NotTextError(where, "holds half a surrogate pair, which is no text")
     return text
 
