@@ -141,6 +141,19 @@ def read_until(ours: int, pattern: str, before: str = "") -> str:
     return found
 
 
+def wait_for_input(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process that has printed its prompt sleeps.
+
+    Python's readline misses a signal between printing a prompt and waiting for a key, until the next key comes.
+    """
+    stat, asleep, deadline = Path(f"/proc/{process.pid}/stat"), 0, time.monotonic() + 60
+    while asleep < 3:
+        assert time.monotonic() < deadline
+        state = stat.read_text().rpartition(")")[2].split()[0]
+        asleep = asleep + 1 if state == "S" else 0
+        time.sleep(0.05)
+
+
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(packages: Path) -> None:
     with terminal(packages, "--max-new-tokens", "1000000", "--stop-token", "0", "--logit-bias", "0=-100") as (
         process,
@@ -153,6 +166,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(packages: Path) -> None:
 
         process.send_signal(signal.SIGINT)
         said = read_until(ours, r"\r\n> $")
+        wait_for_input(process)
         process.send_signal(signal.SIGINT)  # while nothing is answered: the line is taken back
         read_until(ours, r"\r\n> $")
         os.write(ours, b"/save said.txt\n")
