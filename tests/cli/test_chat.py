@@ -122,7 +122,11 @@ def terminal(packages: Path, *options: str) -> Iterator[tuple[subprocess.Popen[b
     """A chat in a terminal of its own; what is to be typed and read goes through the file number."""
     ours, theirs = pty.openpty()
     line = command("generate", packages / "float32", "-i", *options)
-    process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit its neglect
+    try:
+        process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     os.close(theirs)
     try:
         yield process, ours
