@@ -170,7 +170,7 @@ def measure(chosen: Sequence[Contender], models: Models, settings: Settings) -> 
 @click.command(help=__doc__)
 @click.option("--size", type=click.Choice(list(SIZES)), default="large", show_default=True)
 @click.option("--depths", default="0,4k,16k", show_default=True, help="Tokens in the cache before; 1k is 1024.")
-@click.option("--prefill", default=512, show_default=True, help="Tokens of a prompt.")
+@click.option("--prefill", default="512", show_default=True, help="Tokens of a prompt; 1k is 1024.")
 @click.option("--steps", default=32, show_default=True, help="Steps of decoding, whose median is the time of one.")
 @click.option("--turns", default=5, show_default=True)
 @click.option("--threads", type=int, default=cores, show_default="one for each physical core")
@@ -180,7 +180,7 @@ def measure(chosen: Sequence[Contender], models: Models, settings: Settings) -> 
 @click.option("--only", default="", help="Contenders whose name this regular expression finds.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/peers"), show_default=True)
 def main(
-    size: str, depths: str, prefill: int, steps: int, turns: int, threads: int, clock: str, only: str, out: Path
+    size: str, depths: str, prefill: str, steps: int, turns: int, threads: int, clock: str, only: str, out: Path
 ) -> None:
     chosen = []
     for each in contenders():
@@ -190,11 +190,12 @@ def main(
             click.echo(f"{each.name}: {each.missing} is not installed; left out", err=True)
         else:
             chosen.append(each)
-    settings = Settings(size, tuple(parse_tokens("--depths", depths)), prefill, steps, turns, threads, clock)
+    (prompt,) = parse_tokens("--prefill", prefill)
+    settings = Settings(size, tuple(parse_tokens("--depths", depths)), prompt, steps, turns, threads, clock)
     record = {"processor": processor(), "versions": versions(COMPARED), "settings": vars(settings)}
     for timings in measure(chosen, Models(out, size), settings):
         write_json(out / f"{size}.json", {**record, "timings": [each.to_dict() for each in timings]})
-        page = f"{speed_table(timings, prefill)}\n\n{ratio_table(timings)}\n"
+        page = f"{speed_table(timings, prompt)}\n\n{ratio_table(timings)}\n"
         (out / f"{size}.md").write_text(page, encoding="utf-8")
     click.echo(page)
 

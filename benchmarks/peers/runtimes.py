@@ -21,7 +21,7 @@ from benchmarks.peers.models import word_of
 from expe_edge.runtime.session import PackageSession, Step
 from expe_edge.speed.timed import filled
 
-#: Tokens that are read at once where a depth is read for real.
+#: Tokens that are read at once where a runtime leaves that to its user, and where a depth is read for real.
 PIECE = 512
 
 
@@ -45,7 +45,7 @@ class Runtime(ABC):
 
         Where the runtime is not taken so deep: why.
         """
-        if self.deepest is not None and depth > self.deepest[0]:
+        if self.deepest is not None and max(depth, prefill) > self.deepest[0]:
             return self.deepest[1]
         if depth != self.depth:
             self.prepare(depth, depth + max(prefill, steps) + 2)
@@ -82,6 +82,11 @@ class Runtime(ABC):
     @abstractmethod
     def decode(self, depth: int, token: int, steps: int) -> list[float]:
         """Return the seconds of each of `steps` after `depth`, the first of which reads `token`."""
+
+
+def pieces(tokens: np.ndarray) -> list[np.ndarray]:
+    """Cut tokens (T,) into what is read at once."""
+    return [tokens[begin : begin + PIECE] for begin in range(0, len(tokens), PIECE)]
 
 
 class Ours(Runtime):
@@ -123,15 +128,18 @@ class GenAI(Runtime):
         parameters = og.GeneratorParams(self.model)
         parameters.set_search_options(do_sample=False, max_length=room, min_length=room)
         self.generator = og.Generator(self.model, parameters)
-        for begin in range(0, depth, PIECE):
-            self._append(self.tokens(depth)[begin : begin + PIECE])
+        self._read(self.tokens(depth))
+
+    def _read(self, tokens: np.ndarray) -> None:
+        for piece in pieces(tokens):
+            self._append(piece)
 
     def _append(self, tokens: np.ndarray) -> None:
         self.generator.append_tokens(tokens[None].astype(np.int32))
 
     def prefill(self, depth: int, tokens: np.ndarray) -> float:
         def work() -> None:
-            self._append(tokens)
+            self._read(tokens)
             self.generator.generate_next_token()
 
         seconds = self.timed(work)
@@ -177,7 +185,13 @@ class Optimum(Runtime):
 
     def prefill(self, depth: int, tokens: np.ndarray) -> float:
         past = self._past(depth)
-        return self.timed(lambda: self._run(tokens, past))
+
+        def work() -> None:
+            nonlocal past
+            for piece in pieces(tokens):
+                _, past = self._run(piece, past)
+
+        return self.timed(work)
 
     def decode(self, depth: int, token: int, steps: int) -> list[float]:
         past = self._past(depth)
@@ -247,7 +261,7 @@ class LlamaCpp(Runtime):
         llama_cpp.llama_memory_seq_rm(self.memory, 0, depth, -1)
 
     def prefill(self, depth: int, tokens: np.ndarray) -> float:
-        seconds = self.timed(lambda: self._read(tokens))
+        seconds = self.timed(lambda: [self._read(piece) for piece in pieces(tokens)])
         self._forget(depth)
         return seconds
 
@@ -374,7 +388,14 @@ class Torch(Runtime):
 
     def prefill(self, depth: int, tokens: np.ndarray) -> float:
         cache = self._cache(depth)
-        return self.timed(lambda: self._read(tokens, cache, depth))
+
+        def work() -> None:
+            begin = depth
+            for piece in pieces(tokens):
+                self._read(piece, cache, begin)
+                begin += len(piece)
+
+        return self.timed(work)
 
     def decode(self, depth: int, token: int, steps: int) -> list[float]:
         cache, places = self._cache(depth), iter(range(depth, depth + steps))
