@@ -19,19 +19,22 @@ from typing import Any
 
 import click
 
-from benchmarks.peers.models import KEEPS, PRECISIONS, SIZES, Models
+from benchmarks.peers.models import KEEPS, SIZES, WEIGHTS, Models
 from benchmarks.peers.report import Timings, ratio_table, speed_table
 from benchmarks.peers.runtimes import CLOCKS, CTranslate2, GenAI, LlamaCpp, Optimum, Ours, Runtime, Torch
 from expe_edge.cli.bench import parse_tokens
 from expe_edge.cli.output import write_json
 from expe_edge.errors import reason_of
 from expe_edge.progress import counted
+from expe_edge.quant.recipe import WEIGHT_BITS
 from expe_edge.speed.apart import Apart
 from expe_edge.speed.machine import LIBRARIES, cores, processor, versions
 
 COMPARED = (*LIBRARIES, "onnxruntime-genai", "optimum-onnx", "llama-cpp-python", "ctranslate2")
 SAID = dict(zip(KEEPS, ("", ", int8 cache", ", windows", ", windows, int8 cache"), strict=True))
-BITS = {"int8-dynamic": 8, "int8-weight": 8, "int4-weight": 4, "Q8_0": 8, "Q4_0": 4}
+#: Precisions of ours that genai is timed on, and Optimum.
+GENAI, OPTIMUM = ("int8-dynamic", "int8-weight", "int4-weight"), ("int8-dynamic", "int8-weight")
+BITS = {"Q8_0": 8, "Q4_0": 4} | {name: WEIGHT_BITS[precision] for name, (precision, _) in WEIGHTS.items()}
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,21 @@ class Contender:
 def contenders() -> list[Contender]:
     """Return all, ours first."""
 
-    def package(precision: str, keeps: str = "") -> Callable[[Models], tuple[Any, ...]]:
-        return lambda models: (models.package(precision, keeps),)
+    def package(weights: str, keeps: str = "") -> Callable[[Models], tuple[Any, ...]]:
+        return lambda models: (models.package(weights, keeps),)
 
     found = [
-        Contender(f"ours, {precision}{SAID[keeps]}", BITS[precision], Ours, (), package(precision, keeps))
-        for precision in PRECISIONS
+        Contender(f"ours, {name}{SAID[keeps]}", BITS[name], Ours, (), package(name, keeps))
+        for name in WEIGHTS
         for keeps in KEEPS
     ]
     found += [
         Contender(f"onnxruntime-genai, {name}", BITS[name], GenAI, ("onnxruntime_genai",), package(name))
-        for name in PRECISIONS
+        for name in GENAI
     ]
     found += [
         Contender(f"Optimum, {name}", BITS[name], Optimum, ("optimum", "optimum.onnxruntime"), package(name))
-        for name in ("int8-dynamic", "int8-weight")
+        for name in OPTIMUM
     ]
     for weights in ("Q8_0", "Q4_0"):
         for cache in ("f16", "q8_0"):

@@ -13,7 +13,14 @@ from benchmarks.untrained import make_checkpoint, make_packages
 if TYPE_CHECKING:  # transformers takes seconds to import, and not every runtime needs it
     from expe_edge.model.config import ExPEConfig
 
-PRECISIONS = ("int8-dynamic", "int8-weight", "int4-weight")
+#: Precision and block size, None for the precision's own, by what is said of weights.
+WEIGHTS: dict[str, tuple[str, int | None]] = {
+    "int8-dynamic": ("int8-dynamic", None),
+    "int8-weight": ("int8-weight", None),
+    "int8-weight, blocks of 256": ("int8-weight", 256),
+    "int4-weight": ("int4-weight", None),
+    "int4-weight, blocks of 256": ("int4-weight", 256),
+}
 #: What packages keep of a text, as the ends of their names have it: in float32 or int8, windows of N tokens for heads
 #: with slopes.
 KEEPS = ("", "-int8-cache", "-windowed", "-int8-cache-windowed")
@@ -52,13 +59,17 @@ class Models:
         config: ExPEConfig = ExPEConfig.from_pretrained(self.checkpoint)
         return config
 
-    def package(self, precision: str, keeps: str) -> Path:
-        """A package of ours. precision: one of `PRECISIONS`. keeps: one of `KEEPS`."""
-        packages = self.folder / self.size / "packages"
+    def package(self, weights: str, keeps: str) -> Path:
+        """A package of ours. weights: one of `WEIGHTS`. keeps: one of `KEEPS`."""
+        precision, block_size = WEIGHTS[weights]
+        packages = self.folder / self.size / ("packages" if block_size is None else f"packages-{block_size}")
         wanted = packages / f"{precision}{keeps}"
         if not wanted.is_dir():
-            missing = [each for each in PRECISIONS if not (packages / f"{each}{keeps}").is_dir()]
-            options = ["--cache", "int8"] if "int8-cache" in keeps else []
+            # Together: windows are measured once.
+            alike = [precision for precision, size in WEIGHTS.values() if size == block_size]
+            missing = [each for each in alike if not (packages / f"{each}{keeps}").is_dir()]
+            options = [] if block_size is None else ["--block-size", str(block_size)]
+            options += ["--cache", "int8"] if "int8-cache" in keeps else []
             if "windowed" in keeps:  # one step teaches a model too little for windows to be judged by their cost
                 options += ["--head-window", str(self.config.training_length), "--head-window-cost", "inf"]
             make_packages(self.checkpoint, packages, missing, options)

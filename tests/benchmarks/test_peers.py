@@ -27,7 +27,7 @@ def made(checkpoint: Path, packages: Path, tmp_path_factory: pytest.TempPathFact
     """Models of the shape of the tests' checkpoint, in place of `tiny`; some packages are yet to be made."""
     folder = tmp_path_factory.mktemp("peers")
     shutil.copytree(checkpoint, folder / "tiny" / "checkpoint", ignore=shutil.ignore_patterns("trainer"))
-    for precision in models.PRECISIONS:
+    for precision in ("int8-dynamic", "int8-weight", "int4-weight"):
         shutil.copytree(packages / precision, folder / "tiny" / "packages" / precision)
     return models.Models(folder, "tiny")
 
