@@ -42,6 +42,7 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
+    options.enable_mem_pattern = False  # every step has other shapes than the last, and would be planned anew
     if threads is not None:
         if not 1 <= threads <= MOST_THREADS:
             limit = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
