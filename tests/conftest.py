@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a hub
+os.environ["EXPE_EDGE_GRAPH_CACHE"] = "off"  # no test may leave anything with the user
 
 import onnxruntime as ort
 import torch

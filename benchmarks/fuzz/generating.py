@@ -18,7 +18,7 @@ LONGEST_PROMPT = 4000
 @functools.cache
 def opened(package: Path) -> Generator:
     """Return an unchanged package, opened once a process."""
-    return Generator.load(package, threads=1)
+    return Generator.load(package, threads=1, graph_cache="off")
 
 
 def odd_number(random: Random, low: float, high: float, *, whole: bool) -> Any:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @context_options
 @click.option("--threads", type=int, help="By default one for each physical core.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
+@click.option("--graph-cache", metavar="DIRECTORY|off", help="Where optimised graphs are kept; by default the user's.")
 @click.option(
     "--logprobs", type=int, metavar="K", help="Log probabilities of tokens and of the K likeliest, in --json."
 )
@@ -56,6 +57,7 @@ def generate(
     sinks: int | None,
     threads: int | None,
     device: str,
+    graph_cache: str | None,
     as_json: bool,
     verbose: bool,
     **given: Any,
@@ -70,7 +72,7 @@ def generate(
     if not text and not nothing:
         raise GenerationError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
     began = time.perf_counter()
-    generator = Generator.load(package, threads=threads, device=device)
+    generator = Generator.load(package, threads=threads, device=device, graph_cache=graph_cache)
     loaded = time.perf_counter() - began
     ids = require_possible(generator, text, n, options, kept)
     if package is None:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ ELSEWHERE = b"location"
 
 @dataclass(frozen=True)
 class Package:
-    """A package on disk whose manifest has been read and whose files have been verified."""
+    """A package on disk whose manifest has been read, and whose files are verified before anything of them is used."""
 
     path: Path
     manifest: Manifest
@@ -63,6 +63,17 @@ def read_package(path: Path) -> Package:
         PackageError: no package there, a newer format, a file that is missing or was changed, or a graph whose weights
             are in other files.
     """
+    package = open_manifest(path)
+    verify_files(package)
+    return package
+
+
+def open_manifest(path: Path) -> Package:
+    """Read the manifest of `path` alone: what is used of its files must be verified with `verify_files`.
+
+    Raises:
+        PackageError: no package there, a newer format, or a file that is missing.
+    """
     if not path.is_dir():
         raise PackageError(f"{path}: no such package directory")
     try:
@@ -74,30 +85,53 @@ def read_package(path: Path) -> Package:
     manifest = Manifest.from_json(text, path / MANIFEST_FILE)
     if MODEL_FILE not in manifest.files or TOKENIZER_FILE not in manifest.files:
         raise PackageError(f"{path / MANIFEST_FILE}: damaged manifest (files); export the package again")
-    for name, expected in manifest.files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
+    for name in manifest.files:
+        if Path(name).name != name or not (path / name).is_file():
             raise PackageError(f"{path}: {name} is missing; the package is incomplete, export it again")
-        if file_hash(file) != expected:
-            raise PackageError(f"{path}: {name} differs from its hash in {MANIFEST_FILE}; export the package again")
-    package = Package(path, manifest)
-    _require_own_weights(package.model_path)
-    return package
+    return Package(path, manifest)
 
 
-def _require_own_weights(model: Path) -> None:
-    """Raise `PackageError` where a graph names other files: before 1.24, onnxruntime reads any file for it.
+def verify_files(package: Package, *, but: str | None = None, only: str | None = None) -> None:
+    """Compare every file with its hash, and look for weights that the graph keeps in other files.
 
-    Protobuf stores strings in one piece, so a graph without the word names none. That weights spell it by chance takes
-    2^64 bytes of them.
+    Args:
+        but: the name of a file that is left out. only: of the one that is not.
+
+    Raises:
+        PackageError: a file was changed or cannot be read, or the graph's weights are in other files.
     """
-    end = b""
-    with model.open("rb") as file:
-        while block := file.read(1 << 20):
-            block = end + block
-            if ELSEWHERE in block:
-                raise PackageError(f"{model} keeps weights in other files, as no package does; export it again")
-            end = block[1 - len(ELSEWHERE) :]
+    for name, expected in package.manifest.files.items():
+        if name == but or only not in (None, name):
+            continue
+        file = package.path / name
+        words = _Words(ELSEWHERE)
+        try:
+            found = file_hash(file, also=words.look if name == MODEL_FILE else None)
+        except OSError as error:
+            raise PackageError(f"{file} cannot be read ({error.strerror})") from error
+        if found != expected:
+            raise PackageError(
+                f"{package.path}: {name} differs from its hash in {MANIFEST_FILE}; export the package again"
+            )
+        if words.found:
+            raise PackageError(f"{file} keeps weights in other files, as no package does; export it again")
+
+
+class _Words:
+    """Looks for a word in bytes that come in pieces.
+
+    Protobuf stores strings in one piece, so a graph without the word names no other file: before 1.24, onnxruntime
+    reads any for it. That weights spell it by chance takes 2^64 bytes of them.
+    """
+
+    def __init__(self, word: bytes) -> None:
+        self.word, self.end, self.found = word, b"", False
+
+    def look(self, block: bytes) -> None:
+        """Look at the next piece, and at what it makes with the end of the one before."""
+        reach = len(self.word) - 1
+        self.found = self.found or self.word in self.end + block[:reach] or self.word in block
+        self.end = (self.end + block[-reach:])[-reach:]
 
 
 def clear_leftovers(path: Path) -> None:
@@ -224,10 +258,12 @@ def seal_package(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
+def file_hash(path: Path, *, also: Callable[[bytes], object] | None = None) -> str:
+    """Return the sha256 of a file, in hexadecimal. also: is given every block that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            if also is not None:
+                also(block)
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.constraint import Constraint, Vocabulary
 from expe_edge.runtime.context import Context
 from expe_edge.runtime.decoding import Completion, Row, Stream
+from expe_edge.runtime.graph_cache import cache_at
 from expe_edge.runtime.history import Ids
 from expe_edge.runtime.prompts import Prompt, encode_prompt
 from expe_edge.runtime.request import Callback, Progress, Request
@@ -41,10 +42,21 @@ class Generator:
         self.end_of_text = session.package.manifest.model.get("eos_token_id")
 
     @classmethod
-    def load(cls, path: str | Path | None = None, *, threads: int | None = None, device: str = "cpu") -> Generator:
-        """Open the package at `path`, by default `reference_package()`; the rest as for `PackageSession.load`."""
+    def load(
+        cls,
+        path: str | Path | None = None,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        graph_cache: str | Path | None = None,
+    ) -> Generator:
+        """Open the package at `path`, by default `reference_package()`; the rest as for `PackageSession.load`.
+
+        graph_cache: the directory in which optimised graphs are kept for the next time, or `off`; None for what
+            `EXPE_EDGE_GRAPH_CACHE` says, or else one among the user's caches.
+        """
         chosen = reference_package() if path is None else path
-        return cls(PackageSession.load(chosen, threads=threads, device=device))
+        return cls(PackageSession.load(chosen, threads=threads, device=device, cache=cache_at(graph_cache)))
 
     def encode(self, prompt: Prompt) -> Ids:
         """Return the ids of a prompt, (T,) int64. Text is opened by the end-of-text token, as documents were.

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError, reason_of
-from expe_edge.package.directory import Package
+from expe_edge.package.directory import MODEL_FILE, Package, verify_files
 from expe_edge.package.manifest import release
+from expe_edge.runtime.graph_cache import GraphCache
 
 #: Threads beyond any machine's, each of which would take memory.
 MOST_THREADS = 1024
+
+#: The first onnxruntime that refuses graphs whose weights are outside their directory; before, hashes come first.
+SINCE_OWN_FILES = "1.24"
 
 #: `--device` to the execution provider it stands for.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -40,35 +46,82 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     Raises:
         GenerationError: no threads, or more than `MOST_THREADS`.
     """
+    require_threads(threads)
+    return _options(threads)
+
+
+def require_threads(threads: int | None) -> None:
+    """Raise `GenerationError` for no threads or more than `MOST_THREADS`, and say where they are more than cores."""
+    if threads is None:
+        return
+    if not 1 <= threads <= MOST_THREADS:
+        limit = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
+        raise GenerationError(f"`threads` is {threads}; {limit}")
+    cores = os.cpu_count()
+    if cores is not None and threads > cores:
+        from expe_edge.progress import note
+
+        note(f"`threads` is {threads}, but this machine has {cores} cores: they will wait for one another")
+
+
+def _options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
     options.enable_mem_pattern = False  # every step has other shapes than the last, and would be planned anew
     if threads is not None:
-        if not 1 <= threads <= MOST_THREADS:
-            limit = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
-            raise GenerationError(f"`threads` is {threads}; {limit}")
-        cores = os.cpu_count()
-        if cores is not None and threads > cores:
-            from expe_edge.progress import note
-
-            note(f"`threads` is {threads}, but this machine has {cores} cores: they will wait for one another")
         options.intra_op_num_threads = threads
     return options
 
 
-def open_session(package: Package, threads: int | None, device: str) -> ort.InferenceSession:
-    """Open the graph of a verified package; arguments and errors as of `PackageSession.load`."""
-    provider = provider_of(device)
+def open_session(
+    package: Package, threads: int | None, device: str, cache: GraphCache | None = None
+) -> ort.InferenceSession:
+    """Open the graph of a package, or what a cache has of it, and verify all files that are used.
+
+    Arguments and errors as of `PackageSession.load`.
+    """
+    provider_of(device)
     needed = package.manifest.requires_onnxruntime
     if release(ort.__version__) < release(needed):
         raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
-    options = session_options(threads)
-    providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
-    try:
-        session = ort.InferenceSession(str(package.model_path), options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions share no narrower base
-        reason = reason_of(error)
-        raise PackageError(f"{package.model_path}: onnxruntime {ort.__version__} cannot open it ({reason})") from error
+    require_threads(threads)
+    verify_files(package, but=MODEL_FILE)
+    if cache is None or device != "cpu":
+        return _open_graph(package, _options(threads), device)
+    session = cache.open(package, _options(threads))
+    return _open_and_keep(package, threads, cache) if session is None else session
+
+
+def _open_and_keep(package: Package, threads: int | None, cache: GraphCache) -> ort.InferenceSession:
+    """Open the package's own graph, and let onnxruntime write what it makes of it to the cache, where that can be."""
+    with cache.draft(package) as draft:
+        if draft is not None:
+            options = _options(threads)
+            draft.write_with(options)
+            with suppress(PackageError):  # it cannot be written, or else it is said below
+                session = _open_graph(package, options, "cpu")
+                draft.keep()
+                return session
+    return _open_graph(package, _options(threads), "cpu")
+
+
+def _open_graph(package: Package, options: ort.SessionOptions, device: str) -> ort.InferenceSession:
+    """Open the package's own graph, and verify it while onnxruntime reads it."""
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify_files, package, only=MODEL_FILE)
+        if release(ort.__version__) < release(SINCE_OWN_FILES):
+            verified.result()
+        provider = PROVIDERS[device]
+        providers = list(dict.fromkeys((provider, PROVIDERS["cpu"])))
+        try:
+            session = ort.InferenceSession(str(package.model_path), options, providers=providers)
+        except Exception as error:  # onnxruntime's exceptions share no narrower base
+            verified.result()  # damage is the better reason
+            reason = reason_of(error)
+            raise PackageError(
+                f"{package.model_path}: onnxruntime {ort.__version__} cannot open it ({reason})"
+            ) from error
+        verified.result()
     if session.get_providers()[0] != provider:
         raise GenerationError(f"`device` {device}: {provider} found no device; use `device` cpu")
     return session

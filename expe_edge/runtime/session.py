@@ -12,8 +12,9 @@ import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
-from expe_edge.package.directory import Package, read_package
+from expe_edge.package.directory import Package, open_manifest
 from expe_edge.runtime.cache import Cache
+from expe_edge.runtime.graph_cache import GraphCache
 from expe_edge.runtime.memory import (
     LEAST_CHUNK,
     available_memory,
@@ -39,10 +40,9 @@ class PackageSession:
         keeps_last: whether the graph can leave away all logits but the last token's.
     """
 
-    def __init__(self, package: Package, *, threads: int | None = None, device: str = "cpu") -> None:
-        self.package = package
+    def __init__(self, package: Package, session: ort.InferenceSession) -> None:
+        self.package, self.session = package, session
         self.contract: GraphContract = package.manifest.contract
-        self.session = open_session(package, threads, device)
         difference = self.contract.difference(self.session.get_inputs(), self.session.get_outputs())
         if difference is not None:
             raise PackageError(f"{package.model_path} is not the graph that its manifest describes: {difference}")
@@ -50,17 +50,22 @@ class PackageSession:
         self.keeps_last = LOGITS_TO_KEEP.name in optional
 
     @classmethod
-    def load(cls, path: str | Path, *, threads: int | None = None, device: str = "cpu") -> PackageSession:
+    def load(
+        cls, path: str | Path, *, threads: int | None = None, device: str = "cpu", cache: GraphCache | None = None
+    ) -> PackageSession:
         """Verify and open the package at `path`.
 
         Args:
             threads: threads within an operator; None lets onnxruntime choose, one for each physical core.
             device: `cpu` or `cuda`.
+            cache: of optimised graphs, from which it is opened sooner and with weights in mapped files; see
+                `Generator.load`.
 
         Raises:
             PackageError: a missing, damaged or newer package. GenerationError: a device that is not there.
         """
-        return cls(read_package(Path(path)), threads=threads, device=device)
+        package = open_manifest(Path(path))
+        return cls(package, open_session(package, threads, device, cache))
 
     @property
     def reach(self) -> int:

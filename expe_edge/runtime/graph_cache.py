@@ -1,0 +1,208 @@
+"""Graphs as onnxruntime has optimised and packed them, kept from one opening of a package to the next.
+
+What onnxruntime makes of a graph is written when the first session is opened of it: the optimised graph, and a file of
+its weights, packed as the kernels of this processor read them, which later sessions map into memory. An entry is named
+by all that it depends on, and holds the hashes of its files; what does not agree with them is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from expe_edge.package.directory import MODEL_FILE, Package, file_hash
+
+#: The directory for it, or `OFF`.
+VARIABLE = "EXPE_EDGE_GRAPH_CACHE"
+OFF = "off"
+#: The most bytes of all entries. One takes up to three times the bytes of its graph, and no more than a half of all.
+MOST_BYTES, COPIES = 2**32, 3
+#: Counted up when entries are made in another way.
+LAYOUT = 1
+GRAPH_FILE, WEIGHTS_FILE, RECORD_FILE = "graph.onnx", "weights.bin", "entry.json"
+#: What begins the name of an entry that is being written, and the seconds after which nobody does any more.
+DRAFT, ABANDONED = ".draft-", 3600
+#: How onnxruntime is asked to write an entry: tensors of at least so many bytes apart, and packed.
+WRITING = {
+    "session.optimized_model_external_initializers_file_name": WEIGHTS_FILE,
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.save_external_prepacked_constant_initializers": "1",
+}
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+@dataclass(frozen=True)
+class GraphCache:
+    """Entries in a directory, the least recently used of which make room for others.
+
+    Nothing that goes wrong with an entry is an error: a read-only directory, a full disk, files that were changed. The
+    package's own graph is opened then.
+    """
+
+    directory: Path
+    most_bytes: int = MOST_BYTES
+
+    def open(self, package: Package, options: ort.SessionOptions) -> ort.InferenceSession | None:
+        """Return a session of what is kept of a package's graph, once its hashes are verified; None without."""
+        place = self.directory / entry_name(package)
+        try:
+            require_private(self.directory)
+            record = json.loads((place / RECORD_FILE).read_text(encoding="utf-8"))
+            weights = place / WEIGHTS_FILE
+            whole = file_hash(place / GRAPH_FILE) == record[GRAPH_FILE] and weights.stat().st_size == record["bytes"]
+            if whole:
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+                with ThreadPoolExecutor(1) as pool:
+                    found = pool.submit(file_hash, weights)
+                    session = ort.InferenceSession(str(place / GRAPH_FILE), options, providers=PROVIDERS)
+                    if found.result() == record[WEIGHTS_FILE]:
+                        with suppress(OSError):
+                            os.utime(place)
+                        return session
+        except FileNotFoundError:
+            return None
+        except Exception:  # noqa: S110  # whatever it is, an entry that cannot be used is removed
+            pass
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+    @contextmanager
+    def draft(self, package: Package) -> Iterator[Draft | None]:
+        """Yield a directory in which onnxruntime can write an entry; None where there is no room for one.
+
+        Afterwards nothing is left of what was not kept.
+        """
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            require_private(self.directory)
+            needed = COPIES * package.model_path.stat().st_size
+            room = min(self.most_bytes // 2, shutil.disk_usage(self.directory).free // 2)
+            place = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.directory)) if needed <= room else None
+        except OSError:
+            place = None
+        try:
+            yield None if place is None else Draft(self, entry_name(package), place)
+        finally:
+            if place is not None:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def make_room(self) -> None:
+        """Remove the least recently used entries until the rest fits, and what killed processes have left."""
+        entries = []
+        for place in self.directory.iterdir():
+            used = place.stat().st_mtime
+            if not place.name.startswith(DRAFT):
+                entries.append((used, place, sum(file.stat().st_size for file in place.iterdir())))
+            elif time.time() - used > ABANDONED:
+                shutil.rmtree(place, ignore_errors=True)
+        kept = 0
+        for _, place, size in sorted(entries, reverse=True):
+            kept += size
+            if kept > self.most_bytes:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An entry that onnxruntime writes while it opens a session."""
+
+    cache: GraphCache
+    name: str
+    directory: Path
+
+    def write_with(self, options: ort.SessionOptions) -> None:
+        """Let a session with these options write the entry."""
+        options.optimized_model_filepath = str(self.directory / GRAPH_FILE)
+        for key, value in WRITING.items():
+            options.add_session_config_entry(key, value)
+
+    def keep(self) -> None:
+        """Put what was written in the place of what was there, if that can be."""
+        place = self.cache.directory / self.name
+        with suppress(OSError):
+            self._seal()
+            with tempfile.TemporaryDirectory(prefix=DRAFT, dir=self.cache.directory) as aside:
+                if place.exists():
+                    place.rename(Path(aside, self.name))
+                self.directory.rename(place)
+            self.cache.make_room()
+
+    def _seal(self) -> None:
+        graph, weights = self.directory / GRAPH_FILE, self.directory / WEIGHTS_FILE
+        weights.touch()  # a graph whose tensors are all small has none
+        record = {GRAPH_FILE: file_hash(graph), WEIGHTS_FILE: file_hash(weights), "bytes": weights.stat().st_size}
+        (self.directory / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
+
+
+def cache_at(where: str | Path | None = None) -> GraphCache | None:
+    """Return the cache in the directory `where`; None where it is `OFF`.
+
+    where: None for what the environment's `EXPE_EDGE_GRAPH_CACHE` says, or else a directory among the user's caches.
+    """
+    chosen = where if where is not None else os.environ.get(VARIABLE) or None
+    if chosen is not None:
+        return None if str(chosen) == OFF else GraphCache(Path(chosen))
+    try:
+        return GraphCache(user_caches() / "expe-edge" / "graphs")
+    except RuntimeError:  # nobody's home
+        return None
+
+
+def user_caches() -> Path:
+    """Return the directory of the user's caches, as the XDG base directory specification and Windows name it.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        directory = Path(os.environ.get(name, ""))
+        if directory.is_absolute():
+            return directory
+    return Path.home() / ".cache"
+
+
+def entry_name(package: Package) -> str:
+    """Return a name for all that an entry depends on: the graph, onnxruntime, the processor, how it is written."""
+    parts = {
+        "graph": package.manifest.files[MODEL_FILE],
+        "onnxruntime": ort.__version__,
+        "providers": PROVIDERS,
+        "options": WRITING,
+        "layout": LAYOUT,
+        "processor": processor_features(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Return what decides which kernels onnxruntime takes, and so how weights are packed for them."""
+    return [platform.system(), platform.machine(), platform.processor(), *sorted(set(_features(cpuinfo)))]
+
+
+def _features(cpuinfo: Path) -> Iterator[str]:
+    """Yield the lines that tell processors apart; those of a machine with several kinds of cores differ."""
+    with suppress(OSError):
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features", "vendor_id", "cpu family", "model", "CPU part"):
+                yield f"{name.strip()}:{value.strip()}"
+
+
+def require_private(directory: Path) -> None:
+    """Raise `OSError` for a directory that is another user's, or that others may write to."""
+    if hasattr(os, "getuid"):
+        status = directory.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise PermissionError(f"{directory} can be written to by others")
