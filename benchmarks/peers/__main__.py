@@ -27,8 +27,9 @@ from expe_edge.cli.output import write_json
 from expe_edge.errors import reason_of
 from expe_edge.progress import counted
 from expe_edge.quant.recipe import WEIGHT_BITS
+from expe_edge.runtime.threads import default_threads
 from expe_edge.speed.apart import Apart
-from expe_edge.speed.machine import LIBRARIES, cores, processor, versions
+from expe_edge.speed.machine import LIBRARIES, processor, versions
 
 COMPARED = (*LIBRARIES, "onnxruntime-genai", "optimum-onnx", "llama-cpp-python", "ctranslate2")
 SAID = dict(zip(KEEPS, ("", ", int8 cache", ", windows", ", windows, int8 cache"), strict=True))
@@ -176,7 +177,7 @@ def measure(chosen: Sequence[Contender], models: Models, settings: Settings) -> 
 @click.option("--prefill", default="512", show_default=True, help="Tokens of a prompt; 1k is 1024.")
 @click.option("--steps", default=32, show_default=True, help="Steps of decoding, whose median is the time of one.")
 @click.option("--turns", default=5, show_default=True)
-@click.option("--threads", type=int, default=cores, show_default="one for each physical core")
+@click.option("--threads", type=int, default=default_threads, show_default="one for each core that may be used")
 @click.option(
     "--clock", type=click.Choice(list(CLOCKS)), default="wall", show_default=True, help="cpu: processor time."
 )

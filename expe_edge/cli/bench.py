@@ -20,7 +20,7 @@ THOUSAND = 1024
 @click.option("--prefill", default=512, show_default=True, help="Tokens of a prompt.")
 @click.option("--steps", default=32, show_default=True, help="Steps of decoding, whose median is the time of one.")
 @click.option("--turns", default=5, show_default=True, help="Repetitions, of all packages in turn.")
-@click.option("--threads", help="Numbers of threads, such as 1,2.  [default: one for each physical core]")
+@click.option("--threads", help="Numbers of threads, such as 1,2.  [default: one for each core that may be used]")
 @click.option("--longest-prompt", default="32k", show_default=True, help="Longest to be read for its first token.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
 @click.option("--profile", is_flag=True, help="Say which operators the time goes to.")
@@ -56,15 +56,16 @@ def bench(
     from expe_edge.package.reference import reference_package
     from expe_edge.progress import counted
     from expe_edge.quality.comparison import unique_names
+    from expe_edge.runtime.threads import cores, default_threads, usable
     from expe_edge.speed import bench as speed
-    from expe_edge.speed.machine import cores, processor, versions
+    from expe_edge.speed.machine import processor, versions
 
     settings = speed.BenchSettings(
         depths=tuple(parse_tokens("--depths", depths)),
         prefill=prefill,
         steps=steps,
         turns=turns,
-        threads=tuple(parse_tokens("--threads", threads)) if threads else (cores(),),
+        threads=tuple(parse_tokens("--threads", threads)) if threads else (default_threads(),),
         longest_prompt=max(parse_tokens("--longest-prompt", longest_prompt)),
         device=device,
     )
@@ -80,7 +81,7 @@ def bench(
         print_whole(table, console)
     write_json(
         json_file,
-        {"processor": processor(), "cores": cores(), "versions": versions(), "settings": vars(settings)}
+        {"processor": processor(), "cores": cores(usable()), "versions": versions(), "settings": vars(settings)}
         | result.to_dict(),
     )
     if plot_file is not None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--stop-token", "stop_tokens", multiple=True, type=int, metavar="ID", help="End at it; repeatable.")
 @click.option("--cache-length", type=int, help="Tokens to reserve a cache for; by default prompt and new tokens.")
 @context_options
-@click.option("--threads", type=int, help="By default one for each physical core.")
+@click.option("--threads", type=int, help="By default one for each core that may be used.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
 @click.option("--graph-cache", metavar="DIRECTORY|off", help="Where optimised graphs are kept; by default the user's.")
 @click.option(
@@ -83,7 +83,8 @@ def generate(
             click.echo(summary(completion), err=True)
 
     if verbose:
-        click.echo(f"loaded in {loaded:.2f} s", err=True)
+        threads_used = generator.session.threads
+        click.echo(f"loaded in {loaded:.2f} s; {threads_used} thread{'s' * (threads_used > 1)}", err=True)
     with kept_context(generator, prompt_cache, kept) as context:
         if interactive:
             context = generator.context(window=kept) if context is None else context

@@ -9,6 +9,7 @@ from pathlib import Path
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import Package
 from expe_edge.package.manifest import Manifest
+from expe_edge.runtime.control_groups import control_groups
 
 #: The most tokens per prefill step: enough to fill the matrix kernels.
 PREFILL_CHUNK = 256
@@ -23,6 +24,11 @@ RUNTIME_BYTES = 70 * 2**20
 WEIGHT_COPIES = 1.5
 #: Buffers of (H, T, S) and of (T, S) float32 that are alive at once: in GroupQueryAttention, in attention written out.
 FUSED_BUFFERS, PORTABLE_BUFFERS = (2, 1), (6, 3)
+#: Where a control group of each version says its limit, what is used, and in `memory.stat` what can be taken back.
+GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def far_heads(manifest: Manifest) -> int:
@@ -132,24 +138,8 @@ def _machine_room(root: Path) -> Iterator[int]:
 
 def _group_rooms(root: Path) -> Iterator[int]:
     """What each control group above this process leaves, of both versions; pages of files can be taken back."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for group in groups:
-        _, controllers, path = group.split(":", 2)
-        if controllers == "":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        here = top / path.lstrip("/")
-        for directory in (here, *here.parents):
-            yield from _group_room(directory, *names)
-            if directory == top:
-                break
+    for version, directory in control_groups("memory", root):
+        yield from _group_room(directory, *GROUP_FILES[version])
 
 
 def _group_room(directory: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:

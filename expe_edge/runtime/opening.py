@@ -12,6 +12,7 @@ from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.directory import MODEL_FILE, Package, verify_files
 from expe_edge.package.manifest import release
 from expe_edge.runtime.graph_cache import GraphCache
+from expe_edge.runtime.threads import default_threads
 
 #: Threads beyond any machine's, each of which would take memory.
 MOST_THREADS = 1024
@@ -46,14 +47,16 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     Raises:
         GenerationError: no threads, or more than `MOST_THREADS`.
     """
-    require_threads(threads)
-    return _options(threads)
+    return _options(checked_threads(threads))
 
 
-def require_threads(threads: int | None) -> None:
-    """Raise `GenerationError` for no threads or more than `MOST_THREADS`, and say where they are more than cores."""
-    if threads is None:
-        return
+def checked_threads(threads: int | None) -> int:
+    """Return the threads that are asked for, or else `default_threads`; say where they are more than the machine's.
+
+    Raises:
+        GenerationError: no threads, or more than `MOST_THREADS`.
+    """
+    threads = default_threads() if threads is None else threads
     if not 1 <= threads <= MOST_THREADS:
         limit = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
         raise GenerationError(f"`threads` is {threads}; {limit}")
@@ -62,14 +65,14 @@ def require_threads(threads: int | None) -> None:
         from expe_edge.progress import note
 
         note(f"`threads` is {threads}, but this machine has {cores} cores: they will wait for one another")
+    return threads
 
 
-def _options(threads: int | None) -> ort.SessionOptions:
+def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
     options.enable_mem_pattern = False  # every step has other shapes than the last, and would be planned anew
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads
     return options
 
 
@@ -84,7 +87,7 @@ def open_session(
     needed = package.manifest.requires_onnxruntime
     if release(ort.__version__) < release(needed):
         raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
-    require_threads(threads)
+    threads = checked_threads(threads)
     verify_files(package, but=MODEL_FILE)
     if cache is None or device != "cpu":
         return _open_graph(package, _options(threads), device)
@@ -92,7 +95,7 @@ def open_session(
     return _open_and_keep(package, threads, cache) if session is None else session
 
 
-def _open_and_keep(package: Package, threads: int | None, cache: GraphCache) -> ort.InferenceSession:
+def _open_and_keep(package: Package, threads: int, cache: GraphCache) -> ort.InferenceSession:
     """Open the package's own graph, and let onnxruntime write what it makes of it to the cache, where that can be."""
     with cache.draft(package) as draft:
         if draft is not None:

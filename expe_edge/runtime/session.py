@@ -56,7 +56,7 @@ class PackageSession:
         """Verify and open the package at `path`.
 
         Args:
-            threads: threads within an operator; None lets onnxruntime choose, one for each physical core.
+            threads: threads within an operator; None for `default_threads`.
             device: `cpu` or `cuda`.
             cache: of optimised graphs, from which it is opened sooner and with weights in mapped files; see
                 `Generator.load`.
@@ -66,6 +66,11 @@ class PackageSession:
         """
         package = open_manifest(Path(path))
         return cls(package, open_session(package, threads, device, cache))
+
+    @property
+    def threads(self) -> int:
+        """Threads within an operator."""
+        return int(self.session.get_session_options().intra_op_num_threads)
 
     @property
     def reach(self) -> int:

@@ -13,10 +13,10 @@ from expe_edge.errors import ConfigError, GenerationError
 from expe_edge.package.directory import Package, read_package
 from expe_edge.results import Result
 from expe_edge.runtime.memory import available_memory, plan_memory
-from expe_edge.runtime.opening import provider_of, session_options
+from expe_edge.runtime.opening import checked_threads, provider_of
+from expe_edge.runtime.threads import default_threads
 from expe_edge.speed.apart import Apart
 from expe_edge.speed.bandwidth import read_bandwidth, weight_bytes
-from expe_edge.speed.machine import cores
 from expe_edge.speed.measuring import quartiles
 from expe_edge.speed.timed import PhaseProfile, TimedPackage, Timing
 
@@ -46,7 +46,7 @@ class BenchSettings:
     prefill: int = 512
     steps: int = 32
     turns: int = 5
-    threads: tuple[int, ...] = field(default_factory=lambda: (cores(),))
+    threads: tuple[int, ...] = field(default_factory=lambda: (default_threads(),))
     longest_prompt: int = 32768
     device: str = "cpu"
 
@@ -55,7 +55,7 @@ class BenchSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}; at least 1")
         for threads in self.threads:
-            session_options(threads)
+            checked_threads(threads)
         provider_of(self.device)
         if min(self.depths) < 0:
             raise ConfigError(f"`depths` has {min(self.depths)}; at least 0")

@@ -1,8 +1,7 @@
-"""What figures depend on beside what is measured: versions, the processor, its cores and memory."""
+"""What figures depend on beside what is measured: versions, the processor."""
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -32,13 +31,3 @@ def processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Return how many physical cores this process may use, or logical ones where the system does not say."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    topology = (Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") for core in usable)
-    try:
-        return len({file.read_text(encoding="ascii") for file in topology})
-    except OSError:
-        return len(usable)
