@@ -103,8 +103,14 @@ def foreign_names(path: Path) -> set[str]:
 def test_importing_the_runtime_loads_nothing_heavy() -> None:
     loaded = top_level_modules("import expe_edge.runtime")
 
-    assert {"numpy", "onnxruntime", "tokenizers", "expe_edge"} <= loaded
-    assert not loaded & (HEAVY | {"click", "rich", "yaml"})
+    assert {"numpy", "onnxruntime", "expe_edge"} <= loaded
+    assert not loaded & (HEAVY | {"click", "rich", "yaml", "tokenizers"})
+
+
+def test_a_session_needs_no_tokenizer(packages: Path) -> None:
+    code = "import sys\nfrom expe_edge.runtime import PackageSession\nPackageSession.load(sys.argv[1])"
+
+    assert not top_level_modules(code, str(packages / "float32")) & (HEAVY | {"click", "rich", "yaml", "tokenizers"})
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8-static"])

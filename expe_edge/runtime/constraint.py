@@ -10,15 +10,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from expe_edge.errors import GenerationError, reason_of
 from expe_edge.runtime.prompts import require_text
 from expe_edge.runtime.streaming import BYTES
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 #: How JSON is written, unless the schema's `x-guidance` says otherwise: as Python writes it. White space that is free
 #: could go on for ever.

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from expe_edge.errors import GenerationError
 from expe_edge.runtime.cache import Cache
@@ -16,6 +15,9 @@ from expe_edge.runtime.history import Ids
 from expe_edge.runtime.prompts import Prompt, encode_prompt
 from expe_edge.runtime.session import PackageSession
 from expe_edge.runtime.window import Window
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class Context:

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.reference import reference_package
@@ -28,6 +28,9 @@ from expe_edge.runtime.sampling import Sampler, Sampling
 from expe_edge.runtime.session import PackageSession
 from expe_edge.runtime.streaming import TextStream
 from expe_edge.runtime.window import Window
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 #: Prompts that `generate` completes at once, where it is not told how many.
 BATCH_SIZE = 16
@@ -300,6 +303,8 @@ def _seeded(sampling: Sampling, index: int) -> Sampling:
 
 
 def _load_tokenizer(session: PackageSession) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     path = session.package.tokenizer_path
     try:
         tokenizer: Tokenizer = open_tokenizer(path, Tokenizer.from_file)

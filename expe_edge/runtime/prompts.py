@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from expe_edge.errors import GenerationError
 from expe_edge.kinds import is_unicode
 from expe_edge.runtime.history import Ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 #: A prompt is text, or token ids taken as they are.
 Prompt = str | Sequence[int]

@@ -58,3 +58,13 @@ def test_prefill_chunks_are_timed_by_depth(packages: Path) -> None:
     )
     assert (shallow["chosen"], deep["chosen"]) == (256, 64)
     assert set(shallow["milliseconds"]) == {"16", "64"}
+
+
+def test_startup_is_measured_in_every_way(packages: Path) -> None:
+    *imports, last = lines("startup", packages / "float32", "--turns", 1, "--threads", 1)
+
+    assert [each["way"] for each in (*imports, last)] == [
+        *("import of libraries", "import of ours", "hashes", "onnxruntime alone"),
+        *("load", "load, keeping", "load, kept", "generator, kept"),
+    ]
+    assert all(each["milliseconds"][1] > 0 for each in (*imports, last))
