@@ -3,8 +3,8 @@
     python -m benchmarks.startup expe_edge/reference/int8-dynamic
 
 Every figure is of a new process. All ways take turns, so that a busy machine slows all of them alike; a first turn is
-not counted. Files are in the system's cache. Processor time is that of all threads; bytes are resident when the package is
-open, private ones and those of files, which processes share.
+not counted. Files are in the system's cache. Processor time is that of all threads. Bytes are resident when the package
+is open: private ones, and those of files, which processes share.
 """
 
 from __future__ import annotations

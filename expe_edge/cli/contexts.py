@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,7 @@ from expe_edge.errors import GenerationError
 if TYPE_CHECKING:
     from expe_edge.runtime import Context, Generator, Window
 
-OPTIONS = (
-    click.option(
-        "--prompt-cache",
-        type=PATH,
-        metavar="FILE",
-        help="Take what this file has read of the prompt's beginning, and write there what was read.",
-    ),
+WINDOW_OPTIONS = (
     click.option(
         "--window",
         type=int,
@@ -29,6 +23,15 @@ OPTIONS = (
         help="Keep no more than the last tokens, so that memory does not grow; by default all.",
     ),
     click.option("--sinks", type=int, metavar="TOKENS", help="First tokens that a --window keeps too.  [default: 4]"),
+)
+OPTIONS = (
+    click.option(
+        "--prompt-cache",
+        type=PATH,
+        metavar="FILE",
+        help="Take what this file has read of the prompt's beginning, and write there what was read.",
+    ),
+    *WINDOW_OPTIONS,
     click.option(
         "--prompt-lookup",
         is_flag=True,
@@ -39,7 +42,18 @@ OPTIONS = (
 
 def context_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of `OPTIONS`."""
-    for option in reversed(OPTIONS):
+    return _with_options(command, OPTIONS)
+
+
+def window_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that `window_of` reads."""
+    return _with_options(command, WINDOW_OPTIONS)
+
+
+def _with_options(
+    command: Callable[..., Any], options: Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]]
+) -> Callable[..., Any]:
+    for option in reversed(options):
         command = option(command)
     return command
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from expe_edge.cli.contexts import window_of
+from expe_edge.cli.contexts import window_of, window_options
 from expe_edge.cli.output import PATH, require_writable, write_json
 from expe_edge.cli.reference import say_reference
 from expe_edge.errors import GenerationError
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 @click.argument("package", type=PATH, required=False)
 @click.option("--context", type=int, metavar="TOKENS", help="Prompt and new tokens together.  [default: the package's]")
 @click.option("--batch-size", default=1, show_default=True, help="Prompts that are completed at once.")
-@click.option("--window", type=int, metavar="TOKENS", help="Keep no more than the last tokens.")
-@click.option("--sinks", type=int, metavar="TOKENS", help="First tokens that a --window keeps too.  [default: 4]")
+@window_options
 @click.option("--json", "json_file", type=PATH, help="Write the figures there, in bytes.")
 def plan(
     package: Path | None,

@@ -121,6 +121,24 @@ def most_tokens(package: Package, memory: int, *, rows: int = 1, chunk: int | No
     return least
 
 
+def memory_shortage(
+    package: Package, tokens: int, *, rows: int = 1, chunk: int | None = None, held: int = 0
+) -> str | None:
+    """Say what a cache of `rows` × `tokens` and the steps that fill it lack, and how many fit; None where it has room.
+
+    held: bytes of the cache that there are already.
+    """
+    plan, free = plan_memory(package, tokens, rows=rows, chunk=chunk), available_memory()
+    if free is None or plan.needed - held <= free:
+        return None
+    fitting = most_tokens(package, free + held, rows=rows, chunk=chunk, limit=tokens)
+    return (
+        f"{rows} × {tokens:,} tokens need {gigabytes(plan.cache)} of keys and values and "
+        f"{gigabytes(plan.needed - plan.cache)} to read them, but {gigabytes(free + held)} are free; "
+        f"at most {fitting:,} tokens fit"
+    )
+
+
 def available_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes that this process may still take: of the machine, and of its control groups where they say so.
 

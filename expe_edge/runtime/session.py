@@ -15,16 +15,7 @@ from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
 from expe_edge.package.directory import Package, open_manifest
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.graph_cache import GraphCache
-from expe_edge.runtime.memory import (
-    LEAST_CHUNK,
-    available_memory,
-    bounded_chunk,
-    far_heads,
-    gigabytes,
-    most_tokens,
-    near_tokens,
-    plan_memory,
-)
+from expe_edge.runtime.memory import LEAST_CHUNK, bounded_chunk, far_heads, memory_shortage, near_tokens
 from expe_edge.runtime.opening import open_session
 from expe_edge.runtime.window import Window, window_refusal
 
@@ -130,11 +121,10 @@ class PackageSession:
         Raises:
             GenerationError: it needs more than the machine, or a control group, has left. The message says what fits.
         """
-        plan, free = plan_memory(self.package, tokens, rows=rows, chunk=chunk), available_memory()
-        if free is None or plan.needed - held <= free:
+        shortage = memory_shortage(self.package, tokens, rows=rows, chunk=chunk, held=held)
+        if shortage is None:
             return
-        fitting = most_tokens(self.package, free + held, rows=rows, chunk=chunk, limit=tokens)
-        mended = [f"at most {fitting:,} tokens fit: ask for fewer or shorten the prompt"]
+        mended = ["ask for fewer or shorten the prompt"]
         if rows > 1:
             mended.append("lower `batch_size`")
         if window_refusal(self.package.manifest) is None:
@@ -143,11 +133,7 @@ class PackageSession:
             mended.append("export a package with `cache` int8, a quarter of the size")
         if chunk is not None and chunk > LEAST_CHUNK:
             mended.append("read it in shorter chunks")
-        raise GenerationError(
-            f"{rows} × {tokens:,} tokens need {gigabytes(plan.cache)} of keys and values and "
-            f"{gigabytes(plan.needed - plan.cache)} to read them, but {gigabytes(free + held)} are free; "
-            + ", or ".join(mended)
-        )
+        raise GenerationError(f"{shortage}: {', or '.join(mended)}")
 
     def forward(self, rows: Sequence[Ids]) -> list[Logits]:
         """Return the logits (T, V) of each of `rows` (T,), all computed in one run that keeps no cache.

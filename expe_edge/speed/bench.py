@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from expe_edge.errors import ConfigError, GenerationError
+from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import Package, read_package
 from expe_edge.results import Result
-from expe_edge.runtime.memory import available_memory, plan_memory
+from expe_edge.runtime.memory import memory_shortage
 from expe_edge.runtime.opening import checked_threads, provider_of
 from expe_edge.runtime.threads import default_threads
 from expe_edge.speed.apart import Apart
@@ -146,6 +147,19 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Running:
+    """A contender that is open, in a process of its own."""
+
+    process: Apart
+    of: OpenedResult
+    contract: GraphContract
+
+    def step_bytes(self, depth: int) -> int:
+        """Bytes that a decode step reads: the weights, and what heads still see of a cache of `depth` tokens."""
+        return self.of.weight_bytes + self.contract.row_bytes(depth)
+
+
+@dataclass(frozen=True)
 class Turn:
     """One repetition of a contender at a depth. first_token: seconds. bandwidth: bytes a second."""
 
@@ -185,11 +199,12 @@ def bench(
         nodes = [_count_nodes(contender, settings, advance) for contender in contenders]
         processes, loads = _load(contenders, settings, stack, advance)
         opened = tuple(_opened(*each) for each in zip(contenders, nodes, loads, strict=True))
-        pairs_opened = list(zip(processes, opened, strict=True))
-        depths = [result for depth in settings.depths for result in _at_depth(pairs_opened, depth, settings, advance)]
+        contracts = [contender.package.manifest.contract for contender in contenders]
+        running = [Running(*each) for each in zip(processes, opened, contracts, strict=True)]
+        depths = [result for depth in settings.depths for result in _at_depth(running, depth, settings, advance)]
         profiles = [
-            _profile(process, of, depth, phase, settings, advance)
-            for process, of in pairs_opened
+            _profile(each.process, each.of, depth, phase, settings, advance)
+            for each in running
             for phase in phases
             for depth in settings.depths
         ]
@@ -201,9 +216,9 @@ def _require_room(package: Package, name: str, settings: BenchSettings) -> None:
     tokens, reach = settings.most_tokens, int(package.manifest.model["max_position_embeddings"])
     if tokens > reach:
         raise GenerationError(f"{name}: {tokens} tokens exceed the {reach} positions of its encoding; lower `depths`")
-    needed, free = plan_memory(package, tokens).needed, available_memory()
-    if free is not None and needed > free:
-        raise GenerationError(f"{name}: {tokens} tokens take {needed:,} bytes, and {free:,} are free; lower `depths`")
+    shortage = memory_shortage(package, tokens)
+    if shortage is not None:
+        raise GenerationError(f"{name}: {shortage}; lower `depths`")
 
 
 def _count_nodes(contender: Contender, settings: BenchSettings, advance: Advance) -> int:
@@ -251,34 +266,28 @@ def _opened(contender: Contender, nodes: int, loads: Sequence[tuple[float, int]]
     )
 
 
-def _at_depth(
-    contenders: Sequence[tuple[Apart, OpenedResult]], depth: int, settings: BenchSettings, advance: Advance
-) -> list[DepthResult]:
+def _at_depth(running: Sequence[Running], depth: int, settings: BenchSettings, advance: Advance) -> list[DepthResult]:
     """Measure all contenders at a depth, in turn."""
-    turns: list[list[Turn]] = [[] for _ in contenders]
+    turns: list[list[Turn]] = [[] for _ in running]
     for _ in range(1 + settings.turns):
-        for (process, of), found in zip(contenders, turns, strict=True):
-            found.append(_turn(process, of, depth, settings))
+        for each, found in zip(running, turns, strict=True):
+            found.append(_turn(each, depth, settings))
             advance()
-    return [_summed_up(of, depth, found[1:], settings) for (_, of), found in zip(contenders, turns, strict=True)]
+    return [_summed_up(each, depth, found[1:], settings) for each, found in zip(running, turns, strict=True)]
 
 
-def _bytes_of_a_step(of: OpenedResult, depth: int) -> int:
-    return of.weight_bytes + depth * of.cache_bytes_per_token
-
-
-def _turn(process: Apart, of: OpenedResult, depth: int, settings: BenchSettings) -> Turn:
-    prompt = depth + settings.prefill
+def _turn(running: Running, depth: int, settings: BenchSettings) -> Turn:
+    process, prompt = running.process, depth + settings.prefill
     return Turn(
-        bandwidth=read_bandwidth(_bytes_of_a_step(of, depth), of.threads),
+        bandwidth=read_bandwidth(running.step_bytes(depth), running.of.threads),
         decode=process.call("decode", depth, settings.steps),
         prefill=process.call("prefill", depth, settings.prefill),
         first_token=process.call("first_token", prompt) if prompt <= settings.longest_prompt else None,
     )
 
 
-def _summed_up(of: OpenedResult, depth: int, turns: Sequence[Turn], settings: BenchSettings) -> DepthResult:
-    size = _bytes_of_a_step(of, depth)
+def _summed_up(running: Running, depth: int, turns: Sequence[Turn], settings: BenchSettings) -> DepthResult:
+    of, size = running.of, running.step_bytes(depth)
     firsts = [turn.first_token * 1e3 for turn in turns if turn.first_token is not None]
     return DepthResult(
         package=of.package,

@@ -12,8 +12,7 @@ from expe_edge.cli.bench import parse_tokens
 from expe_edge.errors import ConfigError
 from expe_edge.export.kernels import optimized_operators
 from expe_edge.package.directory import read_package
-from expe_edge.runtime.memory import plan_memory
-from expe_edge.speed import bench as speed
+from expe_edge.runtime.memory import gigabytes, most_tokens, plan_memory
 from tests.command_line import invoke, refused, succeed
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -106,11 +105,14 @@ def test_packages_that_are_none(packages: Path, checkpoint: Path) -> None:
 
 
 def test_a_cache_that_memory_has_no_room_for(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("expe_edge.runtime.memory.available_memory", lambda: 1_000_000)
 
-    needed = plan_memory(read_package(packages / "float32"), 4096 + 512).needed
+    plan = plan_memory(read_package(packages / "float32"), 4096 + 512)
+    fitting = most_tokens(read_package(packages / "float32"), 1_000_000, limit=4608)
     assert refused("bench", packages / "float32", "--depths", "4k") == (
-        f"float32: 4608 tokens take {needed:,} bytes, and 1,000,000 are free; lower --depths"
+        f"float32: 1 × 4,608 tokens need {gigabytes(plan.cache)} of keys and values and "
+        f"{gigabytes(plan.needed - plan.cache)} to read them, but 1 MB are free; at most {fitting:,} tokens fit; "
+        "lower --depths"
     )
 
 

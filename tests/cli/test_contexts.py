@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Option
 
+from expe_edge.cli.generate import generate
+from expe_edge.cli.plan import plan
 from expe_edge.package.directory import read_package
 from tests.command_line import refused, succeed, write_text
 
@@ -124,9 +127,24 @@ def test_plan_of_the_impossible(packages: Path) -> None:
 
 
 def test_generate_says_what_would_fit(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expe_edge.runtime.session.available_memory", lambda: 10**9)
+    monkeypatch.setattr("expe_edge.runtime.memory.available_memory", lambda: 10**9)
     message = refused(
         "generate", packages / "float32", "--prompt", "the", "--max-new-tokens", 2**24 - 100, "--threads", 1
     )
     assert message.startswith("1 × 16,777,1")
     assert "give a --window, or export a package with --cache int8" in message
+
+
+def test_a_window_is_declared_once() -> None:
+    """What `plan` predicts a window for is what `generate` keeps."""
+    found = [
+        {
+            option.name: (option.opts, option.type, option.help)
+            for option in command.params
+            if isinstance(option, Option)
+        }
+        for command in (generate, plan)
+    ]
+
+    for name in ("window", "sinks"):
+        assert found[0][name] == found[1][name]

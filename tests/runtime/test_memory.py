@@ -147,7 +147,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_taken(
     cached_generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, portable = cached_generator, cached_generator.session.contract.growing_cache
-    monkeypatch.setattr("expe_edge.runtime.session.available_memory", lambda: 40_000_000)
+    monkeypatch.setattr("expe_edge.runtime.memory.available_memory", lambda: 40_000_000)
     fitting = most_tokens(generator.session.package, 40_000_000, limit=10**6)
 
     with pytest.raises(GenerationError) as caught:

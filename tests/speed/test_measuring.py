@@ -10,11 +10,13 @@ import pytest
 
 from expe_edge.errors import GenerationError, PackageError
 from expe_edge.export.exporter import export
+from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import read_package
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import PackageSession
 from expe_edge.speed.apart import Apart
 from expe_edge.speed.bandwidth import read_bandwidth, weight_bytes
+from expe_edge.speed.bench import OpenedResult, Running
 from expe_edge.speed.measuring import in_turn, peak_bytes, read
 from expe_edge.speed.timed import TimedPackage, filled
 from tests.conftest import needs_int8_cache
@@ -97,3 +99,16 @@ def test_weights_that_a_step_reads(packages: Path) -> None:
 def test_bandwidth() -> None:
     assert 1e8 < read_bandwidth(1 << 20, 2) < 1e13
     assert read_bandwidth(1, 1) > 0
+
+
+def test_a_step_reads_no_more_than_its_heads_see() -> None:
+    """One of two heads sees 100 tokens; a head has 2 × 8 numbers of 4 bytes for a token in each layer."""
+    contract = GraphContract(layers=3, key_value_heads=2, head_size=8, vocab_size=10, windows=(0, 100))
+    opened = OpenedResult("windowed", 1, [1.0] * 3, 0, 1, 1000, 1000, "float32", contract.cache_bytes)
+    with Apart(dict) as process:
+        running = Running(process, opened, contract)
+    token = 3 * 2 * 8 * 4
+
+    assert [running.step_bytes(depth) for depth in (0, 50, 100, 5000)] == [
+        *(1000, 1000 + 100 * token, 1000 + 200 * token, 1000 + 5100 * token),
+    ]
