@@ -18,10 +18,13 @@ PREFILL_CHUNK = 256
 LEAST_CHUNK, MOST_SCORES = 64, 2**24
 #: Tokens beyond its window that a head keeps, so that as many can be taken back.
 SPARE = 64
-#: What Python and the libraries take before a package is opened, and its tokenizer and session beside its weights.
-RUNTIME_BYTES = 70 * 2**20
-#: Bytes of memory for a byte of the package: as stored, and as the kernels want it.
-WEIGHT_COPIES = 1.5
+#: What Python, the libraries and a session take beside weights, and bytes of memory for a byte of `tokenizer.json`.
+RUNTIME_BYTES, TOKENIZER_COPIES = 70 * 2**20, 12
+#: Bytes of memory for a stored byte, by format, where it is not one: numbers of 2 bytes are computed with in 4, and
+#: codes of 4 bits are packed with their sums.
+HELD = {"float16": 2.0, "bfloat16": 2.0, "int4-weight": 1.5}
+#: Times the weights that are resident at most while onnxruntime opens them.
+OPENING = 1.5
 #: Buffers of (H, T, S) and of (T, S) float32 that are alive at once: in GroupQueryAttention, in attention written out.
 FUSED_BUFFERS, PORTABLE_BUFFERS = (2, 1), (6, 3)
 #: Where a control group of each version says its limit, what is used, and in `memory.stat` what can be taken back.
@@ -55,8 +58,8 @@ class MemoryPlan:
 
     Attributes:
         tokens: held by each of the `rows`. chunk: tokens of the largest prefill step.
-        weights: of the graph. cache: keys and values of all rows. scores: position bias and attention scores of a
-            prefill step at full depth. activations: its other tensors, logits included. runtime: all else.
+        weights: of the graph, once it is open. cache: keys and values of all rows. scores: position bias and attention
+            scores of a prefill step at full depth. activations: its other tensors, logits included. runtime: all else.
     """
 
     tokens: int
@@ -66,12 +69,12 @@ class MemoryPlan:
     cache: int
     scores: int
     activations: int
-    runtime: int = RUNTIME_BYTES
+    runtime: int
 
     @property
     def peak(self) -> int:
-        """The most that is resident at once."""
-        return self.weights + self.runtime + self.needed
+        """The most that is resident at once: while the package is opened, or when all is filled."""
+        return self.runtime + max(int(OPENING * self.weights), self.weights + self.needed)
 
     @property
     def needed(self) -> int:
@@ -97,11 +100,17 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
         tokens=tokens,
         rows=rows,
         chunk=deepest,
-        weights=int(WEIGHT_COPIES * package.size),
+        weights=held_bytes(package.manifest),
         cache=rows * contract.row_bytes(tokens, SPARE + PREFILL_CHUNK) * _copies(contract, rows),
         scores=4 * (pairs * (by_head * far + by_pair) + deepest * near_tokens(contract) * by_head * (heads - far)),
         activations=4 * max(read, rows) * width,
+        runtime=RUNTIME_BYTES + TOKENIZER_COPIES * package.tokenizer_path.stat().st_size,
     )
+
+
+def held_bytes(manifest: Manifest) -> int:
+    """Return the bytes of a graph's weights in memory, as the kernels want them."""
+    return int(sum(part["bytes"] * HELD.get(part["format"], 1.0) for part in manifest.parts))
 
 
 def _copies(contract: GraphContract, rows: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from expe_edge.errors import GenerationError
 from expe_edge.package.directory import read_package
+from expe_edge.package.reference import reference_package
 from expe_edge.runtime import Generator
 from expe_edge.runtime.memory import (
     LEAST_CHUNK,
@@ -17,14 +19,17 @@ from expe_edge.runtime.memory import (
     PREFILL_CHUNK,
     available_memory,
     bounded_chunk,
+    held_bytes,
     most_tokens,
     plan_memory,
 )
+from tests.conftest import PRECISIONS
 
 STATUS = Path("/proc/self/status")
 #: Reads a text of as many tokens and prints the most that was resident, in bytes.
 READING = """
 import sys
+from expe_edge.package.reference import reference_package
 from expe_edge.runtime import Generator
 generator = Generator.load(sys.argv[1], threads=1)
 generator.context([token % 200 for token in range(int(sys.argv[2]))])
@@ -49,6 +54,47 @@ def test_the_plan_is_what_a_process_takes(cached_generator: Generator) -> None:
     assert 0.7 < short.peak / least < 1.4
     assert 0.7 < long.peak / most < 1.4
     assert 0.6 < (long.peak - short.peak) / (most - least) < 1.6
+
+
+def test_weights_are_held_as_the_kernels_want_them(packages: Path) -> None:
+    """Once, in float32 where they are computed with in it; 4 bits with sums beside."""
+    held = {name: held_bytes(read_package(packages / name).manifest) for name in PRECISIONS}
+    stored = {name: (packages / name / "model.onnx").stat().st_size for name in PRECISIONS}
+
+    assert held["float32"] == stored["float32"]
+    assert held["int8-dynamic"] == stored["int8-dynamic"]
+    assert held["float16"] == pytest.approx(held["float32"], rel=0.05)
+    assert held["bfloat16"] == pytest.approx(held["float32"], rel=0.05)
+    assert stored["int4-weight"] < held["int4-weight"] < 1.5 * stored["int4-weight"]
+
+
+def test_a_short_context_s_peak_is_that_of_opening() -> None:
+    plan = plan_memory(read_package(reference_package()), 1)
+
+    assert plan.needed < plan.weights // 2
+    assert plan.peak == plan.runtime + int(1.5 * plan.weights)
+
+
+#: Leaves 64 MB of small pieces free below one that is still used, then gives them back; prints what is resident before
+#: and after, in bytes.
+LEAVING = """
+from expe_edge.runtime.opening import give_back
+from expe_edge.speed.measuring import resident_bytes
+pieces = [bytes(4096) for _ in range(16384)]
+last = bytes(4096)
+pieces.clear()
+before = resident_bytes()
+give_back()
+print(before, resident_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library gives back by itself, or never")
+def test_what_opening_leaves_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=True, timeout=120)
+
+    before, after = map(int, done.stdout.split())
+    assert before - after > 40_000_000
 
 
 @pytest.mark.parametrize("heads", [1, 6, 12, 128])
