@@ -32,6 +32,7 @@ from expe_edge.export.portable import require_portable
 from expe_edge.export.source import Source, open_source
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.names import name_tensors
+from expe_edge.graph.nodes import every_node
 from expe_edge.graph.run import DECODED
 from expe_edge.graph.sizes import measure_parts
 from expe_edge.package.directory import (
@@ -371,7 +372,7 @@ def _save(plan: Plan, path: Path, *, names: bool) -> Contents:
     if names:
         name_tensors(model)
     onnx.save(model, path)
-    operators = Counter(node.op_type for node in model.graph.node)
+    operators = Counter(node.op_type for node in every_node(model.graph))
     return Contents(measure_parts(model, plan.linears, plan.embedding), operators)
 
 

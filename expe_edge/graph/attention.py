@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from expe_edge.graph.encoding import Projection, split
+from expe_edge.graph.encoding import Bias, Projection, split
+from expe_edge.graph.floats import HIDDEN, FloatAttention, FloatReading, Scales
 from expe_edge.graph.nodes import MICROSOFT, GraphBuilder
+from expe_edge.graph.padding import TokensFirst
 from expe_edge.graph.windows import Keys
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import GraphContract, HeadGroup
 from expe_edge.quant.channels import CacheScales
 
-#: What is added to the score of a key that a query does not see. Finite: a row of padding alone sees none.
-HIDDEN = float(np.finfo(np.float32).min)
 #: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.
 SINCE_BIAS, SINCE_INT8_CACHE = "1.22", "1.27"
 
@@ -32,14 +32,18 @@ class GroupedAttention:
     """Attention through GroupQueryAttention, which appends to the cache in place where past and present are one.
 
     One operator for every group of heads of `contract`. keys: of each group.
-    cache: scales of every layer where it is int8, PER_CHANNEL.
+    cache: scales of every layer where it is int8, PER_CHANNEL. Runs of many tokens then read it as floats.
     """
 
     graph: GraphBuilder
     config: ExPEConfig
     contract: GraphContract
     keys: Sequence[Keys]
+    run: TokensFirst
     cache: Sequence[CacheScales] | None = None
+
+    def __post_init__(self) -> None:
+        self.floats = FloatReading(self.graph, self.config, self.contract, self.keys, self.run) if self.cache else None
 
     def emit(self, name: str, layer: int, projection: Projection) -> str:
         """Append the attention of one layer; return (B, T, H·D)."""
@@ -61,39 +65,66 @@ class GroupedAttention:
         sizes = self.graph.ints(*(shared * width for width in keys), *keys, *keys)
         return self.graph.multi("Split", [fused, sizes], 3 * len(keys), name=f"{name}.groups", axis=-1)
 
-    def _group(self, name: str, layer: int, index: int, queries: Sequence[str], bias: str) -> str:
-        """Append the operator for one group of heads."""
-        contract, group, keys = self.contract, self.contract.groups[index], self.keys[index]
+    def _group(self, name: str, layer: int, index: int, states: Sequence[str], bias: Bias | None) -> str:
+        """Append the attention of one group of heads."""
+        contract, graph = self.contract, self.graph
         begin = 2 * (layer * len(contract.groups) + index)
         past, present = (names[begin : begin + 2] for names in (contract.past_names, contract.present_names))
-        inputs = [*queries, *past, keys.last, keys.total]
+        outputs = [graph.tensor(), *present]
+        if self.cache is None or self.floats is None:
+            self._operator(graph, name, index, [*states, *past], bias, outputs)
+            return outputs[0]
+        scales = self._scales(name, self.cache[layer], contract.groups[index])
+        few, many = graph.branch(), graph.branch()
+        few_results = [graph.tensor() for _ in outputs]
+        self._operator(few, name, index, [*states, *past], bias, few_results, scales)
+        group, reading = contract.groups[index], self.floats.readings[index]
+        attention = FloatAttention(many, self.config, name, group, reading, scales, bias)
+        many_results = attention.emit(states, past)
+        for branch, results in ((few, few_results), (many, many_results)):
+            for tensor, dtype in zip(results, ("float32", "int8", "int8"), strict=True):
+                branch.result(tensor, dtype)
+        graph.choose(self.floats.many, many, few, outputs, name=f"{name}.read")
+        return outputs[0]
+
+    def _operator(
+        self,
+        graph: GraphBuilder,
+        name: str,
+        index: int,
+        tensors: Sequence[str],
+        bias: Bias | None,
+        outputs: Sequence[str],
+        scales: Scales | None = None,
+    ) -> None:
+        """Append GroupQueryAttention of one group; tensors: what is projected, then its cache."""
+        group, keys = self.contract.groups[index], self.keys[index]
+        heads = group.heads * self.config.num_attention_heads // self.config.num_key_value_heads
+        inputs = [*tensors, *keys.operands]
         attributes: dict[str, Any] = {"local_window_size": group.window} if group.window else {}
-        if bias or self.cache is not None:
-            inputs += ["", "", "", bias]
-        if self.cache is not None:
-            inputs += ["", *self._scales(name, self.cache[layer], group)]
+        if bias or scales:
+            inputs += ["", "", "", bias(graph, 0, heads) if bias else ""]
+        if scales:
+            inputs += [graph.constant(np.full(heads, HIDDEN, dtype=np.float32)), *scales]
             attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        mixed = self.graph.tensor()
-        self.graph.emit(
+        graph.emit(
             "GroupQueryAttention",
             inputs,
-            [mixed, *present],
+            outputs,
             name=name,
             domain=MICROSOFT,
-            num_heads=group.heads * self.config.num_attention_heads // self.config.num_key_value_heads,
+            num_heads=heads,
             kv_num_heads=group.heads,
             do_rotary=0,
             **attributes,
         )
-        return mixed
 
-    def _scales(self, name: str, scales: CacheScales, group: HeadGroup) -> list[str]:
-        return [
-            self.graph.weight(
-                f"{name}.{part}.scale", np.ascontiguousarray(scale[None, group.begin : group.end, None, :])
-            )
+    def _scales(self, name: str, scales: CacheScales, group: HeadGroup) -> Scales:
+        parts = {
+            part: np.ascontiguousarray(scale[None, group.begin : group.end, None, :])
             for part, scale in scales._asdict().items()
-        ]
+        }
+        return Scales(*(self.graph.weight(f"{name}.{part}.scale", scale) for part, scale in parts.items()))
 
 
 @dataclass
@@ -142,11 +173,12 @@ class PortableAttention:
         mixed = graph.op("Transpose", mixed, name=f"{name}.tokens", perm=[0, 2, 1, 3])
         return graph.op("Reshape", mixed, graph.ints(0, 0, -1), name=name)
 
-    def _masked(self, name: str, bias: str) -> str:
+    def _masked(self, name: str, bias: Bias | None) -> str:
         """The mask with `bias` added, once for all layers that share it."""
-        if bias not in self.masks:
-            self.masks[bias] = self.graph.op("Add", bias, self.masks[""], name=f"{name}.bias")
-        return self.masks[bias]
+        added = bias(self.graph, 0, self.config.num_attention_heads) if bias else ""
+        if added not in self.masks:
+            self.masks[added] = self.graph.op("Add", added, self.masks[""], name=f"{name}.bias")
+        return self.masks[added]
 
     def _heads(self, name: str, states: str, heads: int) -> str:
         """(B, T, heads·D) to (B, heads, T, D)."""

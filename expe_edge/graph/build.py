@@ -19,7 +19,7 @@ from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.norms import FusedNorms, StandardNorms
 from expe_edge.graph.padding import AsGiven, TokensFirst
 from expe_edge.graph.weights import LayerWeights, ModelWeights
-from expe_edge.graph.windows import Keys, window_keys
+from expe_edge.graph.windows import Keys, keys_of, window_keys
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
 from expe_edge.quant.blocks import Float
@@ -126,10 +126,11 @@ class _Decoder:
         else:
             self.run = run = TokensFirst(graph)
             keys = [
-                window_keys(graph, run, name) if name else Keys(run.last, run.total) for name in contract.window_lengths
+                window_keys(graph, run, name) if name else keys_of(graph, run.last, run.total, "lengths")
+                for name in contract.window_lengths
             ]
             self.positions = kind(graph, weights, self.linear, run.positions, spans=self._spans(keys))
-            self.attention = GroupedAttention(graph, self.config, contract, keys, cache)
+            self.attention = GroupedAttention(graph, self.config, contract, keys, run, cache)
             self.norms = FusedNorms(graph, self.config)
         self.tied = self._format(HEAD).store(HEAD, weights.head) if self.config.tie_word_embeddings else None
         self.embedding = self.tied or embedding or EMBEDDING_FORMATS["float32"](weights.embedding, None)

@@ -16,6 +16,10 @@ from expe_edge.graph.weights import Float, LayerWeights, ModelWeights
 from expe_edge.model.config import ExPEConfig
 from expe_edge.positions.encoding import EncodingParameters
 
+#: Appends to a graph, or to a branch of it, what is added to the scores of the heads [begin, end) of a group:
+#: (B or 1, end − begin, T, S) float32, or an empty name where nothing is.
+Bias = Callable[[GraphBuilder, int, int], str]
+
 
 class EmitLinear(Protocol):
     """Appends the nodes of linear `name` on tensor `hidden`: its product with `weight` (C_in, C_out), and `bias`."""
@@ -30,7 +34,7 @@ class Projection:
 
     query: (B, T, H·D); keys and values behind it, (B, T, (H + 2·Hkv)·D), where `key` and `value` are empty.
     key, value: (B, T, Hkv·D).
-    biases: for each group of heads what is added to their scores, (B or 1, H of the group or 1, T, S), or empty.
+    biases: for each group of heads what is added to their scores; None where nothing is.
     gate: what a sigmoid makes the heads' gates of, (B, H, T), or empty.
     positioned_values: whether values carry positions, and so the attention's output grows with them.
     """
@@ -38,7 +42,7 @@ class Projection:
     query: str
     key: str = ""
     value: str = ""
-    biases: tuple[str, ...] = ("",)
+    biases: tuple[Bias | None, ...] = (None,)
     gate: str = ""
     positioned_values: bool = False
 
@@ -47,6 +51,18 @@ def split(graph: GraphBuilder, config: ExPEConfig, name: str, fused: str) -> lis
     """Split (B, T, (H + 2·Hkv)·D) into queries, keys and values."""
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return graph.multi("Split", [fused, graph.ints(queries, keys, keys)], 3, name=f"{name}.split", axis=-1)
+
+
+def bias_of(scores: str, heads: int) -> Bias:
+    """Return a bias of a tensor that there is, (B or 1, heads, T, S)."""
+    return lambda graph, begin, end: heads_of(graph, scores, begin, end, heads)
+
+
+def heads_of(graph: GraphBuilder, tensor: str, begin: int, end: int, heads: int) -> str:
+    """Append what leaves [begin, end) of the second axis, which is `heads` long."""
+    if (begin, end) == (0, heads):
+        return tensor
+    return graph.op("Slice", tensor, *(graph.ints(number) for number in (begin, end, 1)), name=f"{tensor}.heads")
 
 
 @dataclass(frozen=True)
@@ -107,9 +123,9 @@ class PositionNodes:
         return Projection(fused, biases=self.biases, gate=self.gate(layer, hidden, weights))
 
     @property
-    def biases(self) -> tuple[str, ...]:
+    def biases(self) -> tuple[Bias | None, ...]:
         """What is added to the scores of every group in all layers."""
-        return ("",) * len(self.spans)
+        return (None,) * len(self.spans)
 
     def gate(self, layer: str, hidden: str, weights: LayerWeights) -> str:
         """Append what opens the gates of the heads, (B, H, T); return an empty name where there are none."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from expe_edge.graph.encoding import PositionNodes, Projection, split
+from expe_edge.graph.encoding import Bias, PositionNodes, Projection, bias_of, split
 from expe_edge.graph.expe import ExPENodes
 from expe_edge.graph.weights import LayerWeights
 from expe_edge.model.encodings import inverse_frequencies
@@ -75,8 +75,8 @@ class RelativeNodes(PositionNodes):
         self.shared["bias"] = graph.op("Transpose", bias, name="relative.bias", perm=[0, 3, 1, 2])
 
     @property
-    def biases(self) -> tuple[str, ...]:
-        return (self.shared["bias"],)
+    def biases(self) -> tuple[Bias | None, ...]:
+        return (bias_of(self.shared["bias"], self.config.num_attention_heads),)
 
 
 class ALiBiNodes(PositionNodes):
@@ -90,8 +90,8 @@ class ALiBiNodes(PositionNodes):
             self.shared[f"bias.{span.begin}"] = bias
 
     @property
-    def biases(self) -> tuple[str, ...]:
-        return tuple(self.shared[f"bias.{span.begin}"] for span in self.spans)
+    def biases(self) -> tuple[Bias | None, ...]:
+        return tuple(bias_of(self.shared[f"bias.{span.begin}"], span.end - span.begin) for span in self.spans)
 
 
 #: Name of the encoding to its emitter.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from expe_edge.graph.encoding import PositionNodes, Projection, Span
+from expe_edge.graph.encoding import Bias, PositionNodes, Projection, Span, heads_of
+from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.weights import FoldedPositions, LayerWeights
 from expe_edge.positions.codes import PositionCode
 from expe_edge.positions.expe import ExPEParameters
@@ -122,7 +123,7 @@ class ExPENodes(PositionNodes):
             positioned_values=positions.value_start is not None,
         )
 
-    def layer_biases(self, layer: str, hidden: str, positions: FoldedPositions) -> tuple[str, ...]:
+    def layer_biases(self, layer: str, hidden: str, positions: FoldedPositions) -> tuple[Bias | None, ...]:
         """What is added to the scores of every group of heads in one layer."""
         slopes = self.softplus(layer, self.slopes(layer, hidden, positions))
         if self.parameters.code.limbs > 1:
@@ -133,22 +134,34 @@ class ExPENodes(PositionNodes):
             parts = self.graph.multi("Split", [slopes, sizes], len(self.spans), name=f"{layer}.slope.groups", axis=1)
         return tuple(self.bias(layer, part, span) for part, span in zip(parts, self.spans, strict=True))
 
-    def bias(self, layer: str, slopes: str, span: Span) -> str:
-        """slope(i)·(j − i) for the heads of a group, (B, H, T, S), of their slopes (B, H, T); empty where all are 0."""
-        if all(self.parameters.content(self.config.num_attention_heads)[span.begin : span.end]):
-            return ""
+    def bias(self, layer: str, slopes: str, span: Span) -> Bias | None:
+        """slope(i)·(j − i) for the heads of a group, of their slopes (B, H, T); None where all are 0."""
+        content = self.parameters.content(self.config.num_attention_heads)[span.begin : span.end]
+        if all(content):
+            return None
         slopes = self.graph.op("Unsqueeze", slopes, self.graph.ints(3), name=f"{layer}.slopes")
-        return self.graph.op("Mul", slopes, self.float_distances(span), name=f"{layer}.bias")
+        distances, heads = self.float_distances(span), span.end - span.begin
 
-    def bias_of_limbs(self, layer: str, slopes: str) -> str:
-        """Σ_g slope_g(i)·(c_g(j) − c_g(i)) for every head, (B, H, T, S), of slopes (B, H·G, T)."""
-        graph, limbs = self.graph, self.parameters.code.limbs
-        shape = graph.ints(0, self.config.num_attention_heads, limbs, -1)
-        slopes = graph.op("Reshape", slopes, shape, name=f"{layer}.slope.heads")
-        slopes = graph.op("Transpose", slopes, name=f"{layer}.slopes", perm=[2, 0, 1, 3])  # (G, B, H, T)
-        slopes = graph.op("Unsqueeze", slopes, graph.ints(4), name=f"{layer}.slopes")
-        parts = graph.op("Mul", slopes, self.relative_codes(), name=f"{layer}.bias.limbs")  # (G, B, H, T, S)
-        return graph.op("ReduceSum", parts, graph.ints(0), name=f"{layer}.bias", keepdims=0)
+        def emit(graph: GraphBuilder, begin: int, end: int) -> str:
+            if all(content[begin:end]):
+                return ""
+            return graph.op("Mul", heads_of(graph, slopes, begin, end, heads), distances, name=f"{layer}.bias")
+
+        return emit
+
+    def bias_of_limbs(self, layer: str, slopes: str) -> Bias:
+        """Σ_g slope_g(i)·(c_g(j) − c_g(i)) for every head, of slopes (B, H·G, T)."""
+        limbs, heads, codes = self.parameters.code.limbs, self.config.num_attention_heads, self.relative_codes()
+
+        def emit(graph: GraphBuilder, begin: int, end: int) -> str:
+            part = heads_of(graph, slopes, begin * limbs, end * limbs, heads * limbs)
+            part = graph.op("Reshape", part, graph.ints(0, end - begin, limbs, -1), name=f"{layer}.slope.heads")
+            part = graph.op("Transpose", part, name=f"{layer}.slopes", perm=[2, 0, 1, 3])  # (G, B, H, T)
+            part = graph.op("Unsqueeze", part, graph.ints(4), name=f"{layer}.slopes")
+            parts = graph.op("Mul", part, codes, name=f"{layer}.bias.limbs")  # (G, B, H, T, S)
+            return graph.op("ReduceSum", parts, graph.ints(0), name=f"{layer}.bias", keepdims=0)
+
+        return emit
 
     def slopes(self, layer: str, hidden: str, positions: FoldedPositions) -> str:
         """Slopes of every head and limb, (B, H·G, T), or what enters their softplus."""

@@ -6,7 +6,9 @@ A tensor between two nodes is called t0, t1, …: in a small model long names wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ class GraphBuilder:
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._counts: dict[str, int] = {}
         self._optional: list[TensorSpec] = []
-        self._tensors = 0
+        self._tensors = count()
 
     def _name(self, name: str) -> str:
         count = self._counts.get(name, 0)
@@ -48,8 +50,7 @@ class GraphBuilder:
 
     def tensor(self) -> str:
         """Return a name for a tensor between two nodes."""
-        self._tensors += 1
-        return f"t{self._tensors - 1}"
+        return f"t{next(self._tensors)}"
 
     def op(self, kind: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:
         """Append a node with one output."""
@@ -84,6 +85,25 @@ class GraphBuilder:
         node = helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes)
         self.graph.node.append(node)
 
+    def branch(self) -> GraphBuilder:
+        """Return a builder of one side of `choose`: it reads this graph's tensors, and stores what it stores here."""
+        branch = copy.copy(self)
+        branch.graph = onnx.GraphProto()
+        return branch
+
+    def result(self, tensor: str, dtype: str) -> None:
+        """Make a tensor of a branch one of its results. dtype: as NumPy names it."""
+        element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self.graph.output.append(helper.make_tensor_value_info(tensor, element, None))
+
+    def choose(
+        self, condition: str, then: GraphBuilder, otherwise: GraphBuilder, outputs: Sequence[str], *, name: str
+    ) -> None:
+        """Append a node that runs one of two branches, whose results are its outputs. condition: one bool."""
+        for branch, which in ((then, "then"), (otherwise, "otherwise")):
+            branch.graph.name = f"{name}.{which}"
+        self.emit("If", [condition], outputs, name=name, then_branch=then.graph, else_branch=otherwise.graph)
+
     def weight(self, name: str, value: Array) -> str:
         """Store a weight under its own name."""
         return self._store(numpy_helper.from_array(np.asarray(value, order="C"), name))
@@ -113,7 +133,7 @@ class GraphBuilder:
 
     def _store(self, tensor: TensorProto) -> str:
         if self._weights:
-            self.graph.initializer.append(tensor)
+            self._model.graph.initializer.append(tensor)
         return str(tensor.name)
 
     def constant(self, value: Array) -> str:
@@ -147,13 +167,26 @@ class GraphBuilder:
         graph.name = "expe"
         graph.input.extend(map(_value_info, [*inputs, *self._optional]))
         graph.output.extend(map(_value_info, outputs))
-        blocks = any(map(_restores_blocks, graph.node))
+        blocks = any(map(_restores_blocks, every_node(graph)))
         opset, model.ir_version = (OPSET_BLOCKS, IR_VERSION_BLOCKS) if blocks else (OPSET, IR_VERSION)
         model.opset_import.append(helper.make_opsetid("", opset))
-        if any(node.domain == MICROSOFT for node in graph.node):
+        if any(node.domain == MICROSOFT for node in every_node(graph)):
             model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
         model.producer_name = producer
         return model
+
+
+def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph, behind each those of its branches."""
+    for node in graph.node:
+        yield node
+        for branch in branches_of(node):
+            yield from every_node(branch)
+
+
+def branches_of(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """Return the branches that a node chooses from; none of most nodes."""
+    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
 
 
 def _restores_blocks(node: onnx.NodeProto) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import TensorProto
 
 from expe_edge.graph.nodes import GraphBuilder
 
@@ -33,7 +32,7 @@ class AsGiven:
 class TokensFirst(AsGiven):
     """Rolls each row (T,) of a run by the padding before its tokens, which then stand first in `token_ids`.
 
-    last, total: the operator's two lengths: index of each row's last key (B,), and the longest row, int32.
+    last, total: index of each row's last key (B,), and the longest row (1,), int64.
     """
 
     last: str = field(init=False)
@@ -67,10 +66,8 @@ class TokensFirst(AsGiven):
         padding = graph.op("Mul", graph.op("Sub", length, tokens), ends, name="run.padding")
         seen = graph.op("ReduceSum", "attention_mask", graph.ints(1), name="lengths.tokens", keepdims=0)
         keys = graph.op("Add", seen, padding, name="lengths.keys")
-        last = graph.op("Sub", keys, graph.ints(1), name="lengths.last")
-        self.last = graph.op("Cast", last, name="lengths.last", to=int(TensorProto.INT32))
-        total = graph.op("Shape", "attention_mask", name="lengths.total", start=1, end=2)
-        self.total = graph.op("Cast", total, name="lengths.total", to=int(TensorProto.INT32))
+        self.last = graph.op("Sub", keys, graph.ints(1), name="lengths.last")
+        self.total = graph.op("Shape", "attention_mask", name="lengths.total", start=1, end=2)
         return padding
 
     def restore(self, hidden: str) -> str:

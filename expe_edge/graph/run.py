@@ -28,7 +28,8 @@ def graph_feeds(
 ) -> dict[str, npt.NDArray[Any]]:
     """Return the inputs for `tokens` (B, T) after `cache`, in the order of `contract.past_names`; None for empty.
 
-    Some heads of the contract see all tokens: by them those before are counted.
+    Some heads of the contract see all tokens: by them those before are counted. An int8 cache has room for what is new,
+    as one of a single buffer has: without it, runs of many tokens would not take the way that they take there.
     """
     batch, length = tokens.shape
     groups = contract.cache_groups
@@ -47,8 +48,13 @@ def graph_feeds(
         "attention_mask": np.ones((batch, past + length), dtype=np.int64),
         "position_ids": np.arange(past, past + length, dtype=np.int64)[None].repeat(batch, axis=0),
         **lengths,
-        **dict(zip(contract.past_names, kept, strict=True)),
+        **dict(zip(contract.past_names, (_with_room(part, contract, length) for part in kept), strict=True)),
     }
+
+
+def _with_room(part: npt.NDArray[Any], contract: GraphContract, tokens: int) -> npt.NDArray[Any]:
+    """Return a part of an int8 cache (B, heads, past, D) with columns for so many tokens more."""
+    return np.pad(part, ((0, 0), (0, 0), (0, tokens), (0, 0))) if contract.cache_dtype == "int8" else part
 
 
 def _kept(part: npt.NDArray[Any], group: HeadGroup) -> npt.NDArray[Any]:

@@ -17,13 +17,15 @@ from expe_edge.graph.padding import TokensFirst
 
 @dataclass(frozen=True)
 class Keys:
-    """last: index of each row's last key, (B,) int32. total: keys of the longest row, (1,) int32.
+    """last: index of each row's last key, (B,) int64. total: keys of the longest row, (1,) int64.
 
+    operands: both as int32, which the operator takes.
     distances: appends j − i for every query i and key j, (B, 1, T, S) int64; None where keys stand at 0, 1, 2, ….
     """
 
     last: str
     total: str
+    operands: tuple[str, str]
     distances: Callable[[], str] | None = None
 
 
@@ -41,8 +43,13 @@ def window_keys(graph: GraphBuilder, run: TokensFirst, kept: str) -> Keys:
         keys = graph.op("Range", zero, graph.op("Squeeze", longest, name="window.end"), one, name="window.keys")
         return graph.op("Sub", keys, queries, name="window.distances")
 
-    return Keys(_int32(graph, last, "window.last"), _int32(graph, longest, "window.total"), distances)
+    return keys_of(graph, last, longest, "window", distances)
 
 
-def _int32(graph: GraphBuilder, tensor: str, name: str) -> str:
-    return graph.op("Cast", tensor, name=name, to=int(TensorProto.INT32))
+def keys_of(graph: GraphBuilder, last: str, total: str, name: str, distances: Callable[[], str] | None = None) -> Keys:
+    """Append what the operator takes, and return `Keys`."""
+    operands = [
+        graph.op("Cast", tensor, name=f"{name}.{part}", to=int(TensorProto.INT32))
+        for part, tensor in (("last", last), ("total", total))
+    ]
+    return Keys(last, total, (operands[0], operands[1]), distances)

@@ -27,6 +27,9 @@ LARGEST_TOKEN = 2**26
 #: Dtypes as NumPy names them, and as onnxruntime does.
 ORT_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "int8": "tensor(int8)"}
 
+#: Key/value heads of an int8 cache that a run of many tokens holds as floats at once; all of a group with a window.
+FLOAT_HEADS = 4
+
 #: The axis of the rows, as transformers.js expects it, and as earlier releases called it.
 BATCH, EARLIER_BATCH = "batch_size", "batch"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from expe_edge.package.contract import GraphContract
+from expe_edge.package.contract import FLOAT_HEADS, GraphContract
 from expe_edge.package.directory import Package
 from expe_edge.package.manifest import Manifest
 from expe_edge.runtime.control_groups import control_groups
@@ -25,8 +25,9 @@ RUNTIME_BYTES, TOKENIZER_COPIES = 70 * 2**20, 12
 HELD = {"float16": 2.0, "bfloat16": 2.0, "int4-weight": 1.5}
 #: Times the weights that are resident at most while onnxruntime opens them.
 OPENING = 1.5
-#: Buffers of (H, T, S) and of (T, S) float32 that are alive at once: in GroupQueryAttention, in attention written out.
-FUSED_BUFFERS, PORTABLE_BUFFERS = (2, 1), (6, 3)
+#: Buffers of (H, T, S) and of (T, S) float32 that are alive at once: in GroupQueryAttention, over a cache that is read
+#: as floats, in attention written out.
+FUSED_BUFFERS, FLOATS_BUFFERS, PORTABLE_BUFFERS = (2, 1), (2, 3), (6, 3)
 #: Where a control group of each version says its limit, what is used, and in `memory.stat` what can be taken back.
 GROUP_FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -34,11 +35,21 @@ GROUP_FILES = {
 }
 
 
+def reads_floats(manifest: Manifest) -> bool:
+    """Say whether prefill reads an int8 cache as floats, a few heads at a time; graphs of earlier releases do not."""
+    return "MultiHeadAttention" in manifest.operators
+
+
 def far_heads(manifest: Manifest) -> int:
-    """Return how many query heads see the whole text, whose scores and biases grow with it."""
+    """Return how many query heads that see the whole text have scores and biases at once, which grow with it."""
     contract = manifest.contract
-    far = sum(group.heads for group in contract.groups if not group.window)
-    return int(manifest.model["num_attention_heads"]) * far // contract.key_value_heads
+    return int(manifest.model["num_attention_heads"]) * _far_at_once(manifest) // contract.key_value_heads
+
+
+def _far_at_once(manifest: Manifest) -> int:
+    """The key/value heads that those share."""
+    far = sum(group.heads for group in manifest.contract.groups if not group.window)
+    return min(far, FLOAT_HEADS) if reads_floats(manifest) else far
 
 
 def near_tokens(contract: GraphContract) -> int:
@@ -59,7 +70,8 @@ class MemoryPlan:
     Attributes:
         tokens: held by each of the `rows`. chunk: tokens of the largest prefill step.
         weights: of the graph, once it is open. cache: keys and values of all rows. scores: position bias and attention
-            scores of a prefill step at full depth. activations: its other tensors, logits included. runtime: all else.
+            scores of a prefill step at full depth, and the floats that it makes of an int8 cache. activations: its
+            other tensors, logits included. runtime: all else.
     """
 
     tokens: int
@@ -87,11 +99,15 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
 
     chunk: as of `PackageSession.prefill`.
     """
-    model, contract = package.manifest.model, package.manifest.contract
-    heads, far = int(model["num_attention_heads"]), far_heads(package.manifest)
+    manifest = package.manifest
+    model, contract, far = manifest.model, manifest.contract, far_heads(manifest)
+    windowed = sum(group.heads for group in contract.groups if group.window)
+    near = int(model["num_attention_heads"]) * windowed // contract.key_value_heads
     read = min(tokens, chunk or bounded_chunk(far, 0))
     deepest = min(read, chunk or bounded_chunk(far, max(0, tokens - PREFILL_CHUNK)))
-    by_head, by_pair = PORTABLE_BUFFERS if contract.growing_cache else FUSED_BUFFERS
+    floats = reads_floats(manifest)
+    by_head, by_pair = PORTABLE_BUFFERS if contract.growing_cache else FLOATS_BUFFERS if floats else FUSED_BUFFERS
+    restored = 2 * _far_at_once(manifest) * contract.head_size * tokens if floats else 0
     pairs = deepest * tokens
     if chunk is None and deepest < PREFILL_CHUNK <= tokens:  # chunks grew shorter on the way, and were larger between
         pairs = max(pairs, MOST_SCORES // far)
@@ -102,7 +118,7 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
         chunk=deepest,
         weights=held_bytes(package.manifest),
         cache=rows * contract.row_bytes(tokens, SPARE + PREFILL_CHUNK) * _copies(contract, rows),
-        scores=4 * (pairs * (by_head * far + by_pair) + deepest * near_tokens(contract) * by_head * (heads - far)),
+        scores=4 * (pairs * (by_head * far + by_pair) + deepest * near_tokens(contract) * by_head * near + restored),
         activations=4 * max(read, rows) * width,
         runtime=RUNTIME_BYTES + TOKENIZER_COPIES * package.tokenizer_path.stat().st_size,
     )

@@ -154,8 +154,9 @@ class PackageSession:
         positions = np.arange(longest, dtype=np.int64)[None].repeat(len(rows), axis=0)
         feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feeds |= {name: np.zeros(len(rows), dtype=np.int64) for name in contract.window_lengths if name}
+        room = longest if contract.cache_dtype == "int8" else 0  # with room for them, keys are read as floats
         for name, group in zip(contract.past_names, contract.cache_groups, strict=True):
-            feeds[name] = np.zeros((len(rows), group.heads, 0, contract.head_size), dtype=contract.cache_dtype)
+            feeds[name] = np.zeros((len(rows), group.heads, room, contract.head_size), dtype=contract.cache_dtype)
         try:
             (logits,) = self.session.run(["logits"], feeds)
         except Exception as error:  # onnxruntime's exceptions share no narrower base

@@ -76,6 +76,11 @@ def profiled(
         return value, json.loads(Path(watched.session.end_profiling()).read_text(encoding="utf-8"))
 
 
+def _is_kernel(event: Event) -> bool:
+    """Say whether an event is a node's; one that chooses a branch takes the time of the nodes in it, which are told."""
+    return bool(event["name"].endswith(KERNEL)) and event["args"]["op_name"] != "If"
+
+
 def run_times(events: Sequence[Event], runs: int) -> RunTimes:
     """Group the events of a profile by operator.
 
@@ -88,7 +93,7 @@ def run_times(events: Sequence[Event], runs: int) -> RunTimes:
             not count.
     """
     spans = sorted((event["ts"], event["dur"]) for event in events if event["name"] == RUN)
-    kernels = sorted((event for event in events if event["name"].endswith(KERNEL)), key=itemgetter("ts"))
+    kernels = sorted((event for event in events if _is_kernel(event)), key=itemgetter("ts"))
     pieces = len(spans) // runs
     names = np.array([kernel["args"]["op_name"] for kernel in kernels[: len(kernels) // pieces]])
     times = np.array([kernel["dur"] for kernel in kernels], dtype=np.float64).reshape(pieces, -1)[1:]  # microseconds

@@ -20,7 +20,7 @@ from expe_edge.export.kernels import require_kernels
 from expe_edge.graph.build import BuiltGraph, build_graph
 from expe_edge.graph.linears import LINEAR_FORMATS, DynamicInt8, LinearFormat, StaticInt8
 from expe_edge.graph.matrices import FLOAT, ChannelMatrix
-from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.nodes import GraphBuilder, every_node
 from expe_edge.quant.channels import Range
 from expe_edge.quant.formats import Formats
 from expe_edge.quant.recipe import CACHES, EMBEDDINGS, Recipe
@@ -102,13 +102,15 @@ def test_every_linear_of_the_optimised_graph_is_one_kernel_on_its_stored_weight(
 def test_the_optimised_graph_fuses_norms_and_attention_and_leaves_no_loose_quantization(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    nodes = [node for node in optimized(built(recipe).model, tmp_path).node if not node.name.startswith("embedding")]
-    kinds = Counter(node.op_type for node in nodes)
+    graph = optimized(built(recipe).model, tmp_path)
+    kinds = Counter(node.op_type for node in graph.node if not node.name.startswith("embedding"))
+    attention = Counter(node.op_type for node in every_node(graph))  # over an int8 cache one of two, in branches
     kernel = KERNELS[recipe.precision][0]
     assert kinds["SimplifiedLayerNormalization"] == 1
     assert kinds["SkipSimplifiedLayerNormalization"] == 2 * CONFIG.num_hidden_layers
     assert not kinds["Transpose"]
-    assert kinds["GroupQueryAttention"] == CONFIG.num_hidden_layers
+    assert attention["GroupQueryAttention"] == CONFIG.num_hidden_layers
+    assert attention["MultiHeadAttention"] == (CONFIG.num_hidden_layers if recipe.cache == "int8" else 0)
     assert kinds[kernel] >= len(LINEARS)
     assert not kinds.keys() & {"DynamicQuantizeLinear", "MatMulInteger", "DequantizeLinear", "Pow", "Sqrt", "Pad"}
     assert kinds["QuantizeLinear"] == (len(LINEARS) if recipe.precision == "int8-static" else 0)

@@ -16,12 +16,14 @@ from expe_edge.divergence import divergence
 from expe_edge.export.exporter import export
 from expe_edge.graph.attention import GroupedAttention
 from expe_edge.graph.build import build_graph, graph_contract
-from expe_edge.graph.encoding import Projection
+from expe_edge.graph.encoding import Projection, bias_of
+from expe_edge.graph.floats import MANY_TOKENS
 from expe_edge.graph.linears import Float32
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.padding import TokensFirst
-from expe_edge.graph.windows import Keys
-from expe_edge.package.contract import TensorSpec
+from expe_edge.graph.run import graph_feeds
+from expe_edge.graph.windows import keys_of
+from expe_edge.package.contract import FLOAT_HEADS, TensorSpec
 from expe_edge.package.directory import read_package
 from expe_edge.quant.channels import CacheScales
 from expe_edge.quant.recipe import Recipe
@@ -30,9 +32,10 @@ from expe_edge.runtime.session import Step
 from expe_edge.runtime.shared import SharedStorage
 from tests.conftest import needs_int8_cache
 from tests.export.test_clients import genai_tokens, optimum_model, our_tokens
+from tests.graph.test_padding import CONFIGS
 from tests.graphs import CONFIG, normal, open_session, plain_graph, random_weights, run_text, token_stream
 from tests.reference import softmax
-from tests.strategies import seeds, small_config
+from tests.strategies import random_tokens, seeds, small_config
 
 pytestmark = needs_int8_cache
 NAMES = ("float32-int8-cache", "int8-static-int8-cache", "int4-weight-int8-cache")
@@ -42,6 +45,8 @@ NAMES = ("float32-int8-cache", "int8-static-int8-cache", "int4-weight-int8-cache
 
 ONE_LAYER = small_config(num_hidden_layers=1)
 HEADS, SHARED, SIZE = 4, 2, 8
+#: Tokens of a run, and those before.
+LENGTHS = [(5, 0), (1, 7), (3, 7), (1, 0), (40, 0), (MANY_TOKENS, 7)]
 
 
 def stored(states: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -63,12 +68,15 @@ def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.nd
     return np.concatenate(mixed, axis=1)
 
 
-def run_attention(scales: CacheScales, **inputs: np.ndarray) -> list[np.ndarray]:
-    """Output (1, T, H·D) and present of the attention that the exporter emits."""
+def run_attention(scales: CacheScales, room: int, **inputs: np.ndarray) -> list[np.ndarray]:
+    """Output (1, T, H·D) and present of the attention that the exporter emits. room: columns for new keys."""
+    for part in ("past_key", "past_value"):
+        inputs[part] = np.pad(inputs[part], ((0, 0), (0, 0), (0, room), (0, 0)), constant_values=77)
     builder = GraphBuilder()
     run, contract = TokensFirst(builder), graph_contract(ONE_LAYER, int8_cache=True)
-    emitter = GroupedAttention(builder, ONE_LAYER, contract, [Keys(run.last, run.total)], [scales])
-    mixed = emitter.emit("mixed", 0, Projection("query", "key", "value", ("bias",)))
+    keys = keys_of(builder, run.last, run.total, "lengths")
+    emitter = GroupedAttention(builder, ONE_LAYER, contract, [keys], run, [scales])
+    mixed = emitter.emit("mixed", 0, Projection("query", "key", "value", (bias_of("bias", HEADS),)))
     builder.emit("Identity", [mixed], ["mixed"], name="result")
     names = {"past_key": "past_key_values.0.key", "past_value": "past_key_values.0.value"}
     feeds = {names.get(name, name): value for name, value in inputs.items()}
@@ -82,9 +90,14 @@ def run_attention(scales: CacheScales, **inputs: np.ndarray) -> list[np.ndarray]
 
 
 @settings(max_examples=40)
-@given(seeds, st.sampled_from([(5, 0), (1, 7), (3, 7), (1, 0)]))
-def test_attention_sees_all_keys_and_values_as_the_cache_holds_them(seed: int, lengths: tuple[int, int]) -> None:
-    """Also those of the tokens being added, so that prefill and decode see the same; out of range they are clipped."""
+@given(seeds, st.sampled_from(LENGTHS), st.booleans(), st.integers(0, 9), st.sampled_from([1, FLOAT_HEADS]))
+def test_attention_sees_all_keys_and_values_as_the_cache_holds_them(
+    seed: int, lengths: tuple[int, int], room: bool, beyond: int, at_once: int
+) -> None:
+    """Also those of the tokens being added, so that prefill and decode see the same; out of range they are clipped.
+
+    Whether the operator computes it or it is written out, which runs of many tokens choose where the cache has room.
+    """
     tokens, past = lengths
     query, key, value = (
         normal(seed + i, past + tokens, heads * SIZE) for i, heads in enumerate((HEADS, SHARED, SHARED))
@@ -94,24 +107,50 @@ def test_attention_sees_all_keys_and_values_as_the_cache_holds_them(seed: int, l
     keys, values = stored(key, scales.key), stored(value, scales.value)
     new = slice(past, None)
 
-    found, present_key, present_value = run_attention(
-        scales,
-        query=query[None, new],
-        key=key[None, new],
-        value=value[None, new],
-        past_key=keys[None, :, :past],
-        past_value=values[None, :, :past],
-        bias=bias[None],
-        attention_mask=np.ones((1, past + tokens), dtype=np.int64),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expe_edge.graph.floats.FLOAT_HEADS", at_once)
+        found, present_key, present_value = run_attention(
+            scales,
+            (tokens + beyond) * room,
+            query=query[None, new],
+            key=key[None, new],
+            value=value[None, new],
+            past_key=keys[None, :, :past],
+            past_value=values[None, :, :past],
+            bias=bias[None],
+            attention_mask=np.ones((1, past + tokens), dtype=np.int64),
+        )
 
-    np.testing.assert_array_equal(present_key[0], keys)
-    np.testing.assert_array_equal(present_value[0], values)
+    for present, held in ((present_key, keys), (present_value, values)):
+        np.testing.assert_array_equal(present[0, :, : past + tokens], held)
     expected = attention(query[new], keys * scales.key[:, None], values * scales.value[:, None], bias)
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-5)
 
 
 # The whole graph.
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_of_many_tokens_is_what_the_operator_computes(name: str, left: bool) -> None:
+    """Of rows of several lengths, with every encoding."""
+    config, lengths, longest = small_config(**CONFIGS[name]), (40, 17, 23), 40
+    scales = [CacheScales(*(np.full((2, config.head_dim), 0.03, dtype=np.float32) for _ in range(2)))] * 2
+    session = open_session(build_graph(random_weights(config), Float32(), cache=scales).model)
+    ids, mask = np.zeros((2, len(lengths), longest), dtype=np.int64)
+    for row, length in enumerate(lengths):
+        place = slice(longest - length, longest) if left else slice(0, length)
+        ids[row, place], mask[row, place] = random_tokens(config, length, seed=row)[0], 1
+    feeds = graph_feeds(graph_contract(config, int8_cache=True), ids)
+    feeds |= {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)}
+    without_room = {key: value[:, :, :0] if key.startswith("past") else value for key, value in feeds.items()}
+
+    many, few = (session.run(None, each) for each in (feeds, without_room))
+
+    for first, second in zip(many[1:3], few[1:3], strict=True):  # before attention
+        np.testing.assert_array_equal(first, second)
+    seen = mask.astype(bool)
+    assert divergence(few[0][seen], many[0][seen]).mean() < 1e-6  # a value halfway between levels may tip over
 
 
 @functools.cache
@@ -216,9 +255,11 @@ def test_batches_streams_and_single_prompts_agree(cached: Path, name: str, sampl
         assert "".join(pieces) == alone.text == together[index].text
 
 
+@pytest.mark.parametrize("text", [PROMPTS[0], PROMPTS[-1]], ids=["few tokens", "many"])
 @pytest.mark.parametrize("name", NAMES)
-def test_genai_chooses_the_tokens_our_generator_chooses(cached: Path, packages: Path, name: str) -> None:
-    prompt = [int(token) for token in Generator.load(packages / "float32").encode(PROMPTS[0])]
+def test_genai_chooses_the_tokens_our_generator_chooses(cached: Path, packages: Path, name: str, text: str) -> None:
+    prompt = [int(token) for token in Generator.load(packages / "float32").encode(text)]
+    assert (len(prompt) >= MANY_TOKENS) is (text == PROMPTS[-1])
     assert genai_tokens(cached / name, prompt) == our_tokens(cached / name, prompt)
 
 

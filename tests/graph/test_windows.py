@@ -85,13 +85,16 @@ def test_however_a_text_is_cut_into_runs(windows: Sequence[int], cuts: list[int]
     np.testing.assert_allclose(run(subject(windows), tokens, parts), at_once, rtol=0, atol=1e-4)
 
 
-def test_a_cache_of_int8_has_windows_too() -> None:
+@every_choice
+def test_a_cache_of_int8_has_windows_too(windows: Sequence[int]) -> None:
+    """In runs of few tokens, which the operator computes, and of many, which read the cache as floats."""
     tokens = random_tokens(CONFIG, LENGTH)[0]
-    windows = (12, 12, 12, 0)
     floats, integers = (subject(windows, int8_cache=int8_cache) for int8_cache in (False, True))
     expected = run(floats, tokens, [LENGTH])
-    found = run(integers, tokens, [50, *[1] * 70])
-    assert 0 < np.abs(found - expected).mean() < 0.1
+    few, *many = (run(integers, tokens, parts) for parts in ([*[10] * 5, *[1] * 70], [LENGTH], [30, 50, 40]))
+    assert 0 < np.abs(few - expected).mean() < 0.1
+    for found in many:
+        assert np.abs(few - found).mean() < 1e-4
 
 
 def test_rows_of_several_lengths() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from expe_edge.errors import GenerationError
-from expe_edge.package.directory import read_package
+from expe_edge.package.directory import Package, read_package
 from expe_edge.package.reference import reference_package
 from expe_edge.runtime import Generator
 from expe_edge.runtime.memory import (
@@ -23,7 +23,7 @@ from expe_edge.runtime.memory import (
     most_tokens,
     plan_memory,
 )
-from tests.conftest import PRECISIONS
+from tests.conftest import PRECISIONS, needs_int8_cache
 
 STATUS = Path("/proc/self/status")
 #: Reads a text of as many tokens and prints the most that was resident, in bytes.
@@ -44,10 +44,22 @@ def peak_of(package: Path, tokens: int) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="the system does not say what is resident")
+says_what_is_resident = pytest.mark.skipif(not STATUS.exists(), reason="the system does not say what is resident")
+
+
+@says_what_is_resident
 def test_the_plan_is_what_a_process_takes(cached_generator: Generator) -> None:
+    require_planned(cached_generator.session.package)
+
+
+@needs_int8_cache
+@says_what_is_resident
+def test_the_plan_counts_the_floats_that_an_int8_cache_is_read_as(int8_cache_generator: Generator) -> None:
+    require_planned(int8_cache_generator.session.package)
+
+
+def require_planned(package: Package) -> None:
     """In all, and in what a longer text adds to it, of which nothing is the runtime's or the weights'."""
-    package = cached_generator.session.package
     short, long = (plan_memory(package, tokens) for tokens in (512, 8192))
     least, most = (peak_of(package.path, plan.tokens) for plan in (short, long))
 

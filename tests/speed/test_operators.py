@@ -10,12 +10,15 @@ import pytest
 
 from expe_edge.export.exporter import export
 from expe_edge.export.kernels import optimized_operators
+from expe_edge.graph.floats import MANY_TOKENS
+from expe_edge.package.directory import read_package
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import PackageSession
 from expe_edge.runtime.memory import PREFILL_CHUNK
 from expe_edge.speed.measuring import read
 from expe_edge.speed.operators import KERNEL, RUN, Event, profiled, run_times
 from expe_edge.speed.timed import TimedPackage
+from tests.conftest import needs_int8_cache
 
 
 def decode_events(package: Path, steps: int) -> list[Event]:
@@ -48,6 +51,21 @@ def test_a_portable_graph_too(packages: Path, tmp_path: Path) -> None:
     times = run_times(decode_events(portable.path, 3), runs=1)
 
     assert times.nodes == optimized_operators(portable.path / "model.onnx").total()
+
+
+@needs_int8_cache
+def test_of_two_branches_the_nodes_of_the_one_that_ran(checkpoint: Path, tmp_path: Path) -> None:
+    """An int8 cache is read by the operator, or as floats where a run has many tokens; what chooses is no node."""
+    (exported,) = export(checkpoint, tmp_path, [Recipe(cache="int8")])
+    timed, layers = TimedPackage(exported.path, 1, "cpu"), read_package(exported.path).manifest.contract.layers
+
+    for profile, ran, other in (
+        (timed.profile_decode(0, 2), "GroupQueryAttention", "MultiHeadAttention"),
+        (timed.profile_prefill(0, MANY_TOKENS), "MultiHeadAttention", "GroupQueryAttention"),
+    ):
+        counts = {each.operator: each.nodes for each in profile.kernels.operators}
+        assert counts[ran] == layers
+        assert counts.keys().isdisjoint({other, "If"})
 
 
 def test_the_first_piece_does_not_count_and_the_profiler_is_taken_off() -> None:
