@@ -22,6 +22,9 @@ from expe_edge.runtime.window import Window, window_refusal
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
+#: Steps of decoding whose attention masks are made at once.
+MASKS_AHEAD = 32
+
 
 class PackageSession:
     """An onnxruntime session over a verified package.
@@ -190,6 +193,7 @@ class Step:
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
         self.bound = -1  # the cache's version
+        self.masks: dict[int, ort.OrtValue] = {}
 
     def run(self, tokens: Ids) -> Logits:
         """Append `tokens` (B, T) to every row; return logits (B, T or 1, V), valid until the next run.
@@ -198,10 +202,10 @@ class Step:
             PackageError: onnxruntime cannot run the graph. GenerationError: the cache is full.
         """
         cache = self.cache
-        mask = ort.OrtValue.ortvalue_from_numpy(cache.prepare(self.tokens))
+        mask = cache.prepare(self.tokens)
         self.input_ids[:] = tokens
         np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
-        self.binding.bind_ortvalue_input("attention_mask", mask)
+        self.binding.bind_ortvalue_input("attention_mask", self._mask(mask))
         if self.bound != cache.version:
             cache.bind(self.binding, self.tokens)
             self.bound = cache.version
@@ -211,6 +215,21 @@ class Step:
             raise _run_failed(self.path, error) from error
         cache.advance(self.input_ids)
         return self.logits
+
+    def _mask(self, mask: Ids) -> ort.OrtValue:
+        """Return an attention mask (B, total_sequence) as onnxruntime wants it.
+
+        One row's are all ones, and those of the steps to come are made with it: after a run the processor's caches hold
+        weights, and what Python does once a step takes several times as long as when it is repeated.
+        """
+        rows, total = mask.shape
+        if rows > 1 or self.tokens > 1:
+            return ort.OrtValue.ortvalue_from_numpy(mask)
+        if total not in self.masks:
+            ones = np.ones((1, total + MASKS_AHEAD), dtype=np.int64)
+            ahead = range(total, total + MASKS_AHEAD)
+            self.masks = {length: ort.OrtValue.ortvalue_from_numpy(ones[:, :length]) for length in ahead}
+        return self.masks[total]
 
 
 def _run_failed(path: Path, error: Exception) -> PackageError:
