@@ -1,0 +1,312 @@
+// com.microsoft::MatMulNBits for processors with AVX-512 VNNI, as a custom operator of onnxruntime that takes the place of
+// the one it has: weights of 4 or 8 bits in blocks without zero points, activations rounded to int8 by block (accuracy
+// level 4), float32 in and out. What has anything else is refused when the kernel is made.
+//
+// Weights stay as the graph holds them, and nothing is packed ahead. Many rows go by panels.h, few by dots.h.
+#include <atomic>
+#include <climits>
+#include <memory>
+#include <new>
+
+#include "dots.h"
+#include "ort_abi.h"
+#include "panels.h"
+
+namespace {
+
+using operands::Format;
+using operands::Weights;
+
+constexpr const char* kDomain = "com.microsoft";
+constexpr const char* kName = "MatMulNBits";
+constexpr int64_t kInt8Activations = 4;  // the accuracy level
+constexpr int64_t kLeastBlock = 16, kMostBlock = 4096;
+
+enum Input : size_t { kActivations, kCodes, kScales, kZeroPoints, kOrder, kBias, kInputs };
+
+// Rows from which on panels are faster: what unpacking takes is shared by all.
+constexpr int64_t kPanelRows = 8;
+// Rows that one task rounds.
+constexpr int64_t kRoundedRows = 16;
+// Tasks that dot products are divided into, and the bytes of weights that one reads at least and at most.
+constexpr int64_t kDotTasks = 32, kLeastDotBytes = 8192, kMostDotBytes = 49152;
+
+
+// End the function with what a call of the interface returns, unless that is success.
+#define RETURN_IF_FAILED(call) \
+    if (ort::Status* failed = (call)) return failed
+
+struct Kernel {
+    const ort::Api* api;
+    Format format;
+    bool has_bias;
+};
+
+// What all tasks of a run share.
+struct Run {
+    const Format& format;
+    Weights weights;
+    const float* input;
+    float* output;
+    int64_t m;
+};
+
+struct PanelRun : Run {
+    panels::Rows rows;
+    std::atomic<bool> out_of_memory{false};
+
+    explicit PanelRun(const Run& run, uint8_t* memory) : Run(run), rows(panels::rows_in(memory, format, m)) {}
+};
+
+struct DotRun : Run {
+    dots::Walk walk;
+    dots::Rows rows;
+    int64_t task_columns;
+
+    DotRun(const Run& run, const dots::Walk& walk, uint8_t* memory)
+        : Run(run), walk(walk), rows(dots::rows_in(memory, walk, m)) {
+        const int64_t bytes = std::clamp(format.n * format.row_bytes() / kDotTasks, kLeastDotBytes, kMostDotBytes);
+        task_columns = std::max<int64_t>(1, bytes / format.row_bytes());
+    }
+};
+
+int64_t tasks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
+
+// Tasks. onnxruntime gives each its number, and runs them on its own threads.
+
+void round_rows(void* data, size_t task) {
+    const PanelRun& run = *static_cast<PanelRun*>(data);
+    const int64_t begin = task * kRoundedRows, end = std::min(run.m, begin + kRoundedRows);
+    for (int64_t row = begin; row < end; row++) {
+        panels::round_row(run.format, run.input + row * run.format.k, run.rows, row);
+    }
+}
+
+void multiply_panel(void* data, size_t task) {
+    thread_local operands::Buffer buffer;  // each thread unpacks into its own
+    PanelRun& run = *static_cast<PanelRun*>(data);
+    uint8_t* memory = buffer.reserve(panels::panel_bytes(run.format));
+    if (memory == nullptr) {
+        run.out_of_memory = true;
+        return;
+    }
+    const panels::Panel panel = panels::panel_in(memory, run.format);
+    panels::product(run.format, run.weights, run.rows, run.m, task * panels::kColumns, panel, run.output);
+}
+
+void multiply_columns(void* data, size_t task) {
+    const DotRun& run = *static_cast<DotRun*>(data);
+    const int64_t begin = task * run.task_columns, end = std::min(run.format.n, begin + run.task_columns);
+    dots::product(run.format, run.walk, run.weights, run.rows, run.m, begin, end, run.output);
+}
+
+// Run tasks on onnxruntime's threads; one alone on this thread.
+ort::Status* run_tasks(
+    const ort::Api& api, const ort::KernelContext* context, void (*task)(void*, size_t), size_t tasks, void* run
+) {
+    if (tasks > 1) return api.parallel_for(context, task, tasks, 0, run);
+    task(run, 0);
+    return nullptr;
+}
+
+ort::Status* no_memory(const ort::Api& api) {
+    return api.create_status(ort::kFail, "MatMulNBits: no memory to unpack weights or activations in");
+}
+
+ort::Status* run_panels(const ort::Api& api, const ort::KernelContext* context, const Run& run) {
+    operands::Buffer buffer;
+    uint8_t* memory = buffer.reserve(panels::rows_bytes(run.format, run.m));
+    if (memory == nullptr) return no_memory(api);
+    PanelRun shared(run, memory);
+    RETURN_IF_FAILED(run_tasks(api, context, round_rows, tasks_of(run.m, kRoundedRows), &shared));
+    RETURN_IF_FAILED(run_tasks(api, context, multiply_panel, tasks_of(run.format.n, panels::kColumns), &shared));
+    return shared.out_of_memory ? no_memory(api) : nullptr;
+}
+
+ort::Status* run_dots(const ort::Api& api, const ort::KernelContext* context, const Run& run) {
+    const dots::Walk walk(run.format);
+    operands::Buffer buffer;
+    uint8_t* memory = buffer.reserve(dots::rows_bytes(walk, run.m));
+    if (memory == nullptr) return no_memory(api);
+    DotRun shared(run, walk, memory);
+    for (int64_t row = 0; row < run.m; row++) {
+        dots::round_row(run.format, walk, run.input + row * run.format.k, shared.rows, row);
+    }
+    return run_tasks(api, context, multiply_columns, tasks_of(run.format.n, shared.task_columns), &shared);
+}
+
+// What onnxruntime calls for every run of a node.
+
+template <typename Element>
+ort::Status* read_input(const ort::Api& api, const ort::KernelContext* context, Input index, const Element** data) {
+    const ort::Value* value = nullptr;
+    void* address = nullptr;
+    RETURN_IF_FAILED(api.input(context, index, &value));
+    RETURN_IF_FAILED(api.data(const_cast<ort::Value*>(value), &address));
+    *data = static_cast<const Element*>(address);
+    return nullptr;
+}
+
+// The output has the activations' shape but for its last axis, which is n. m: the product of the other axes.
+ort::Status* make_output(const Kernel& kernel, ort::KernelContext* context, int64_t* m, float** output) {
+    constexpr size_t kMostAxes = 16;
+    const ort::Api& api = *kernel.api;
+    const ort::Value* value = nullptr;
+    ort::TensorInfo* info = nullptr;
+    RETURN_IF_FAILED(api.input(context, kActivations, &value));
+    RETURN_IF_FAILED(api.tensor_info(value, &info));
+    size_t axes = 0;
+    int64_t sizes[kMostAxes];
+    ort::Status* status = api.axis_count(info, &axes);
+    if (status == nullptr && axes >= 1 && axes <= kMostAxes) status = api.sizes(info, sizes, axes);
+    api.release(info);
+    if (status != nullptr) return status;
+    if (axes < 1 || axes > kMostAxes || sizes[axes - 1] != kernel.format.k) {
+        return api.create_status(ort::kInvalidArgument, "MatMulNBits: the last axis of its input is not K");
+    }
+    *m = 1;
+    for (size_t axis = 0; axis + 1 < axes; axis++) *m *= sizes[axis];
+    sizes[axes - 1] = kernel.format.n;
+    ort::Value* made = nullptr;
+    void* address = nullptr;
+    RETURN_IF_FAILED(api.output(context, 0, sizes, axes, &made));
+    RETURN_IF_FAILED(api.data(made, &address));
+    *output = static_cast<float*>(address);
+    return nullptr;
+}
+
+ort::Status* compute(void* self, ort::KernelContext* context) {
+    const Kernel& kernel = *static_cast<Kernel*>(self);
+    const ort::Api& api = *kernel.api;
+    Run run{kernel.format, {}, nullptr, nullptr, 0};
+    RETURN_IF_FAILED(make_output(kernel, context, &run.m, &run.output));
+    if (run.m == 0) return nullptr;
+    RETURN_IF_FAILED(read_input(api, context, kActivations, &run.input));
+    RETURN_IF_FAILED(read_input(api, context, kCodes, &run.weights.codes));
+    RETURN_IF_FAILED(read_input(api, context, kScales, &run.weights.scales));
+    if (kernel.has_bias) RETURN_IF_FAILED(read_input(api, context, kBias, &run.weights.bias));
+    return run.m < kPanelRows ? run_dots(api, context, run) : run_panels(api, context, run);
+}
+
+// What it asks when a session is made.
+
+ort::Status* refused(const ort::Api& api, const char* reason) { return api.create_status(ort::kNotImplemented, reason); }
+
+// An attribute, or 0 where the node has none of that name.
+int64_t attribute(const ort::Api& api, const ort::KernelInfo* info, const char* name) {
+    int64_t value = 0;
+    if (ort::Status* absent = api.attribute(info, name, &value)) {
+        api.release(absent);
+        return 0;
+    }
+    return value;
+}
+
+ort::Status* has_input(const ort::Api& api, const ort::KernelInfo* info, size_t index, bool* there) {
+    size_t count = 0, size = 0;
+    RETURN_IF_FAILED(api.input_count(info, &count));
+    if (index < count) RETURN_IF_FAILED(api.input_name(info, index, nullptr, &size));
+    *there = size > 1;  // one is the end of an empty name
+    return nullptr;
+}
+
+// Weights must be constants of the size that the format gives them, so that no run reads behind them.
+ort::Status* require_constant(const ort::Api& api, const ort::KernelInfo* info, Input index, int64_t elements) {
+    int is_constant = 0;
+    const ort::Value* value = nullptr;
+    RETURN_IF_FAILED(api.constant_input(info, index, &is_constant, &value));
+    if (!is_constant || value == nullptr) return refused(api, "MatMulNBits: weights that are no constants");
+    ort::TensorInfo* shape = nullptr;
+    RETURN_IF_FAILED(api.tensor_info(value, &shape));
+    size_t count = 0;
+    ort::Status* status = api.element_count(shape, &count);
+    api.release(shape);
+    if (status != nullptr) return status;
+    return count == static_cast<size_t>(elements) ? nullptr : refused(api, "MatMulNBits: weights of another shape");
+}
+
+ort::Status* read_format(const ort::Api& api, const ort::KernelInfo* info, Format* format) {
+    *format = {attribute(api, info, "K"), attribute(api, info, "N"), attribute(api, info, "bits"),
+               attribute(api, info, "block_size")};
+    const auto [k, n, bits, block] = *format;
+    if (k < 1 || k > INT_MAX || n < 1 || n > INT_MAX) return refused(api, "MatMulNBits: sizes that are none");
+    if (bits != 4 && bits != 8) return refused(api, "MatMulNBits: weights of other than 4 or 8 bits");
+    if (block < kLeastBlock || block > kMostBlock || (block & (block - 1)) != 0) {
+        return refused(api, "MatMulNBits: blocks of other than a power of two from 16 to 4096 values");
+    }
+    if (attribute(api, info, "accuracy_level") != kInt8Activations) {
+        return refused(api, "MatMulNBits: an accuracy level other than 4");
+    }
+    return nullptr;
+}
+
+ort::Status* read_kernel(const ort::Api& api, const ort::KernelInfo* info, Kernel* kernel) {
+    kernel->api = &api;
+    const Format& format = kernel->format;
+    RETURN_IF_FAILED(read_format(api, info, &kernel->format));
+    bool zero_points = false, order = false;
+    RETURN_IF_FAILED(has_input(api, info, kZeroPoints, &zero_points));
+    RETURN_IF_FAILED(has_input(api, info, kOrder, &order));
+    RETURN_IF_FAILED(has_input(api, info, kBias, &kernel->has_bias));
+    if (zero_points || order) return refused(api, "MatMulNBits: zero points or an order of groups");
+    RETURN_IF_FAILED(require_constant(api, info, kCodes, format.n * format.row_bytes()));
+    RETURN_IF_FAILED(require_constant(api, info, kScales, format.n * format.blocks()));
+    return kernel->has_bias ? require_constant(api, info, kBias, format.n) : nullptr;
+}
+
+ort::Status* create_kernel(
+    const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** made
+) {
+    std::unique_ptr<Kernel> kernel(new (std::nothrow) Kernel{});
+    if (!kernel) return no_memory(*api);
+    RETURN_IF_FAILED(read_kernel(*api, info, kernel.get()));
+    *made = kernel.release();
+    return nullptr;
+}
+
+ort::ElementType input_type(const ort::CustomOp*, size_t index) {
+    constexpr ort::ElementType types[kInputs] = {ort::kFloat, ort::kUint8, ort::kFloat,
+                                                 ort::kUint8, ort::kInt32, ort::kFloat};
+    return types[index];
+}
+
+ort::Characteristic input_characteristic(const ort::CustomOp*, size_t index) {
+    return index < kZeroPoints ? ort::kRequired : ort::kOptional;
+}
+
+ort::CustomOp describe() {
+    ort::CustomOp op{};
+    op.version = ort::kApiVersion;
+    op.name = [](const ort::CustomOp*) { return kName; };
+    op.execution_provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
+    op.input_type = input_type;
+    op.input_count = [](const ort::CustomOp*) { return size_t{kInputs}; };
+    op.input_characteristic = input_characteristic;
+    op.input_memory_type = [](const ort::CustomOp*, size_t) { return ort::kDefaultMemory; };
+    op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+    op.output_count = [](const ort::CustomOp*) { return size_t{1}; };
+    op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+    const auto one = [](const ort::CustomOp*) { return 1; };
+    op.variadic_input_min_arity = op.variadic_input_homogeneity = one;
+    op.variadic_output_min_arity = op.variadic_output_homogeneity = one;
+    op.create_kernel_with_status = create_kernel;
+    op.compute_with_status = compute;
+    op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    op.first_version = one;
+    op.last_version = [](const ort::CustomOp*) { return INT_MAX; };
+    return op;
+}
+
+}  // namespace
+
+// What onnxruntime looks for in a library of operators. The domain is made anew for each session, which never frees it.
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(
+    ort::SessionOptions* options, const ort::ApiBase* base
+) {
+    static const ort::CustomOp op = describe();
+    const ort::Api* api = base->get_api(ort::kApiVersion);
+    ort::CustomOpDomain* domain = nullptr;
+    RETURN_IF_FAILED(api->create_domain(kDomain, &domain));
+    RETURN_IF_FAILED(api->add_operator(domain, &op));
+    return api->add_domain(options, domain);
+}

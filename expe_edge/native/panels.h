@@ -1,0 +1,212 @@
+// The product of many rows: 64 columns of weights are unpacked once, then met by six rows of activations at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "operands.h"
+
+namespace panels {
+
+using operands::Block;
+using operands::Format;
+using operands::Weights;
+using vnni::kLanes;
+
+constexpr int64_t kColumns = 64;
+constexpr int kVectors = kColumns / kLanes;
+// Rows of a tile: its 24 accumulators, 4 vectors of weights and one of activations stay in registers.
+constexpr int kTileRows = 6;
+// Bytes of 4 values of every column, which one step of the product takes.
+constexpr int64_t kUnitBytes = 4 * kColumns;
+
+// Activations (m, padded) rounded by block (m, blocks).
+struct Rows {
+    int8_t* codes;
+    float* scales;
+    int32_t* starts;
+};
+
+inline size_t rows_bytes(const Format& format, int64_t m) {
+    return m * (format.padded() + format.blocks() * (sizeof(float) + sizeof(int32_t)));
+}
+
+// memory: of `rows_bytes`.
+inline Rows rows_in(uint8_t* memory, const Format& format, int64_t m) {
+    auto* scales = reinterpret_cast<float*>(memory);
+    auto* starts = reinterpret_cast<int32_t*>(scales + m * format.blocks());
+    return {reinterpret_cast<int8_t*>(starts + m * format.blocks()), scales, starts};
+}
+
+inline void round_row(const Format& format, const float* values, const Rows& rows, int64_t row) {
+    for (int64_t b = 0; b < format.blocks(); b++) {
+        const int64_t begin = b * format.block, count = std::min(format.block, format.k - begin);
+        int8_t* codes = rows.codes + row * format.padded() + begin;
+        const Block block = operands::round_block(format, values + begin, count, codes);
+        rows.scales[row * format.blocks() + b] = block.scale;
+        rows.starts[row * format.blocks() + b] = block.start;
+    }
+}
+
+// 64 columns of a weight. codes: (padded / 4, 64, 4). scales: (blocks, 64).
+struct Panel {
+    uint8_t* codes;
+    float* scales;
+};
+
+// Transposition works on whole vectors, so there is room for what it writes behind the last unit.
+inline int64_t whole_vectors(int64_t bytes) {
+    return (bytes + vnni::kVectorBytes - 1) / vnni::kVectorBytes * vnni::kVectorBytes;
+}
+
+inline size_t code_bytes(const Format& format) { return whole_vectors(format.row_bytes()) * kColumns * 8 / format.bits; }
+
+inline size_t panel_bytes(const Format& format) {
+    return code_bytes(format) + whole_vectors(format.blocks() * sizeof(float)) * kColumns;
+}
+
+// memory: of `panel_bytes`.
+inline Panel panel_in(uint8_t* memory, const Format& format) {
+    return {memory, reinterpret_cast<float*>(memory + code_bytes(format))};
+}
+
+// Hand every four bytes of 16 rows of so many bytes to `store(i, vector)`, those of row r in lane r.
+//
+// next: what is wanted afterwards, as long as the rows. It is fetched meanwhile, in the order of memory: 16 rows are more
+// streams than processors recognise, and without that each line is waited for.
+template <typename Store>
+inline void transpose_rows(const uint8_t* const (&rows)[kLanes], int64_t bytes, const uint8_t* next, Store store) {
+    for (int64_t offset = 0; offset < bytes; offset += vnni::kVectorBytes, next += kLanes * vnni::kVectorBytes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) __builtin_prefetch(next + i * vnni::kVectorBytes);
+        __m512i vectors[kLanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; r++) vectors[r] = vnni::load_bytes(rows[r] + offset, bytes - offset);
+        vnni::transpose(vectors);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) store(offset / 4 + i, vectors[i]);
+    }
+}
+
+// Fill vector `v` of a panel whose first column is `column`. Columns beyond the last are copies of it.
+inline void fill_vector(const Format& format, const Weights& weights, int64_t column, int v, const Panel& panel) {
+    const uint8_t *codes[kLanes], *scales[kLanes];
+    for (int i = 0; i < kLanes; i++) {
+        const int64_t n = std::min(column + v * kLanes + i, format.n - 1);
+        codes[i] = weights.codes + n * format.row_bytes();
+        scales[i] = reinterpret_cast<const uint8_t*>(weights.scales + n * format.blocks());
+    }
+    const uint8_t *next_codes = codes[0] + kLanes * format.row_bytes(), *next_scales = scales[0] + kLanes * format.blocks() * sizeof(float);
+    uint8_t* units = panel.codes + v * vnni::kVectorBytes;
+    if (format.bits == 8) {
+        transpose_rows(codes, format.row_bytes(), next_codes, [=](int64_t i, __m512i bytes) {
+            _mm512_store_si512(units + i * kUnitBytes, bytes);
+        });
+    } else {
+        transpose_rows(codes, format.row_bytes(), next_codes, [=](int64_t i, __m512i bytes) {
+            _mm512_store_si512(units + 2 * i * kUnitBytes, vnni::low_halves(bytes));
+            _mm512_store_si512(units + (2 * i + 1) * kUnitBytes, vnni::high_halves(bytes));
+        });
+    }
+    transpose_rows(scales, format.blocks() * sizeof(float), next_scales, [&](int64_t block, __m512i values) {
+        _mm512_store_si512(panel.scales + block * kColumns + v * kLanes, values);
+    });
+}
+
+inline void fill(const Format& format, const Weights& weights, int64_t column, const Panel& panel) {
+    for (int v = 0; v < kVectors; v++) fill_vector(format, weights, column, v, panel);
+}
+
+// Four signed bytes in every lane.
+inline __m512i repeated(const int8_t* codes) {
+    int32_t four;
+    std::memcpy(&four, codes, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+// Integer sums of a block, for `Count` rows from `row` on.
+template <int Count>
+inline void sum_block(
+    const Format& format, const Rows& rows, int64_t row, int64_t block, const uint8_t* unit,
+    __m512i (&sums)[Count][kVectors]
+) {
+    const int8_t* codes = rows.codes + row * format.padded() + block * format.block;
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; r++) {
+        const __m512i start = _mm512_set1_epi32(rows.starts[(row + r) * format.blocks() + block]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) sums[r][v] = start;
+    }
+    for (int64_t k = 0; k < format.block; k += 4, unit += kUnitBytes) {
+        __m512i bytes[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) bytes[v] = _mm512_load_si512(unit + v * vnni::kVectorBytes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Count; r++) {
+            const __m512i activations = repeated(codes + r * format.padded() + k);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; v++) vnni::add_dot(sums[r][v], bytes[v], activations);
+        }
+    }
+}
+
+// The product of `Count` rows from `row` on with a panel, into `totals` (Count, 64).
+template <int Count>
+void multiply(const Format& format, const Rows& rows, int64_t row, const Panel& panel, float* totals) {
+    for (int64_t b = 0; b < format.blocks(); b++) {
+        __m512i sums[Count][kVectors];
+        sum_block<Count>(format, rows, row, b, panel.codes + b * format.block * kColumns, sums);
+        __m512 weight_scales[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) weight_scales[v] = _mm512_load_ps(panel.scales + b * kColumns + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Count; r++) {
+            const __m512 scale = _mm512_set1_ps(rows.scales[(row + r) * format.blocks() + b]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; v++) {
+                float* place = totals + r * kColumns + v * kLanes;
+                const __m512 before = b == 0 ? _mm512_setzero_ps() : _mm512_load_ps(place);
+                const __m512 scales = _mm512_mul_ps(scale, weight_scales[v]);
+                _mm512_store_ps(place, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scales, before));
+            }
+        }
+    }
+}
+
+using Multiply = void (*)(const Format&, const Rows&, int64_t, const Panel&, float*);
+constexpr Multiply kMultiply[kTileRows] = {multiply<1>, multiply<2>, multiply<3>,
+                                           multiply<4>, multiply<5>, multiply<6>};
+
+// Write `count` rows of 64 columns to an output (m, n) from `row` and `column` on, with the bias.
+inline void write(
+    const Format& format, const Weights& weights, const float* totals, int64_t count, int64_t row, int64_t column,
+    float* output
+) {
+    for (int v = 0; v < kVectors; v++) {
+        const int64_t n = column + v * kLanes;
+        const __mmask16 lanes = vnni::first_lanes(format.n - n);
+        if (lanes == 0) return;
+        const __m512 bias = weights.bias ? _mm512_maskz_loadu_ps(lanes, weights.bias + n) : _mm512_setzero_ps();
+        for (int64_t r = 0; r < count; r++) {
+            const __m512 values = _mm512_load_ps(totals + r * kColumns + v * kLanes);
+            _mm512_mask_storeu_ps(output + (row + r) * format.n + n, lanes, _mm512_add_ps(values, bias));
+        }
+    }
+}
+
+// The product of all m rows with the 64 columns from `column` on. Tiles are as large as each other, as nearly as can be.
+inline void product(
+    const Format& format, const Weights& weights, const Rows& rows, int64_t m, int64_t column, const Panel& panel,
+    float* output
+) {
+    fill(format, weights, column, panel);
+    alignas(vnni::kVectorBytes) float totals[kTileRows * kColumns];
+    for (int64_t tiles = (m + kTileRows - 1) / kTileRows, row = 0; tiles > 0; tiles--) {
+        const int64_t count = (m - row + tiles - 1) / tiles;
+        kMultiply[count - 1](format, rows, row, panel, totals);
+        write(format, weights, totals, count, row, column, output);
+        row += count;
+    }
+}
+
+}  // namespace panels
