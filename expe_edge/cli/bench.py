@@ -12,6 +12,8 @@ from expe_edge.errors import ConfigError
 
 #: What `k` behind a number of tokens stands for.
 THOUSAND = 1024
+#: The value of --kernels for the user's kernels and onnxruntime's side by side.
+BOTH = "both"
 
 
 @click.command(short_help="Measure speed and memory by length.")
@@ -23,6 +25,7 @@ THOUSAND = 1024
 @click.option("--threads", help="Numbers of threads, such as 1,2.  [default: one for each core that may be used]")
 @click.option("--longest-prompt", default="32k", show_default=True, help="Longest to be read for its first token.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
+@click.option("--kernels", metavar="DIRECTORY|off|both", help="Where build-kernels has kept kernels; both: beside off.")
 @click.option("--profile", is_flag=True, help="Say which operators the time goes to.")
 @click.option("--json", "json_file", type=PATH, help="Write all figures there.")
 @click.option("--plot", "plot_file", type=PATH, help="Draw speed and memory by depth there (.png, .svg).")
@@ -35,6 +38,7 @@ def bench(
     threads: str | None,
     longest_prompt: str,
     device: str,
+    kernels: str | None,
     profile: bool,
     json_file: Path | None,
     plot_file: Path | None,
@@ -56,6 +60,7 @@ def bench(
     from expe_edge.package.reference import reference_package
     from expe_edge.progress import counted
     from expe_edge.quality.comparison import unique_names
+    from expe_edge.runtime.kernels import OFF
     from expe_edge.runtime.threads import cores, default_threads, usable
     from expe_edge.speed import bench as speed
     from expe_edge.speed.machine import processor, versions
@@ -68,6 +73,7 @@ def bench(
         threads=tuple(parse_tokens("--threads", threads)) if threads else (default_threads(),),
         longest_prompt=max(parse_tokens("--longest-prompt", longest_prompt)),
         device=device,
+        kernels=(None, OFF) if kernels == BOTH else (kernels,),
     )
     paths = packages or (reference_package(),)
     names = unique_names(paths)

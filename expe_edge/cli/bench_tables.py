@@ -26,13 +26,14 @@ def bench_tables(result: BenchResult, settings: BenchSettings) -> Iterator[Table
 
 def opened_table(opened: Sequence[OpenedResult]) -> Table:
     """Lay out what is known of packages before they read: a row for each."""
-    table = rows_by_name("Packages", ("load, ms", "memory, MB", "nodes", "weights, MB", "cache a token, kB"))
+    table = rows_by_name("Packages", ("load, ms", "memory, MB", "nodes", "kernels", "weights, MB", "cache a token, kB"))
     for each in opened:
         table.add_row(
             _name(each),
             _spread(each.load_ms, 0),
             _megabytes(each.opened_bytes),
             str(each.nodes),
+            "expe-edge" if each.own_kernels else "onnxruntime",
             f"{each.weight_bytes / MEGABYTE:.1f}",
             f"{each.cache_bytes_per_token / 1e3:.1f} {each.cache_dtype}",
         )

@@ -20,7 +20,7 @@ from expe_edge.cli.sampling import biases, constraint_of, sampling_options
 from expe_edge.errors import GenerationError
 
 if TYPE_CHECKING:
-    from expe_edge.runtime import Completion, Generator, Window
+    from expe_edge.runtime import Completion, Generator, PackageSession, Window
 
 
 @click.command(short_help="Continue a text with a package.")
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=int, help="By default one for each core that may be used.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
 @click.option("--graph-cache", metavar="DIRECTORY|off", help="Where optimised graphs are kept; by default the user's.")
+@click.option("--kernels", metavar="DIRECTORY|off", help="Where build-kernels has kept kernels; by default the user's.")
 @click.option(
     "--logprobs", type=int, metavar="K", help="Log probabilities of tokens and of the K likeliest, in --json."
 )
@@ -58,6 +59,7 @@ def generate(
     threads: int | None,
     device: str,
     graph_cache: str | None,
+    kernels: str | None,
     as_json: bool,
     verbose: bool,
     **given: Any,
@@ -72,7 +74,7 @@ def generate(
     if not text and not nothing:
         raise GenerationError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
     began = time.perf_counter()
-    generator = Generator.load(package, threads=threads, device=device, graph_cache=graph_cache)
+    generator = Generator.load(package, threads=threads, device=device, graph_cache=graph_cache, kernels=kernels)
     loaded = time.perf_counter() - began
     ids = require_possible(generator, text, n, options, kept)
     if package is None:
@@ -83,8 +85,7 @@ def generate(
             click.echo(summary(completion), err=True)
 
     if verbose:
-        threads_used = generator.session.threads
-        click.echo(f"loaded in {loaded:.2f} s; {threads_used} thread{'s' * (threads_used > 1)}", err=True)
+        click.echo(f"loaded in {loaded:.2f} s; {machinery(generator.session)}", err=True)
     with kept_context(generator, prompt_cache, kept) as context:
         if interactive:
             context = generator.context(window=kept) if context is None else context
@@ -182,6 +183,12 @@ def print_samples(
         if not as_json:
             click.echo(f"[{number}]\n{completion.text}")
         report(completion)
+
+
+def machinery(session: PackageSession) -> str:
+    """Say with how many threads a package runs, and with whose kernels."""
+    whose = "onnxruntime" if session.kernels is None else "expe-edge"
+    return f"{session.threads} thread{'s' * (session.threads > 1)}; kernels of {whose}"
 
 
 def summary(completion: Completion) -> str:

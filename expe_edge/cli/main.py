@@ -14,6 +14,7 @@ import click
 from expe_edge import __version__
 from expe_edge.cli.analyze import analyze
 from expe_edge.cli.bench import bench
+from expe_edge.cli.build_kernels import build_kernels
 from expe_edge.cli.compare import compare
 from expe_edge.cli.evaluate import evaluate
 from expe_edge.cli.export import export
@@ -124,6 +125,7 @@ for command in (
     plan,
     generate,
     bench,
+    build_kernels,
     compare,
     probe,
     analyze,

@@ -2,7 +2,8 @@
 // the one it has: weights of 4 or 8 bits in blocks without zero points, activations rounded to int8 by block (accuracy
 // level 4), float32 in and out. What has anything else is refused when the kernel is made.
 //
-// Weights stay as the graph holds them, and nothing is packed ahead. Many rows go by panels.h, few by dots.h.
+// Weights stay as the graph holds them, and nothing is packed ahead. One row goes by dots.h, a few by strips.h, many by
+// panels.h.
 #include <atomic>
 #include <climits>
 #include <memory>
@@ -11,6 +12,7 @@
 #include "dots.h"
 #include "ort_abi.h"
 #include "panels.h"
+#include "strips.h"
 
 namespace {
 
@@ -20,16 +22,14 @@ using operands::Weights;
 constexpr const char* kDomain = "com.microsoft";
 constexpr const char* kName = "MatMulNBits";
 constexpr int64_t kInt8Activations = 4;  // the accuracy level
-constexpr int64_t kLeastBlock = 16, kMostBlock = 4096;
 
 enum Input : size_t { kActivations, kCodes, kScales, kZeroPoints, kOrder, kBias, kInputs };
 
-// Rows from which on panels are faster: what unpacking takes is shared by all.
-constexpr int64_t kPanelRows = 8;
 // Rows that one task rounds.
 constexpr int64_t kRoundedRows = 16;
-// Tasks that dot products are divided into, and the bytes of weights that one reads at least and at most.
-constexpr int64_t kDotTasks = 32, kLeastDotBytes = 8192, kMostDotBytes = 49152;
+// Tasks that the columns of a product of few rows are divided among, and the bytes of weights that one reads at least and
+// at most.
+constexpr int64_t kTasks = 32, kLeastTaskBytes = 8192, kMostTaskBytes = 49152;
 
 
 // End the function with what a call of the interface returns, unless that is success.
@@ -51,31 +51,45 @@ struct Run {
     int64_t m;
 };
 
-struct PanelRun : Run {
+// Activations rounded by row, for strips and panels.
+struct RowsRun : Run {
     panels::Rows rows;
+    int64_t task_columns;
     std::atomic<bool> out_of_memory{false};
 
-    explicit PanelRun(const Run& run, uint8_t* memory) : Run(run), rows(panels::rows_in(memory, format, m)) {}
+    RowsRun(const Run& run, uint8_t* memory, int64_t task_columns)
+        : Run(run), rows(panels::rows_in(memory, format, m)), task_columns(task_columns) {}
 };
 
 struct DotRun : Run {
     dots::Walk walk;
-    dots::Rows rows;
+    dots::Row row;
     int64_t task_columns;
 
-    DotRun(const Run& run, const dots::Walk& walk, uint8_t* memory)
-        : Run(run), walk(walk), rows(dots::rows_in(memory, walk, m)) {
-        const int64_t bytes = std::clamp(format.n * format.row_bytes() / kDotTasks, kLeastDotBytes, kMostDotBytes);
-        task_columns = std::max<int64_t>(1, bytes / format.row_bytes());
-    }
+    DotRun(const Run& run, const dots::Walk& walk, uint8_t* memory, int64_t task_columns)
+        : Run(run), walk(walk), row(dots::row_in(memory, walk)), task_columns(task_columns) {}
 };
 
 int64_t tasks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
 
+// Columns for each task of few rows, a multiple of `multiple`.
+int64_t columns_of_task(const Format& format, int64_t multiple) {
+    const int64_t bytes = std::clamp(format.n * format.row_bytes() / kTasks, kLeastTaskBytes, kMostTaskBytes);
+    return std::max<int64_t>(1, bytes / format.row_bytes() / multiple) * multiple;
+}
+
+// Memory of this thread to unpack into, which a run keeps for the next; null, and said so, where there is none.
+uint8_t* scratch(RowsRun& run, size_t bytes) {
+    thread_local operands::Buffer buffer;
+    uint8_t* memory = buffer.reserve(bytes);
+    if (memory == nullptr) run.out_of_memory = true;
+    return memory;
+}
+
 // Tasks. onnxruntime gives each its number, and runs them on its own threads.
 
 void round_rows(void* data, size_t task) {
-    const PanelRun& run = *static_cast<PanelRun*>(data);
+    const RowsRun& run = *static_cast<RowsRun*>(data);
     const int64_t begin = task * kRoundedRows, end = std::min(run.m, begin + kRoundedRows);
     for (int64_t row = begin; row < end; row++) {
         panels::round_row(run.format, run.input + row * run.format.k, run.rows, row);
@@ -83,21 +97,27 @@ void round_rows(void* data, size_t task) {
 }
 
 void multiply_panel(void* data, size_t task) {
-    thread_local operands::Buffer buffer;  // each thread unpacks into its own
-    PanelRun& run = *static_cast<PanelRun*>(data);
-    uint8_t* memory = buffer.reserve(panels::panel_bytes(run.format));
-    if (memory == nullptr) {
-        run.out_of_memory = true;
-        return;
-    }
+    RowsRun& run = *static_cast<RowsRun*>(data);
+    uint8_t* memory = scratch(run, panels::panel_bytes(run.format));
+    if (memory == nullptr) return;
     const panels::Panel panel = panels::panel_in(memory, run.format);
-    panels::product(run.format, run.weights, run.rows, run.m, task * panels::kColumns, panel, run.output);
+    panels::product(run.format, run.weights, run.rows, run.m, task * run.task_columns, panel, run.output);
+}
+
+void multiply_strips(void* data, size_t task) {
+    RowsRun& run = *static_cast<RowsRun*>(data);
+    auto* scales = reinterpret_cast<float*>(scratch(run, strips::scales_bytes(run.format)));
+    if (scales == nullptr) return;
+    const int64_t begin = task * run.task_columns, end = std::min(run.format.n, begin + run.task_columns);
+    for (int64_t n = begin; n < end; n += vnni::kLanes) {
+        strips::product(run.format, run.weights, run.rows, run.m, n, scales, run.output);
+    }
 }
 
 void multiply_columns(void* data, size_t task) {
     const DotRun& run = *static_cast<DotRun*>(data);
     const int64_t begin = task * run.task_columns, end = std::min(run.format.n, begin + run.task_columns);
-    dots::product(run.format, run.walk, run.weights, run.rows, run.m, begin, end, run.output);
+    dots::product(run.format, run.walk, run.weights, run.row, begin, end, run.output);
 }
 
 // Run tasks on onnxruntime's threads; one alone on this thread.
@@ -113,25 +133,25 @@ ort::Status* no_memory(const ort::Api& api) {
     return api.create_status(ort::kFail, "MatMulNBits: no memory to unpack weights or activations in");
 }
 
-ort::Status* run_panels(const ort::Api& api, const ort::KernelContext* context, const Run& run) {
+ort::Status* run_rows(const ort::Api& api, const ort::KernelContext* context, const Run& run) {
     operands::Buffer buffer;
     uint8_t* memory = buffer.reserve(panels::rows_bytes(run.format, run.m));
     if (memory == nullptr) return no_memory(api);
-    PanelRun shared(run, memory);
+    const bool few = run.m <= strips::kMostRows;
+    RowsRun shared(run, memory, few ? columns_of_task(run.format, vnni::kLanes) : panels::kColumns);
+    const size_t tasks = tasks_of(run.format.n, shared.task_columns);
     RETURN_IF_FAILED(run_tasks(api, context, round_rows, tasks_of(run.m, kRoundedRows), &shared));
-    RETURN_IF_FAILED(run_tasks(api, context, multiply_panel, tasks_of(run.format.n, panels::kColumns), &shared));
+    RETURN_IF_FAILED(run_tasks(api, context, few ? multiply_strips : multiply_panel, tasks, &shared));
     return shared.out_of_memory ? no_memory(api) : nullptr;
 }
 
-ort::Status* run_dots(const ort::Api& api, const ort::KernelContext* context, const Run& run) {
+ort::Status* run_row(const ort::Api& api, const ort::KernelContext* context, const Run& run) {
     const dots::Walk walk(run.format);
     operands::Buffer buffer;
-    uint8_t* memory = buffer.reserve(dots::rows_bytes(walk, run.m));
+    uint8_t* memory = buffer.reserve(dots::row_bytes(walk));
     if (memory == nullptr) return no_memory(api);
-    DotRun shared(run, walk, memory);
-    for (int64_t row = 0; row < run.m; row++) {
-        dots::round_row(run.format, walk, run.input + row * run.format.k, shared.rows, row);
-    }
+    DotRun shared(run, walk, memory, columns_of_task(run.format, 1));
+    dots::round_row(run.format, walk, run.input, shared.row);
     return run_tasks(api, context, multiply_columns, tasks_of(run.format.n, shared.task_columns), &shared);
 }
 
@@ -185,7 +205,7 @@ ort::Status* compute(void* self, ort::KernelContext* context) {
     RETURN_IF_FAILED(read_input(api, context, kCodes, &run.weights.codes));
     RETURN_IF_FAILED(read_input(api, context, kScales, &run.weights.scales));
     if (kernel.has_bias) RETURN_IF_FAILED(read_input(api, context, kBias, &run.weights.bias));
-    return run.m < kPanelRows ? run_dots(api, context, run) : run_panels(api, context, run);
+    return run.m == 1 ? run_row(api, context, run) : run_rows(api, context, run);
 }
 
 // What it asks when a session is made.
@@ -231,7 +251,7 @@ ort::Status* read_format(const ort::Api& api, const ort::KernelInfo* info, Forma
     const auto [k, n, bits, block] = *format;
     if (k < 1 || k > INT_MAX || n < 1 || n > INT_MAX) return refused(api, "MatMulNBits: sizes that are none");
     if (bits != 4 && bits != 8) return refused(api, "MatMulNBits: weights of other than 4 or 8 bits");
-    if (block < kLeastBlock || block > kMostBlock || (block & (block - 1)) != 0) {
+    if (block < operands::kLeastBlock || block > operands::kMostBlock || (block & (block - 1)) != 0) {
         return refused(api, "MatMulNBits: blocks of other than a power of two from 16 to 4096 values");
     }
     if (attribute(api, info, "accuracy_level") != kInt8Activations) {

@@ -9,6 +9,8 @@
 
 namespace operands {
 
+constexpr int64_t kLeastBlock = 16, kMostBlock = 4096;
+
 // Memory that vectors are aligned in.
 class Buffer {
 public:

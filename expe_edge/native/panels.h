@@ -19,6 +19,7 @@ constexpr int kVectors = kColumns / kLanes;
 constexpr int kTileRows = 6;
 // Bytes of 4 values of every column, which one step of the product takes.
 constexpr int64_t kUnitBytes = 4 * kColumns;
+constexpr int kSecondCache = 2;  // as __builtin_prefetch counts
 
 // Activations (m, padded) rounded by block (m, blocks).
 struct Rows {
@@ -70,19 +71,29 @@ inline Panel panel_in(uint8_t* memory, const Format& format) {
     return {memory, reinterpret_cast<float*>(memory + code_bytes(format))};
 }
 
-// Hand every four bytes of 16 rows of so many bytes to `store(i, vector)`, those of row r in lane r.
+// Load 64 bytes from `offset` on of 16 rows of so many bytes; bytes 4i to 4i + 3 of row r go to lane r of vector i.
 //
-// next: what is wanted afterwards, as long as the rows. It is fetched meanwhile, in the order of memory: 16 rows are more
-// streams than processors recognise, and without that each line is waited for.
+// next: 1 kB that is wanted later. It is fetched into the second cache meanwhile, in the order of memory: 16 rows are more
+// streams than processors recognise, and the first cache has not room to wait for so many lines.
+inline void load_transposed(
+    const uint8_t* const (&rows)[kLanes], int64_t offset, int64_t bytes, const uint8_t* next, __m512i (&vectors)[kLanes]
+) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; r++) {
+        __builtin_prefetch(next + r * vnni::kVectorBytes, 0, kSecondCache);
+        vectors[r] = vnni::load_bytes(rows[r] + offset, bytes - offset);
+    }
+    vnni::transpose(vectors);
+}
+
+// Hand every four bytes of 16 rows of so many bytes to `store(i, vector)`, those of row r in lane r.
+// What follows the rows in memory is fetched meanwhile.
 template <typename Store>
-inline void transpose_rows(const uint8_t* const (&rows)[kLanes], int64_t bytes, const uint8_t* next, Store store) {
+inline void transpose_rows(const uint8_t* const (&rows)[kLanes], int64_t bytes, Store store) {
+    const uint8_t* next = rows[0] + kLanes * bytes;
     for (int64_t offset = 0; offset < bytes; offset += vnni::kVectorBytes, next += kLanes * vnni::kVectorBytes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) __builtin_prefetch(next + i * vnni::kVectorBytes);
         __m512i vectors[kLanes];
-#pragma GCC unroll 16
-        for (int r = 0; r < kLanes; r++) vectors[r] = vnni::load_bytes(rows[r] + offset, bytes - offset);
-        vnni::transpose(vectors);
+        load_transposed(rows, offset, bytes, next, vectors);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) store(offset / 4 + i, vectors[i]);
     }
@@ -96,19 +107,18 @@ inline void fill_vector(const Format& format, const Weights& weights, int64_t co
         codes[i] = weights.codes + n * format.row_bytes();
         scales[i] = reinterpret_cast<const uint8_t*>(weights.scales + n * format.blocks());
     }
-    const uint8_t *next_codes = codes[0] + kLanes * format.row_bytes(), *next_scales = scales[0] + kLanes * format.blocks() * sizeof(float);
     uint8_t* units = panel.codes + v * vnni::kVectorBytes;
     if (format.bits == 8) {
-        transpose_rows(codes, format.row_bytes(), next_codes, [=](int64_t i, __m512i bytes) {
+        transpose_rows(codes, format.row_bytes(), [=](int64_t i, __m512i bytes) {
             _mm512_store_si512(units + i * kUnitBytes, bytes);
         });
     } else {
-        transpose_rows(codes, format.row_bytes(), next_codes, [=](int64_t i, __m512i bytes) {
+        transpose_rows(codes, format.row_bytes(), [=](int64_t i, __m512i bytes) {
             _mm512_store_si512(units + 2 * i * kUnitBytes, vnni::low_halves(bytes));
             _mm512_store_si512(units + (2 * i + 1) * kUnitBytes, vnni::high_halves(bytes));
         });
     }
-    transpose_rows(scales, format.blocks() * sizeof(float), next_scales, [&](int64_t block, __m512i values) {
+    transpose_rows(scales, format.blocks() * sizeof(float), [&](int64_t block, __m512i values) {
         _mm512_store_si512(panel.scales + block * kColumns + v * kLanes, values);
     });
 }

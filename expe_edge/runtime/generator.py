@@ -52,6 +52,7 @@ class Generator:
         threads: int | None = None,
         device: str = "cpu",
         graph_cache: str | Path | None = None,
+        kernels: str | Path | None = None,
     ) -> Generator:
         """Open the package at `path`, by default `reference_package()`; the rest as for `PackageSession.load`.
 
@@ -59,7 +60,8 @@ class Generator:
             `EXPE_EDGE_GRAPH_CACHE` says, or else one among the user's caches.
         """
         chosen = reference_package() if path is None else path
-        return cls(PackageSession.load(chosen, threads=threads, device=device, cache=cache_at(graph_cache)))
+        cache = cache_at(graph_cache)
+        return cls(PackageSession.load(chosen, threads=threads, device=device, cache=cache, kernels=kernels))
 
     def encode(self, prompt: Prompt) -> Ids:
         """Return the ids of a prompt, (T,) int64. Text is opened by the end-of-text token, as documents were.

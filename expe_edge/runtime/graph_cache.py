@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from expe_edge.package.directory import MODEL_FILE, Package, file_hash
+from expe_edge.runtime.processor import processor_features
 
 #: The directory for it, or `OFF`.
 VARIABLE = "EXPE_EDGE_GRAPH_CACHE"
@@ -54,9 +54,14 @@ class GraphCache:
     directory: Path
     most_bytes: int = MOST_BYTES
 
-    def open(self, package: Package, options: ort.SessionOptions) -> ort.InferenceSession | None:
-        """Return a session of what is kept of a package's graph, once its hashes are verified; None without."""
-        place = self.directory / entry_name(package)
+    def open(
+        self, package: Package, options: ort.SessionOptions, kernels: Path | None = None
+    ) -> ort.InferenceSession | None:
+        """Return a session of what is kept of a package's graph, once its hashes are verified; None without.
+
+        kernels: the library of kernels that the options have.
+        """
+        place = self.directory / entry_name(package, kernels)
         try:
             require_private(self.directory)
             record = json.loads((place / RECORD_FILE).read_text(encoding="utf-8"))
@@ -79,10 +84,10 @@ class GraphCache:
         return None
 
     @contextmanager
-    def draft(self, package: Package) -> Iterator[Draft | None]:
+    def draft(self, package: Package, kernels: Path | None = None) -> Iterator[Draft | None]:
         """Yield a directory in which onnxruntime can write an entry; None where there is no room for one.
 
-        Afterwards nothing is left of what was not kept.
+        Afterwards nothing is left of what was not kept. kernels: as of `open`.
         """
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -93,7 +98,7 @@ class GraphCache:
         except OSError:
             place = None
         try:
-            yield None if place is None else Draft(self, entry_name(package), place)
+            yield None if place is None else Draft(self, entry_name(package, kernels), place)
         finally:
             if place is not None:
                 shutil.rmtree(place, ignore_errors=True)
@@ -173,8 +178,11 @@ def user_caches() -> Path:
     return Path.home() / ".cache"
 
 
-def entry_name(package: Package) -> str:
-    """Return a name for all that an entry depends on: the graph, onnxruntime, the processor, how it is written."""
+def entry_name(package: Package, kernels: Path | None = None) -> str:
+    """Return a name for all that an entry depends on: the graph, onnxruntime, the processor, how it is written.
+
+    kernels: the library that takes the place of some of onnxruntime's.
+    """
     parts = {
         "graph": package.manifest.files[MODEL_FILE],
         "onnxruntime": ort.__version__,
@@ -182,22 +190,9 @@ def entry_name(package: Package) -> str:
         "options": WRITING,
         "layout": LAYOUT,
         "processor": processor_features(),
+        "kernels": kernels.name if kernels is not None else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """Return what decides which kernels onnxruntime takes, and so how weights are packed for them."""
-    return [platform.system(), platform.machine(), platform.processor(), *sorted(set(_features(cpuinfo)))]
-
-
-def _features(cpuinfo: Path) -> Iterator[str]:
-    """Yield the lines that tell processors apart; those of a machine with several kinds of cores differ."""
-    with suppress(OSError):
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features", "vendor_id", "cpu family", "model", "CPU part"):
-                yield f"{name.strip()}:{value.strip()}"
 
 
 def require_private(directory: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import onnxruntime as ort
 
@@ -13,6 +14,7 @@ from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.directory import MODEL_FILE, Package, verify_files
 from expe_edge.package.manifest import release
 from expe_edge.runtime.graph_cache import GraphCache
+from expe_edge.runtime.kernels import Kernels
 from expe_edge.runtime.threads import default_threads
 
 #: Threads beyond any machine's, each of which would take memory.
@@ -42,13 +44,13 @@ def provider_of(device: str) -> str:
     return provider
 
 
-def session_options(threads: int | None) -> ort.SessionOptions:
-    """Return what every session is opened with.
+def session_options(threads: int | None, library: Path | None = None) -> ort.SessionOptions:
+    """Return what every session is opened with. library: of kernels.
 
     Raises:
-        GenerationError: no threads, or more than `MOST_THREADS`.
+        GenerationError: no threads, or more than `MOST_THREADS`. PackageError: onnxruntime does not take the library.
     """
-    return _options(checked_threads(threads))
+    return _options(checked_threads(threads), library)
 
 
 def checked_threads(threads: int | None) -> int:
@@ -69,20 +71,32 @@ def checked_threads(threads: int | None) -> int:
     return threads
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def _options(threads: int, library: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors alone
     options.enable_mem_pattern = False  # every step has other shapes than the last, and would be planned anew
     options.intra_op_num_threads = threads
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # onnxruntime's exceptions share no narrower base
+            raise PackageError(f"{library}: onnxruntime cannot load it ({reason_of(error)})") from error
     return options
 
 
 def open_session(
-    package: Package, threads: int | None, device: str, cache: GraphCache | None = None
-) -> ort.InferenceSession:
+    package: Package,
+    threads: int | None,
+    device: str,
+    cache: GraphCache | None = None,
+    kernels: Kernels | None = None,
+) -> tuple[ort.InferenceSession, Path | None]:
     """Open the graph of a package, or what a cache has of it, and verify all files that are used.
 
     Arguments and errors as of `PackageSession.load`.
+
+    Returns:
+        the session, and the library of kernels that it runs.
     """
     provider_of(device)
     needed = package.manifest.requires_onnxruntime
@@ -90,23 +104,35 @@ def open_session(
         raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
     threads = checked_threads(threads)
     verify_files(package, but=MODEL_FILE)
-    if cache is None or device != "cpu":
-        return _open_graph(package, _options(threads), device)
-    session = cache.open(package, _options(threads))
-    return _open_and_keep(package, threads, cache) if session is None else session
+    if device != "cpu":
+        return _open_graph(package, _options(threads, None), device), None
+    library = kernels.library(package.manifest) if kernels is not None else None
+    if library is not None:
+        with suppress(PackageError):  # kernels that refuse a node are left away, and what else is wrong is said below
+            return _open_on_cpu(package, threads, cache, library), library
+    return _open_on_cpu(package, threads, cache, None), None
 
 
-def _open_and_keep(package: Package, threads: int, cache: GraphCache) -> ort.InferenceSession:
+def _open_on_cpu(
+    package: Package, threads: int, cache: GraphCache | None, library: Path | None
+) -> ort.InferenceSession:
+    if cache is None:
+        return _open_graph(package, _options(threads, library), "cpu")
+    session = cache.open(package, _options(threads, library), library)
+    return _open_and_keep(package, threads, cache, library) if session is None else session
+
+
+def _open_and_keep(package: Package, threads: int, cache: GraphCache, library: Path | None) -> ort.InferenceSession:
     """Open the package's own graph, and let onnxruntime write what it makes of it to the cache, where that can be."""
-    with cache.draft(package) as draft:
+    with cache.draft(package, library) as draft:
         if draft is not None:
-            options = _options(threads)
+            options = _options(threads, library)
             draft.write_with(options)
             with suppress(PackageError):  # it cannot be written, or else it is said below
                 session = _open_graph(package, options, "cpu")
                 draft.keep()
                 return session
-    return _open_graph(package, _options(threads), "cpu")
+    return _open_graph(package, _options(threads, library), "cpu")
 
 
 def _open_graph(package: Package, options: ort.SessionOptions, device: str) -> ort.InferenceSession:

@@ -15,6 +15,7 @@ from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
 from expe_edge.package.directory import Package, open_manifest
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.graph_cache import GraphCache
+from expe_edge.runtime.kernels import kernels_at
 from expe_edge.runtime.memory import LEAST_CHUNK, bounded_chunk, far_heads, memory_shortage, near_tokens
 from expe_edge.runtime.opening import open_session
 from expe_edge.runtime.window import Window, window_refusal
@@ -32,10 +33,11 @@ class PackageSession:
     Attributes:
         package: the package. contract: its graph's inputs and outputs.
         keeps_last: whether the graph can leave away all logits but the last token's.
+        kernels: the library of kernels that it runs in place of onnxruntime's own, or None.
     """
 
-    def __init__(self, package: Package, session: ort.InferenceSession) -> None:
-        self.package, self.session = package, session
+    def __init__(self, package: Package, session: ort.InferenceSession, kernels: Path | None = None) -> None:
+        self.package, self.session, self.kernels = package, session, kernels
         self.contract: GraphContract = package.manifest.contract
         difference = self.contract.difference(self.session.get_inputs(), self.session.get_outputs())
         if difference is not None:
@@ -45,7 +47,13 @@ class PackageSession:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, threads: int | None = None, device: str = "cpu", cache: GraphCache | None = None
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        cache: GraphCache | None = None,
+        kernels: str | Path | None = None,
     ) -> PackageSession:
         """Verify and open the package at `path`.
 
@@ -54,12 +62,15 @@ class PackageSession:
             device: `cpu` or `cuda`.
             cache: of optimised graphs, from which it is opened sooner and with weights in mapped files; see
                 `Generator.load`.
+            kernels: the directory of what `expe-edge build-kernels` has compiled, or `off`; None for what
+                `EXPE_EDGE_KERNELS` says, or else one among the user's caches. Where it has none for this processor and
+                package, onnxruntime's own run.
 
         Raises:
             PackageError: a missing, damaged or newer package. GenerationError: a device that is not there.
         """
         package = open_manifest(Path(path))
-        return cls(package, open_session(package, threads, device, cache))
+        return cls(package, *open_session(package, threads, device, cache, kernels_at(kernels)))
 
     @property
     def threads(self) -> int:

@@ -37,6 +37,7 @@ class BenchSettings:
         depths: tokens that the cache holds before. prefill: tokens of a prompt. steps: of decoding, whose median is
             the time of one. turns: repetitions, of all packages in turn. threads: numbers of them, each measured.
         longest_prompt: no prompt of more tokens is read for the time to its first token. device: as of a session.
+        kernels: directories of built kernels, `off`, or None, as of a session; each is measured.
 
     Raises:
         ConfigError: a number below 1, or a depth below 0. GenerationError: no threads, too many, or a device that is
@@ -50,6 +51,7 @@ class BenchSettings:
     threads: tuple[int, ...] = field(default_factory=lambda: (default_threads(),))
     longest_prompt: int = 32768
     device: str = "cpu"
+    kernels: tuple[str | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         for name in ("prefill", "steps", "turns", "longest_prompt"):
@@ -74,13 +76,15 @@ class OpenedResult(Result):
     """A package with a number of threads, before anything is read.
 
     load_ms: in new processes, the file in the system's cache; hashes are verified. opened_bytes: the largest resident
-    set of the process until then. nodes: that a decode step runs, of the optimised graph. weight_bytes: that it reads.
+    set of the process until then. own_kernels: whether it runs kernels that were built here. nodes: that a decode step
+    runs, of the optimised graph. weight_bytes: that it reads.
     """
 
     package: str
     threads: int
     load_ms: Quartiles
     opened_bytes: int
+    own_kernels: bool
     nodes: int
     weight_bytes: int
     package_bytes: int
@@ -135,15 +139,16 @@ class BenchResult(Result):
 
 @dataclass(frozen=True)
 class Contender:
-    """A package with a number of threads."""
+    """A package with a number of threads and kernels."""
 
     name: str
     package: Package
     threads: int
+    kernels: str | None
 
     def start(self, device: str) -> Apart:
         """Open the package in a process of its own, as a `TimedPackage`."""
-        return Apart(TimedPackage, self.package.path, self.threads, device)
+        return Apart(TimedPackage, self.package.path, self.threads, device, self.kernels)
 
 
 @dataclass(frozen=True)
@@ -191,14 +196,18 @@ def bench(
     packages = [read_package(path) for path in paths]
     for package, name in zip(packages, names, strict=True):
         _require_room(package, name, settings)
-    pairs = product(zip(names, packages, strict=True), settings.threads)
-    contenders = [Contender(name, package, threads) for (name, package), threads in pairs]
+    ways = product(zip(names, packages, strict=True), settings.threads, settings.kernels)
+    contenders = [
+        Contender(_label(name, kernels, settings), package, threads, kernels)
+        for (name, package), threads, kernels in ways
+    ]
     phases = PHASES if with_profile else ()
     pieces = 1 + settings.turns + len(settings.depths) * (1 + settings.turns + len(phases))
     with progress(len(contenders) * pieces) as advance, ExitStack() as stack:
         nodes = [_count_nodes(contender, settings, advance) for contender in contenders]
         processes, loads = _load(contenders, settings, stack, advance)
-        opened = tuple(_opened(*each) for each in zip(contenders, nodes, loads, strict=True))
+        own = [process.call("own_kernels") for process in processes]
+        opened = tuple(_opened(*each) for each in zip(contenders, nodes, loads, own, strict=True))
         contracts = [contender.package.manifest.contract for contender in contenders]
         running = [Running(*each) for each in zip(processes, opened, contracts, strict=True)]
         depths = [result for depth in settings.depths for result in _at_depth(running, depth, settings, advance)]
@@ -209,6 +218,11 @@ def bench(
             for depth in settings.depths
         ]
     return BenchResult(opened, tuple(depths), tuple(profiles))
+
+
+def _label(name: str, kernels: str | None, settings: BenchSettings) -> str:
+    """Return a package's name, with where its kernels come from if others are measured too."""
+    return name if len(settings.kernels) == 1 else f"{name}, kernels {kernels or 'built'}"
 
 
 def _require_room(package: Package, name: str, settings: BenchSettings) -> None:
@@ -251,13 +265,14 @@ def _load(
     return processes, loads
 
 
-def _opened(contender: Contender, nodes: int, loads: Sequence[tuple[float, int]]) -> OpenedResult:
+def _opened(contender: Contender, nodes: int, loads: Sequence[tuple[float, int]], own_kernels: bool) -> OpenedResult:
     manifest = contender.package.manifest
     return OpenedResult(
         package=contender.name,
         threads=contender.threads,
         load_ms=quartiles([seconds * 1e3 for seconds, _ in loads]),
         opened_bytes=loads[-1][1],
+        own_kernels=own_kernels,
         nodes=nodes,
         weight_bytes=weight_bytes(manifest),
         package_bytes=contender.package.size,

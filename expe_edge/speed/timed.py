@@ -50,14 +50,18 @@ class PhaseProfile(Result):
 class TimedPackage:
     """A package that is timed. Keys and values down to a depth are random: speed does not depend on them."""
 
-    def __init__(self, path: Path, threads: int, device: str) -> None:
+    def __init__(self, path: Path, threads: int, device: str, kernels: str | None = None) -> None:
         began = time.perf_counter()
-        self.session = PackageSession.load(path, threads=threads, device=device)
+        self.session = PackageSession.load(path, threads=threads, device=device, kernels=kernels)
         self.load_seconds, self.threads = time.perf_counter() - began, threads
 
     def opened(self) -> tuple[float, int]:
         """Return the seconds of loading, and the bytes of the largest resident set."""
         return self.load_seconds, peak_bytes()
+
+    def own_kernels(self) -> bool:
+        """Tell whether the package runs kernels that were built here, not onnxruntime's own."""
+        return self.session.kernels is not None
 
     def prefill(self, depth: int, tokens: int) -> Timing:
         """Time the reading of `tokens` after `depth`."""

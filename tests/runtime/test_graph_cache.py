@@ -30,8 +30,8 @@ from expe_edge.runtime.graph_cache import (
     GraphCache,
     cache_at,
     entry_name,
-    processor_features,
 )
+from expe_edge.runtime.processor import processor_features
 from tests.conftest import PRECISIONS, needs_int8_cache
 
 NEEDS_OWNERS = pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
