@@ -17,13 +17,12 @@ def build_kernels(kernels: str | None) -> None:
     turns them off.
     """
     from expe_edge.errors import ConfigError
-    from expe_edge.runtime.kernels import compiler, kernels_at, require_possible
+    from expe_edge.runtime.kernels import compiler, kernels_at
 
     chosen = kernels_at(kernels)
     if chosen is None:
         raise ConfigError("`kernels` is off; name a directory, or unset EXPE_EDGE_KERNELS")
-    require_possible()
-    click.echo(f"compiling with {' '.join(compiler())}")
     began = time.perf_counter()
     library = chosen.build()
-    click.echo(f"{library}: {library.stat().st_size / 1e3:.0f} kB in {time.perf_counter() - began:.1f} s")
+    seconds = time.perf_counter() - began
+    click.echo(f"{library}: {library.stat().st_size / 1e3:.0f} kB, by {' '.join(compiler())} in {seconds:.1f} s")

@@ -252,7 +252,7 @@ ort::Status* read_format(const ort::Api& api, const ort::KernelInfo* info, Forma
     if (k < 1 || k > INT_MAX || n < 1 || n > INT_MAX) return refused(api, "MatMulNBits: sizes that are none");
     if (bits != 4 && bits != 8) return refused(api, "MatMulNBits: weights of other than 4 or 8 bits");
     if (block < operands::kLeastBlock || block > operands::kMostBlock || (block & (block - 1)) != 0) {
-        return refused(api, "MatMulNBits: blocks of other than a power of two from 16 to 4096 values");
+        return refused(api, "MatMulNBits: blocks of other than a power of two from 16 to 256 values");
     }
     if (attribute(api, info, "accuracy_level") != kInt8Activations) {
         return refused(api, "MatMulNBits: an accuracy level other than 4");

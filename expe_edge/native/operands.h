@@ -9,7 +9,8 @@
 
 namespace operands {
 
-constexpr int64_t kLeastBlock = 16, kMostBlock = 4096;
+// Values of a block. Of longer ones onnxruntime rounds no activations.
+constexpr int64_t kLeastBlock = 16, kMostBlock = 256;
 
 // Memory that vectors are aligned in.
 class Buffer {

@@ -16,7 +16,7 @@ using vnni::kVectorBytes;
 // Rows that 16 vectors of weights and an accumulator for each leave registers for.
 constexpr int kMostRows = 8;
 
-// Where 16 columns are: their weights, and scales (blocks, 16), with what stands in memory behind the weights.
+// Where 16 columns are: their weights, and scales (blocks, 16).
 struct Strip {
     const uint8_t* codes[kLanes];
     const float* scales;
@@ -81,7 +81,7 @@ void multiply(const Format& format, const Rows& rows, int64_t row, const Strip& 
     constexpr int kPart = operands::kLeastBlock * Bits / 32;  // vectors that belong to one block for sure
     const int64_t bytes = format.row_bytes(), block_bytes = format.block * Bits / 8;
     const int8_t* codes = rows.codes + row * format.padded();
-    const uint8_t* next = strip.codes[0] + kLanes * bytes;
+    const uint8_t* next = strip.codes[0] + 2 * kLanes * bytes;  // two strips on: one alone comes too late
     std::fill(totals, totals + Count * kLanes, 0.0f);
     __m512i sums[Count];
     begin_block(format, rows, row, 0, sums);

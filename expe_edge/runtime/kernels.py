@@ -53,8 +53,12 @@ class Kernels:
     directory: Path
 
     def library(self, manifest: Manifest) -> Path | None:
-        """Return the library for a package, its hash verified; None where there is none that it can use."""
-        if OPERATOR not in manifest.kernels or missing():
+        """Return the library for a package, its hash verified; None where there is none that it can use.
+
+        A portable package has none: its products become MatMulNBits in onnxruntime alone, and in a graph that does not
+        import the operator's domain, operators of a library hide those that onnxruntime makes besides.
+        """
+        if OPERATOR not in manifest.operators or missing():
             return None
         try:
             require_private(self.directory)

@@ -109,13 +109,11 @@ def open_session(
     library = kernels.library(package.manifest) if kernels is not None else None
     if library is not None:
         with suppress(PackageError):  # kernels that refuse a node are left away, and what else is wrong is said below
-            return _open_on_cpu(package, threads, cache, library), library
-    return _open_on_cpu(package, threads, cache, None), None
+            return open_on_cpu(package, threads, cache, library), library
+    return open_on_cpu(package, threads, cache, None), None
 
 
-def _open_on_cpu(
-    package: Package, threads: int, cache: GraphCache | None, library: Path | None
-) -> ort.InferenceSession:
+def open_on_cpu(package: Package, threads: int, cache: GraphCache | None, library: Path | None) -> ort.InferenceSession:
     if cache is None:
         return _open_graph(package, _options(threads, library), "cpu")
     session = cache.open(package, _options(threads, library), library)

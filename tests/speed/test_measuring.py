@@ -104,7 +104,7 @@ def test_bandwidth() -> None:
 def test_a_step_reads_no_more_than_its_heads_see() -> None:
     """One of two heads sees 100 tokens; a head has 2 × 8 numbers of 4 bytes for a token in each layer."""
     contract = GraphContract(layers=3, key_value_heads=2, head_size=8, vocab_size=10, windows=(0, 100))
-    opened = OpenedResult("windowed", 1, [1.0] * 3, 0, 1, 1000, 1000, "float32", contract.cache_bytes)
+    opened = OpenedResult("windowed", 1, [1.0] * 3, 0, False, 1, 1000, 1000, "float32", contract.cache_bytes)
     with Apart(dict) as process:
         running = Running(process, opened, contract)
     token = 3 * 2 * 8 * 4

@@ -1,0 +1,109 @@
+"""How much faster kernels built here are than onnxruntime's: single products by rows, and whole packages.
+
+    python -m benchmarks.kernels --threads 2 package/int8-weight package/int4-weight
+
+Ratios are onnxruntime's time over ours, with median and quartiles over rounds, in each of which both run one after the
+other. Products have as many copies of their weights as are needed to be larger than any cache, as the layers of a
+model are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+import numpy as np
+
+from expe_edge.runtime.kernels import Kernels
+from expe_edge.runtime.threads import default_threads
+from expe_edge.speed.measuring import quartiles
+from expe_edge.speed.timed import TimedPackage
+from tests.products import Product
+
+#: Those of 12 layers of 768 with 32,000 tokens, and of a small model.
+PRODUCTS = [
+    Product(k, n, bits, block, bias=True)
+    for k, n in ((768, 2304), (2048, 768), (768, 32000), (320, 960))
+    for bits, block in ((8, 128), (4, 32), (4, 256))
+]
+#: Rows of a step, of batches, of drafts, and of a prefill.
+ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
+#: How often a prefill of fewer than `MANY` tokens is run in a round.
+REPEATS, MANY = 15, 128
+#: Bytes of all copies of a product's weights.
+WEIGHTS = 64e6
+
+
+def ratios(theirs: Callable[[], float], ours: Callable[[], float], rounds: int) -> dict[str, list[float]]:
+    """Return quartiles of the milliseconds of `theirs`, which says its seconds, and of their ratio to those of `ours`.
+
+    A first round does not count.
+    """
+    times = np.array([[theirs(), ours()] for _ in range(1 + rounds)])[1:]
+    return {"onnxruntime_ms": quartiles(times[:, 0] * 1e3), "ratio": quartiles(times[:, 0] / times[:, 1])}
+
+
+def time_product(product: Product, library: Path, threads: int, rounds: int) -> None:
+    """Print, as JSON lines, the ratios of a product by rows."""
+    copies = max(1, round(WEIGHTS / (product.k * product.n * product.bits / 8)))
+    sessions = {of: [product.session(threads, of) for _ in range(min(copies, 40))] for of in (None, library)}
+    shown = {name: getattr(product, name) for name in ("k", "n", "bits", "block")}
+    for rows in ROWS:
+        x = {"x": np.random.default_rng(0).standard_normal((1, rows, product.k)).astype(np.float32)}
+
+        def seconds(of: Path | None, x: dict[str, np.ndarray] = x) -> float:
+            began = time.perf_counter()
+            for session in sessions[of]:
+                session.run(None, x)
+            return (time.perf_counter() - began) / len(sessions[of])
+
+        some = rounds if rows < MANY else max(2, rounds // 4)
+        print(
+            json.dumps(shown | {"rows": rows} | ratios(partial(seconds, None), partial(seconds, library), some)),
+            flush=True,
+        )
+
+
+def time_package(path: Path, kernels: Path, threads: int, rounds: int) -> None:
+    """Print, as JSON lines, the ratios of a package's decode steps and prefills at depth 0."""
+    ways = [TimedPackage(path, threads, "cpu", kernels=where) for where in ("off", str(kernels))]
+    if ways[1].session.kernels is None:
+        raise click.ClickException(f"{path} has no products that the kernels are for")
+    for tokens in ROWS[1:]:
+        prefills = [partial(median_prefill, way, tokens, REPEATS if tokens < MANY else 1) for way in ways]
+        print(json.dumps({"package": str(path), "prefill": tokens} | ratios(*prefills, rounds)), flush=True)
+    decodes = [partial(decode_step, way) for way in ways]
+    print(json.dumps({"package": str(path), "decode": 1} | ratios(*decodes, rounds)), flush=True)
+
+
+def median_prefill(package: TimedPackage, tokens: int, repeats: int) -> float:
+    """The median seconds of prefills one after the other, while the threads of another session come to rest."""
+    return float(np.median([package.prefill(0, tokens).seconds for _ in range(repeats)]))
+
+
+def decode_step(package: TimedPackage) -> float:
+    return package.decode(0, 32).seconds
+
+
+@click.command()
+@click.argument("packages", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--threads", default=default_threads, type=int, show_default="one for each core that may be used")
+@click.option("--rounds", default=15, show_default=True)
+@click.option("--products/--no-products", default=True, show_default=True)
+def main(packages: tuple[Path, ...], threads: int, rounds: int, products: bool) -> None:
+    """Build the kernels, and print ratios of onnxruntime's time to theirs."""
+    with TemporaryDirectory() as directory:
+        library = Kernels(Path(directory)).build()
+        for product in PRODUCTS if products else ():
+            time_product(product, library, threads, rounds)
+        for path in packages:
+            time_package(path, Path(directory), threads, rounds)
+
+
+if __name__ == "__main__":
+    main()
