@@ -32,6 +32,7 @@ class Product:
     def session(self, threads: int = 1, library: Path | None = None) -> ort.InferenceSession:
         """Open it, with a library of kernels or onnxruntime's own."""
         options = session_options(threads, library)
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # threads leave the next session alone
         return ort.InferenceSession(self.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def model(self) -> onnx.ModelProto:

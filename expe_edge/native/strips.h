@@ -55,36 +55,36 @@ inline void add_vector(__m512i weights, const int8_t* codes, int64_t row_stride,
 }
 
 template <int Count>
-inline void begin_block(const Format& format, const Rows& rows, int64_t row, int64_t block, __m512i (&sums)[Count]) {
+inline void begin_block(const Format& format, const Rows& rows, int64_t block, __m512i (&sums)[Count]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < Count; r++) sums[r] = _mm512_set1_epi32(rows.starts[(row + r) * format.blocks() + block]);
+    for (int r = 0; r < Count; r++) sums[r] = _mm512_set1_epi32(rows.starts[r * format.blocks() + block]);
 }
 
 template <int Count>
 inline void end_block(
-    const Format& format, const Rows& rows, int64_t row, int64_t block, const Strip& strip,
-    const __m512i (&sums)[Count], float* totals
+    const Format& format, const Rows& rows, int64_t block, const Strip& strip, const __m512i (&sums)[Count],
+    float* totals
 ) {
     const __m512 weight_scales = _mm512_load_ps(strip.scales + block * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < Count; r++) {
-        const __m512 scale = _mm512_set1_ps(rows.scales[(row + r) * format.blocks() + block]);
+        const __m512 scale = _mm512_set1_ps(rows.scales[r * format.blocks() + block]);
         const __m512 before = _mm512_load_ps(totals + r * kLanes);
         const __m512 both = _mm512_mul_ps(scale, weight_scales);
         _mm512_store_ps(totals + r * kLanes, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), both, before));
     }
 }
 
-// The product of `Count` rows from `row` on with a strip, into `totals` (Count, 16).
+// The product of `Count` rows with a strip, into `totals` (Count, 16).
 template <int Bits, int Count>
-void multiply(const Format& format, const Rows& rows, int64_t row, const Strip& strip, float* totals) {
+void multiply(const Format& format, const Rows& rows, const Strip& strip, float* totals) {
     constexpr int kPart = operands::kLeastBlock * Bits / 32;  // vectors that belong to one block for sure
-    const int64_t bytes = format.row_bytes(), block_bytes = format.block * Bits / 8;
-    const int8_t* codes = rows.codes + row * format.padded();
+    const int64_t bytes = format.row_bytes(), block_end = format.block * Bits / 8 - 1;  // of a power of two, as a mask
+    const int8_t* codes = rows.codes;
     const uint8_t* next = strip.codes[0] + 2 * kLanes * bytes;  // two strips on: one alone comes too late
     std::fill(totals, totals + Count * kLanes, 0.0f);
     __m512i sums[Count];
-    begin_block(format, rows, row, 0, sums);
+    begin_block(format, rows, 0, sums);
     for (int64_t offset = 0, block = 0; offset < bytes; offset += kVectorBytes, next += kLanes * kVectorBytes) {
         __m512i vectors[kLanes];
         panels::load_transposed(strip.codes, offset, bytes, next, vectors);
@@ -96,15 +96,15 @@ void multiply(const Format& format, const Rows& rows, int64_t row, const Strip& 
             for (int i = part; i < part + kPart; i++, codes += 32 / Bits) {
                 add_vector<Bits, Count>(vectors[i], codes, format.padded(), sums);
             }
-            if (done % block_bytes == 0) {
-                end_block(format, rows, row, block++, strip, sums, totals);
-                if (done < bytes) begin_block(format, rows, row, block, sums);
+            if ((done & block_end) == 0) {
+                end_block(format, rows, block++, strip, sums, totals);
+                if (done < bytes) begin_block(format, rows, block, sums);
             }
         }
     }
 }
 
-using Multiply = void (*)(const Format&, const Rows&, int64_t, const Strip&, float*);
+using Multiply = void (*)(const Format&, const Rows&, const Strip&, float*);
 
 template <int Bits>
 constexpr Multiply kMultiply[kMostRows] = {multiply<Bits, 1>, multiply<Bits, 2>, multiply<Bits, 3>, multiply<Bits, 4>,
@@ -130,7 +130,7 @@ inline void product(
     const Strip strip = strip_at(format, weights, column, scales);
     alignas(kVectorBytes) float totals[kMostRows * kLanes];
     const Multiply multiply = format.bits == 8 ? kMultiply<8>[m - 1] : kMultiply<4>[m - 1];
-    multiply(format, rows, 0, strip, totals);
+    multiply(format, rows, strip, totals);
     write(format, weights, totals, m, column, output);
 }
 
