@@ -71,14 +71,17 @@ def time_product(product: Product, library: Path, threads: int, rounds: int) -> 
 
 def time_package(path: Path, kernels: Path, threads: int, rounds: int) -> None:
     """Print, as JSON lines, the ratios of a package's decode steps and prefills at depth 0."""
-    ways = [TimedPackage(path, threads, "cpu", kernels=where) for where in ("off", str(kernels))]
-    if ways[1].session.kernels is None:
+    theirs, ours = (TimedPackage(path, threads, "cpu", kernels=where) for where in ("off", str(kernels)))
+    if not ours.own_kernels():
         raise click.ClickException(f"{path} has no products that the kernels are for")
     for tokens in ROWS[1:]:
-        prefills = [partial(median_prefill, way, tokens, REPEATS if tokens < MANY else 1) for way in ways]
-        print(json.dumps({"package": str(path), "prefill": tokens} | ratios(*prefills, rounds)), flush=True)
-    decodes = [partial(decode_step, way) for way in ways]
-    print(json.dumps({"package": str(path), "decode": 1} | ratios(*decodes, rounds)), flush=True)
+        repeats = REPEATS if tokens < MANY else 1
+        prefill = [partial(median_prefill, of, tokens, repeats) for of in (theirs, ours)]
+        print(
+            json.dumps({"package": str(path), "prefill": tokens} | ratios(prefill[0], prefill[1], rounds)), flush=True
+        )
+    decode = ratios(partial(decode_step, theirs), partial(decode_step, ours), rounds)
+    print(json.dumps({"package": str(path), "decode": 1} | decode), flush=True)
 
 
 def median_prefill(package: TimedPackage, tokens: int, repeats: int) -> float:

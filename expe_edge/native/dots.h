@@ -49,7 +49,7 @@ inline Row row_in(uint8_t* memory, const Walk& walk) {
     return {codes, scales, reinterpret_cast<int32_t*>(scales + walk.groups * kLanes)};
 }
 
-// Bring a step of 4-bit codes from an order in which every 8 have their even ones first to one with all even ones first.
+// Reorder a step of 4-bit codes, in which every 8 have their even ones first, so that all even ones come first.
 inline void split_step(int8_t* codes) {
     const __m512i first = _mm512_load_si512(codes), second = _mm512_load_si512(codes + kVectorBytes);
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

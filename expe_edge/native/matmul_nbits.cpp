@@ -1,6 +1,6 @@
-// com.microsoft::MatMulNBits for processors with AVX-512 VNNI, as a custom operator of onnxruntime that takes the place of
-// the one it has: weights of 4 or 8 bits in blocks without zero points, activations rounded to int8 by block (accuracy
-// level 4), float32 in and out. What has anything else is refused when the kernel is made.
+// com.microsoft::MatMulNBits for processors with AVX-512 VNNI, as a custom operator of onnxruntime that takes the place
+// of the one it has: weights of 4 or 8 bits in blocks without zero points, activations rounded to int8 by block
+// (accuracy level 4), float32 in and out. What has anything else is refused when the kernel is made.
 //
 // Weights stay as the graph holds them, and nothing is packed ahead. One row goes by dots.h, a few by strips.h, many by
 // panels.h.
@@ -27,10 +27,9 @@ enum Input : size_t { kActivations, kCodes, kScales, kZeroPoints, kOrder, kBias,
 
 // Rows that one task rounds.
 constexpr int64_t kRoundedRows = 16;
-// Tasks that the columns of a product of few rows are divided among, and the bytes of weights that one reads at least and
-// at most.
+// Tasks that the columns of a product of few rows are divided among, and the bytes of weights that one reads at least
+// and at most.
 constexpr int64_t kTasks = 32, kLeastTaskBytes = 8192, kMostTaskBytes = 49152;
-
 
 // End the function with what a call of the interface returns, unless that is success.
 #define RETURN_IF_FAILED(call) \
@@ -210,7 +209,9 @@ ort::Status* compute(void* self, ort::KernelContext* context) {
 
 // What it asks when a session is made.
 
-ort::Status* refused(const ort::Api& api, const char* reason) { return api.create_status(ort::kNotImplemented, reason); }
+ort::Status* refused(const ort::Api& api, const char* reason) {
+    return api.create_status(ort::kNotImplemented, reason);
+}
 
 // An attribute, or 0 where the node has none of that name.
 int64_t attribute(const ort::Api& api, const ort::KernelInfo* info, const char* name) {

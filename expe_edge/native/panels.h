@@ -60,7 +60,9 @@ inline int64_t whole_vectors(int64_t bytes) {
     return (bytes + vnni::kVectorBytes - 1) / vnni::kVectorBytes * vnni::kVectorBytes;
 }
 
-inline size_t code_bytes(const Format& format) { return whole_vectors(format.row_bytes()) * kColumns * 8 / format.bits; }
+inline size_t code_bytes(const Format& format) {
+    return whole_vectors(format.row_bytes()) * kColumns * 8 / format.bits;
+}
 
 inline size_t panel_bytes(const Format& format) {
     return code_bytes(format) + whole_vectors(format.blocks() * sizeof(float)) * kColumns;
@@ -73,8 +75,8 @@ inline Panel panel_in(uint8_t* memory, const Format& format) {
 
 // Load 64 bytes from `offset` on of 16 rows of so many bytes; bytes 4i to 4i + 3 of row r go to lane r of vector i.
 //
-// next: 1 kB that is wanted later. It is fetched into the second cache meanwhile, in the order of memory: 16 rows are more
-// streams than processors recognise, and the first cache has not room to wait for so many lines.
+// next: 1 kB that is wanted later. It is fetched into the second cache meanwhile, in the order of memory: 16 rows are
+// more streams than processors recognise, and the first cache cannot wait for so many lines at once.
 inline void load_transposed(
     const uint8_t* const (&rows)[kLanes], int64_t offset, int64_t bytes, const uint8_t* next, __m512i (&vectors)[kLanes]
 ) {
@@ -204,7 +206,7 @@ inline void write(
     }
 }
 
-// The product of all m rows with the 64 columns from `column` on. Tiles are as large as each other, as nearly as can be.
+// The product of all m rows with the 64 columns from `column` on. Tiles are as equal in size as can be.
 inline void product(
     const Format& format, const Weights& weights, const Rows& rows, int64_t m, int64_t column, const Panel& panel,
     float* output

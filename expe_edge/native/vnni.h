@@ -19,7 +19,8 @@ inline void add_dot(__m512i& sums, __m512i unsigned_bytes, __m512i signed_bytes)
 
 // The same with four signed bytes for all lanes.
 inline void add_dot_repeated(__m512i& sums, __m512i unsigned_bytes, const int8_t* four) {
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "m"(*reinterpret_cast<const int8_t(*)[4]>(four)));
+    const auto& memory = *reinterpret_cast<const int8_t(*)[4]>(four);
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "m"(memory));
 }
 
 // The first `count` of 16 lanes; none below 0, all beyond 16.
