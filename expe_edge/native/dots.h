@@ -13,6 +13,9 @@ using operands::Weights;
 using vnni::kLanes;
 using vnni::kVectorBytes;
 
+// Bytes ahead of what is read, where columns side by side leave no stream for the processor to recognise.
+constexpr int64_t kAhead = 12288;
+
 // How a row is walked: in steps of 64 bytes of weights. The steps of a group have the same scales: those of one long
 // block, or one step over several short ones, whose lanes then have scales of their own.
 struct Walk {
@@ -94,38 +97,55 @@ inline void add_step(__m512i& sums, const int8_t* codes, __m512i weights) {
     }
 }
 
-// The dot product with one column, whose weights and scales are given.
-template <int Bits, bool Short>
-inline float dot(const Format& format, const Walk& walk, const Row& row, const uint8_t* weights, const float* scales) {
-    __m512 total = _mm512_setzero_ps();
+// The dot products with `Count` columns from `n` on, into `output`.
+template <int Bits, bool Short, int Count>
+inline void dot(
+    const Format& format, const Walk& walk, const Weights& weights, const Row& row, int64_t n, float* output
+) {
+    const int64_t bytes = format.row_bytes();
+    const uint8_t *step_weights = weights.codes + n * bytes, *ahead = step_weights + kAhead;
+    const float* scales = weights.scales + n * format.blocks();
     const int8_t* codes = row.codes;
-    int64_t left = format.row_bytes();
+    int64_t left = bytes;
+    __m512 totals[Count];
+    for (int c = 0; c < Count; c++) totals[c] = _mm512_setzero_ps();
     for (int64_t group = 0; group < walk.groups; group++) {
-        __m512i sums = _mm512_load_si512(row.starts + group * kLanes);
+        __m512i sums[Count];
+        for (int c = 0; c < Count; c++) sums[c] = _mm512_load_si512(row.starts + group * kLanes);
         for (int64_t step = 0; step < walk.group_steps; step++) {
-            add_step<Bits>(sums, codes, Short ? vnni::load_bytes(weights, left) : _mm512_loadu_si512(weights));
-            weights += kVectorBytes;
+            for (int c = 0; c < Count; c++) {
+                const uint8_t* place = step_weights + c * bytes;
+                if constexpr (Count > 1) __builtin_prefetch(ahead + c * kVectorBytes, 0, vnni::kSecondCache);
+                add_step<Bits>(sums[c], codes, Short ? vnni::load_bytes(place, left) : _mm512_loadu_si512(place));
+            }
+            step_weights += kVectorBytes;
+            ahead += Count * kVectorBytes;
             left -= kVectorBytes;
             codes += walk.step_values;
         }
-        const __m512 both = _mm512_mul_ps(
-            _mm512_load_ps(row.scales + group * kLanes), weight_scales<Short>(walk, scales, group)
-        );
-        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), both, total);
+        const __m512 row_scales = _mm512_load_ps(row.scales + group * kLanes);
+        for (int c = 0; c < Count; c++) {
+            const __m512 of_weights = weight_scales<Short>(walk, scales + c * format.blocks(), group);
+            const __m512 both = _mm512_mul_ps(row_scales, of_weights);
+            totals[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[c]), both, totals[c]);
+        }
     }
-    return _mm512_reduce_add_ps(total);
+    for (int c = 0; c < Count; c++) {
+        output[n + c] = _mm512_reduce_add_ps(totals[c]) + (weights.bias ? weights.bias[n + c] : 0);
+    }
 }
 
+// Long blocks are read as fast as memory allows one column after the other. Short ones take more scaling than products,
+// and four columns share the row's part of it.
 template <int Bits, bool Short>
 void columns(
     const Format& format, const Walk& walk, const Weights& weights, const Row& row, int64_t begin, int64_t end,
     float* output
 ) {
-    for (int64_t n = begin; n < end; n++) {
-        const uint8_t* codes = weights.codes + n * format.row_bytes();
-        const float product = dot<Bits, Short>(format, walk, row, codes, weights.scales + n * format.blocks());
-        output[n] = product + (weights.bias ? weights.bias[n] : 0);
-    }
+    constexpr int kTogether = Short ? 4 : 1;
+    int64_t n = begin;
+    for (; n + kTogether <= end; n += kTogether) dot<Bits, Short, kTogether>(format, walk, weights, row, n, output);
+    for (; n < end; n++) dot<Bits, Short, 1>(format, walk, weights, row, n, output);
 }
 
 // The product with columns [begin, end).

@@ -19,7 +19,6 @@ constexpr int kVectors = kColumns / kLanes;
 constexpr int kTileRows = 6;
 // Bytes of 4 values of every column, which one step of the product takes.
 constexpr int64_t kUnitBytes = 4 * kColumns;
-constexpr int kSecondCache = 2;  // as __builtin_prefetch counts
 
 // Activations (m, padded) rounded by block (m, blocks).
 struct Rows {
@@ -82,7 +81,7 @@ inline void load_transposed(
 ) {
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes; r++) {
-        __builtin_prefetch(next + r * vnni::kVectorBytes, 0, kSecondCache);
+        __builtin_prefetch(next + r * vnni::kVectorBytes, 0, vnni::kSecondCache);
         vectors[r] = vnni::load_bytes(rows[r] + offset, bytes - offset);
     }
     vnni::transpose(vectors);

@@ -10,6 +10,7 @@ namespace vnni {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kVectorBytes = 64;
+constexpr int kSecondCache = 2;  // as __builtin_prefetch counts
 
 // sums[lane] += Σ over 4 bytes of unsigned × signed. As assembly, because GCC 12 spills the accumulators of a large
 // tile around the intrinsic.
