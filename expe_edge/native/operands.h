@@ -9,7 +9,7 @@
 
 namespace operands {
 
-// Values of a block. Of longer ones onnxruntime rounds no activations.
+// Values of a block. With longer ones onnxruntime's results are not those of activations rounded by block.
 constexpr int64_t kLeastBlock = 16, kMostBlock = 256;
 
 // Memory that vectors are aligned in.
