@@ -60,8 +60,8 @@ def bench(
     from expe_edge.package.reference import reference_package
     from expe_edge.progress import counted
     from expe_edge.quality.comparison import unique_names
-    from expe_edge.runtime.kernels import OFF
     from expe_edge.runtime.threads import cores, default_threads, usable
+    from expe_edge.runtime.user_caches import OFF
     from expe_edge.speed import bench as speed
     from expe_edge.speed.machine import processor, versions
 

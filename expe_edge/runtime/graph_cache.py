@@ -23,10 +23,10 @@ import onnxruntime as ort
 
 from expe_edge.package.directory import MODEL_FILE, Package, file_hash
 from expe_edge.runtime.processor import processor_features
+from expe_edge.runtime.user_caches import kept_in, require_private
 
 #: The directory for it, or `OFF`.
 VARIABLE = "EXPE_EDGE_GRAPH_CACHE"
-OFF = "off"
 #: The most bytes of all entries. One takes up to three times the bytes of its graph, and no more than a half of all.
 MOST_BYTES, COPIES = 2**32, 3
 #: Counted up when entries are made in another way.
@@ -156,26 +156,8 @@ def cache_at(where: str | Path | None = None) -> GraphCache | None:
 
     where: None for what the environment's `EXPE_EDGE_GRAPH_CACHE` says, or else a directory among the user's caches.
     """
-    chosen = where if where is not None else os.environ.get(VARIABLE) or None
-    if chosen is not None:
-        return None if str(chosen) == OFF else GraphCache(Path(chosen))
-    try:
-        return GraphCache(user_caches() / "expe-edge" / "graphs")
-    except RuntimeError:  # nobody's home
-        return None
-
-
-def user_caches() -> Path:
-    """Return the directory of the user's caches, as the XDG base directory specification and Windows name it.
-
-    Raises:
-        RuntimeError: the user has no home directory.
-    """
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
-        directory = Path(os.environ.get(name, ""))
-        if directory.is_absolute():
-            return directory
-    return Path.home() / ".cache"
+    directory = kept_in(where, VARIABLE, "graphs")
+    return None if directory is None else GraphCache(directory)
 
 
 def entry_name(package: Package, kernels: Path | None = None) -> str:
@@ -193,11 +175,3 @@ def entry_name(package: Package, kernels: Path | None = None) -> str:
         "kernels": kernels.name if kernels is not None else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def require_private(directory: Path) -> None:
-    """Raise `OSError` for a directory that is another user's, or that others may write to."""
-    if hasattr(os, "getuid"):
-        status = directory.stat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise PermissionError(f"{directory} can be written to by others")

@@ -22,12 +22,11 @@ import onnxruntime as ort
 from expe_edge.errors import ConfigError, reason_of
 from expe_edge.package.directory import file_hash
 from expe_edge.package.manifest import Manifest
-from expe_edge.runtime.graph_cache import require_private, user_caches
 from expe_edge.runtime.processor import instructions
+from expe_edge.runtime.user_caches import kept_in, require_private
 
 #: The directory of libraries, or `OFF`.
 VARIABLE = "EXPE_EDGE_KERNELS"
-OFF = "off"
 #: What is compiled, and what it computes in onnxruntime's graphs.
 SOURCES = Path(__file__).parent.parent / "native"
 MAIN_SOURCE, OPERATOR = "matmul_nbits.cpp", "MatMulNBits"
@@ -96,13 +95,8 @@ def kernels_at(where: str | Path | None = None) -> Kernels | None:
 
     where: None for what the environment's `EXPE_EDGE_KERNELS` says, or else a directory among the user's caches.
     """
-    chosen = where if where is not None else os.environ.get(VARIABLE) or None
-    if chosen is not None:
-        return None if str(chosen) == OFF else Kernels(Path(chosen))
-    try:
-        return Kernels(user_caches() / "expe-edge" / "kernels")
-    except RuntimeError:  # nobody's home
-        return None
+    directory = kept_in(where, VARIABLE, "kernels")
+    return None if directory is None else Kernels(directory)
 
 
 def missing() -> list[str]:
