@@ -208,7 +208,7 @@ def test_generate_says_how_fast_it_was(packages: Path) -> None:
     result = succeed("generate", packages / "float32", "--prompt", "the", "--max-new-tokens", "9", "--verbose")
 
     loaded, summary = result.stderr.splitlines()
-    assert re.fullmatch(r"loaded in [\d.]+ s; \d+ threads?", loaded)
+    assert re.fullmatch(r"loaded in [\d.]+ s; \d+ threads?; kernels of onnxruntime", loaded)
     assert re.fullmatch(
         r"prompt: \d+ tokens, [\d.]+ s, [\d,]+ tokens/s; new: 9 tokens, [\d.]+ s, [\d,]+ tokens/s; ended by length",
         summary,

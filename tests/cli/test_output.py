@@ -79,6 +79,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "sensitivity": (("{package}",), ("--json", "--plot")),
     "compare": (("{package}",), ("--json", "--plot")),
     "bench": (("{package}",), ("--json", "--plot")),
+    "build-kernels": ((), ()),
     "plan": (("{package}",), ("--json",)),
     "probe": (("{package}",), ("--json", "--plot")),
     "analyze": (("{checkpoint}",), ("--json", "--plot")),
