@@ -53,9 +53,8 @@ elif way.startswith("load, "):
 else:
     held = Generator.load(path, threads=threads, graph_cache=kept)
 seconds, processor = time.perf_counter() - started, time.process_time() - processor
-lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
-parts = (line.partition(":") for line in lines)
-sizes = {name: int(value.split()[0]) * 1024 for name, _, value in parts if "Rss" in name}
+from expe_edge.speed.measuring import STATUS, status_bytes
+sizes = {name: status_bytes(name) for name in ("RssAnon", "RssFile") if STATUS.is_file()}
 print(json.dumps({
     "import of libraries": 1e3 * (libraries - began), "import of ours": 1e3 * (ours - libraries),
     "milliseconds": 1e3 * seconds, "processor_milliseconds": 1e3 * processor,

@@ -100,26 +100,38 @@ inline void transpose_rows(const uint8_t* const (&rows)[kLanes], int64_t bytes, 
     }
 }
 
-// Fill vector `v` of a panel whose first column is `column`. Columns beyond the last are copies of it.
-inline void fill_vector(const Format& format, const Weights& weights, int64_t column, int v, const Panel& panel) {
-    const uint8_t *codes[kLanes], *scales[kLanes];
+// Where 16 columns are: their weights and their scales, as bytes.
+struct Columns {
+    const uint8_t* codes[kLanes];
+    const uint8_t* scales[kLanes];
+};
+
+// The columns from `column` on. Those beyond the last are copies of it.
+inline Columns columns_at(const Format& format, const Weights& weights, int64_t column) {
+    Columns columns;
     for (int i = 0; i < kLanes; i++) {
-        const int64_t n = std::min(column + v * kLanes + i, format.n - 1);
-        codes[i] = weights.codes + n * format.row_bytes();
-        scales[i] = reinterpret_cast<const uint8_t*>(weights.scales + n * format.blocks());
+        const int64_t n = std::min(column + i, format.n - 1);
+        columns.codes[i] = weights.codes + n * format.row_bytes();
+        columns.scales[i] = reinterpret_cast<const uint8_t*>(weights.scales + n * format.blocks());
     }
+    return columns;
+}
+
+// Fill vector `v` of a panel whose first column is `column`.
+inline void fill_vector(const Format& format, const Weights& weights, int64_t column, int v, const Panel& panel) {
+    const Columns columns = columns_at(format, weights, column + v * kLanes);
     uint8_t* units = panel.codes + v * vnni::kVectorBytes;
     if (format.bits == 8) {
-        transpose_rows(codes, format.row_bytes(), [=](int64_t i, __m512i bytes) {
+        transpose_rows(columns.codes, format.row_bytes(), [=](int64_t i, __m512i bytes) {
             _mm512_store_si512(units + i * kUnitBytes, bytes);
         });
     } else {
-        transpose_rows(codes, format.row_bytes(), [=](int64_t i, __m512i bytes) {
+        transpose_rows(columns.codes, format.row_bytes(), [=](int64_t i, __m512i bytes) {
             _mm512_store_si512(units + 2 * i * kUnitBytes, vnni::low_halves(bytes));
             _mm512_store_si512(units + (2 * i + 1) * kUnitBytes, vnni::high_halves(bytes));
         });
     }
-    transpose_rows(scales, format.blocks() * sizeof(float), [&](int64_t block, __m512i values) {
+    transpose_rows(columns.scales, format.blocks() * sizeof(float), [&](int64_t block, __m512i values) {
         _mm512_store_si512(panel.scales + block * kColumns + v * kLanes, values);
     });
 }
@@ -188,20 +200,18 @@ using Multiply = void (*)(const Format&, const Rows&, int64_t, const Panel&, flo
 constexpr Multiply kMultiply[kTileRows] = {multiply<1>, multiply<2>, multiply<3>,
                                            multiply<4>, multiply<5>, multiply<6>};
 
-// Write `count` rows of 64 columns to an output (m, n) from `row` and `column` on, with the bias.
+// Write `count` rows of 16 columns, of totals `stride` apart, to an output (m, n) from `row` and `column` on, with the
+// bias. Columns beyond the last are left away.
 inline void write(
-    const Format& format, const Weights& weights, const float* totals, int64_t count, int64_t row, int64_t column,
-    float* output
+    const Format& format, const Weights& weights, const float* totals, int64_t stride, int64_t count, int64_t row,
+    int64_t column, float* output
 ) {
-    for (int v = 0; v < kVectors; v++) {
-        const int64_t n = column + v * kLanes;
-        const __mmask16 lanes = vnni::first_lanes(format.n - n);
-        if (lanes == 0) return;
-        const __m512 bias = weights.bias ? _mm512_maskz_loadu_ps(lanes, weights.bias + n) : _mm512_setzero_ps();
-        for (int64_t r = 0; r < count; r++) {
-            const __m512 values = _mm512_load_ps(totals + r * kColumns + v * kLanes);
-            _mm512_mask_storeu_ps(output + (row + r) * format.n + n, lanes, _mm512_add_ps(values, bias));
-        }
+    const __mmask16 lanes = vnni::first_lanes(format.n - column);
+    if (lanes == 0) return;
+    const __m512 bias = weights.bias ? _mm512_maskz_loadu_ps(lanes, weights.bias + column) : _mm512_setzero_ps();
+    for (int64_t r = 0; r < count; r++) {
+        const __m512 values = _mm512_add_ps(_mm512_load_ps(totals + r * stride), bias);
+        _mm512_mask_storeu_ps(output + (row + r) * format.n + column, lanes, values);
     }
 }
 
@@ -215,7 +225,9 @@ inline void product(
     for (int64_t tiles = (m + kTileRows - 1) / kTileRows, row = 0; tiles > 0; tiles--) {
         const int64_t count = (m - row + tiles - 1) / tiles;
         kMultiply[count - 1](format, rows, row, panel, totals);
-        write(format, weights, totals, count, row, column, output);
+        for (int64_t at = 0; at < kColumns; at += kLanes) {
+            write(format, weights, totals + at, kColumns, count, row, column + at, output);
+        }
         row += count;
     }
 }

@@ -16,9 +16,9 @@ using vnni::kVectorBytes;
 // Rows that 16 vectors of weights and an accumulator for each leave registers for.
 constexpr int kMostRows = 8;
 
-// Where 16 columns are: their weights, and scales (blocks, 16).
+// 16 columns, and their scales transposed, (blocks, 16).
 struct Strip {
-    const uint8_t* codes[kLanes];
+    panels::Columns columns;
     const float* scales;
 };
 
@@ -26,21 +26,14 @@ inline size_t scales_bytes(const Format& format) {
     return panels::whole_vectors(format.blocks() * sizeof(float)) * kLanes;
 }
 
-// The strip whose first column is `column`. Columns beyond the last are copies of it. scales: of `scales_bytes`.
+// The strip whose first column is `column`. scales: of `scales_bytes`.
 inline Strip strip_at(const Format& format, const Weights& weights, int64_t column, float* scales) {
-    Strip strip;
-    const uint8_t* scale_rows[kLanes];
-    for (int i = 0; i < kLanes; i++) {
-        const int64_t n = std::min(column + i, format.n - 1);
-        strip.codes[i] = weights.codes + n * format.row_bytes();
-        scale_rows[i] = reinterpret_cast<const uint8_t*>(weights.scales + n * format.blocks());
-    }
+    const panels::Columns columns = panels::columns_at(format, weights, column);
     const int64_t bytes = format.blocks() * sizeof(float);
-    panels::transpose_rows(scale_rows, bytes, [=](int64_t block, __m512i values) {
+    panels::transpose_rows(columns.scales, bytes, [=](int64_t block, __m512i values) {
         _mm512_store_si512(scales + block * kLanes, values);
     });
-    strip.scales = scales;
-    return strip;
+    return {columns, scales};
 }
 
 // Add the products of four bytes of 16 columns with what `Count` rows have for them.
@@ -81,13 +74,13 @@ void multiply(const Format& format, const Rows& rows, const Strip& strip, float*
     constexpr int kPart = operands::kLeastBlock * Bits / 32;  // vectors that belong to one block for sure
     const int64_t bytes = format.row_bytes(), block_end = format.block * Bits / 8 - 1;  // of a power of two, as a mask
     const int8_t* codes = rows.codes;
-    const uint8_t* next = strip.codes[0] + 2 * kLanes * bytes;  // two strips on: one alone comes too late
+    const uint8_t* next = strip.columns.codes[0] + 2 * kLanes * bytes;  // two strips on: one alone comes too late
     std::fill(totals, totals + Count * kLanes, 0.0f);
     __m512i sums[Count];
     begin_block(format, rows, 0, sums);
     for (int64_t offset = 0, block = 0; offset < bytes; offset += kVectorBytes, next += kLanes * kVectorBytes) {
         __m512i vectors[kLanes];
-        panels::load_transposed(strip.codes, offset, bytes, next, vectors);
+        panels::load_transposed(strip.columns.codes, offset, bytes, next, vectors);
 #pragma GCC unroll 8
         for (int part = 0; part < kLanes; part += kPart) {
             const int64_t done = offset + 4 * (part + kPart);
@@ -110,18 +103,6 @@ template <int Bits>
 constexpr Multiply kMultiply[kMostRows] = {multiply<Bits, 1>, multiply<Bits, 2>, multiply<Bits, 3>, multiply<Bits, 4>,
                                            multiply<Bits, 5>, multiply<Bits, 6>, multiply<Bits, 7>, multiply<Bits, 8>};
 
-// Write m rows of 16 columns to an output (m, n) from `column` on, with the bias.
-inline void write(
-    const Format& format, const Weights& weights, const float* totals, int64_t m, int64_t column, float* output
-) {
-    const __mmask16 lanes = vnni::first_lanes(format.n - column);
-    const __m512 bias = weights.bias ? _mm512_maskz_loadu_ps(lanes, weights.bias + column) : _mm512_setzero_ps();
-    for (int64_t r = 0; r < m; r++) {
-        const __m512 values = _mm512_add_ps(_mm512_load_ps(totals + r * kLanes), bias);
-        _mm512_mask_storeu_ps(output + r * format.n + column, lanes, values);
-    }
-}
-
 // The product of all m rows, at most 8, with the 16 columns from `column` on. scales: of `scales_bytes`.
 inline void product(
     const Format& format, const Weights& weights, const Rows& rows, int64_t m, int64_t column, float* scales,
@@ -131,7 +112,7 @@ inline void product(
     alignas(kVectorBytes) float totals[kMostRows * kLanes];
     const Multiply multiply = format.bits == 8 ? kMultiply<8>[m - 1] : kMultiply<4>[m - 1];
     multiply(format, rows, strip, totals);
-    write(format, weights, totals, m, column, output);
+    panels::write(format, weights, totals, kLanes, m, 0, column, output);
 }
 
 }  // namespace strips

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnxruntime as ort
 
 from expe_edge.errors import GenerationError
@@ -35,7 +34,6 @@ class Cache:
         self.lengths: Ids = self.storage.lengths
         self.histories = [History() for _ in range(batch)]
         self.begin, self.batch = 0, batch
-        self._ones: Ids = np.ones((1, 0), dtype=np.int64)
 
     def rows(self, begin: int, end: int) -> Cache:
         """Return rows [begin, end) as a cache over the same memory: what is put there is put here."""
@@ -43,7 +41,7 @@ class Cache:
         view.contract, view.capacity, view.window = self.contract, self.capacity, self.window
         view.storage = self.storage
         view.lengths, view.histories = self.lengths[begin:end], self.histories[begin:end]
-        view.begin, view.batch, view._ones = self.begin + begin, end - begin, self._ones
+        view.begin, view.batch = self.begin + begin, end - begin
         return view
 
     def row(self, index: int) -> Cache:
@@ -67,21 +65,21 @@ class Cache:
 
     # What a run needs
 
-    def prepare(self, tokens: int) -> Ids:
-        """Make room for a run that appends `tokens` to every row; return its attention mask, (batch, total_sequence).
+    def prepare(self, tokens: int) -> int:
+        """Make room for a run that appends `tokens` to every row; return how many the longest row has then.
 
         Raises:
             GenerationError: they do not fit.
         """
-        longest = max(self.lengths.tolist()) + tokens
+        longest: int = max(self.lengths.tolist()) + tokens
         if longest > self.capacity:
             longest = self._drop(tokens)
         self.storage.prepare(self.begin, self.end, tokens, longest)
-        if self.batch > 1:
-            return self.storage.mask(self.begin, self.end, tokens)
-        if longest > self._ones.shape[1]:  # made seldom: each token's microseconds count
-            self._ones = np.ones((1, longest + longest // 4 + 64), dtype=np.int64)
-        return self._ones[:, :longest]
+        return longest
+
+    def mask(self, tokens: int) -> Ids:
+        """Return the attention mask of that run, (batch, total_sequence), where it is of several rows."""
+        return self.storage.mask(self.begin, self.end, tokens)
 
     def bind(self, binding: ort.IOBinding, tokens: int) -> None:
         """Bind past and present for that run."""

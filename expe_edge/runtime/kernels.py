@@ -57,10 +57,12 @@ class Kernels:
         A portable package has none: its products become MatMulNBits in onnxruntime alone, and in a graph that does not
         import the operator's domain, operators of a library hide those that onnxruntime makes besides.
         """
-        if OPERATOR not in manifest.operators or missing():
+        if OPERATOR not in manifest.operators:
             return None
         try:
-            require_private(self.directory)
+            require_private(self.directory)  # first: most users have built none
+            if missing():
+                return None
             for path in sorted(self.directory.glob(f"{source_hash()}-*.so")):
                 if path.stem.partition("-")[2] == file_hash(path):
                     return path

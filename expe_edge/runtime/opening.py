@@ -114,6 +114,7 @@ def open_session(
 
 
 def open_on_cpu(package: Package, threads: int, cache: GraphCache | None, library: Path | None) -> ort.InferenceSession:
+    """Open the graph of a package, or what a cache has of it, with a library of kernels or without."""
     if cache is None:
         return _open_graph(package, _options(threads, library), "cpu")
     session = cache.open(package, _options(threads, library), library)

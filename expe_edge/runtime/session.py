@@ -213,10 +213,10 @@ class Step:
             PackageError: onnxruntime cannot run the graph. GenerationError: the cache is full.
         """
         cache = self.cache
-        mask = cache.prepare(self.tokens)
+        longest = cache.prepare(self.tokens)
         self.input_ids[:] = tokens
         np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
-        self.binding.bind_ortvalue_input("attention_mask", self._mask(mask))
+        self.binding.bind_ortvalue_input("attention_mask", self._mask(longest))
         if self.bound != cache.version:
             cache.bind(self.binding, self.tokens)
             self.bound = cache.version
@@ -227,20 +227,19 @@ class Step:
         cache.advance(self.input_ids)
         return self.logits
 
-    def _mask(self, mask: Ids) -> ort.OrtValue:
-        """Return an attention mask (B, total_sequence) as onnxruntime wants it.
+    def _mask(self, longest: int) -> ort.OrtValue:
+        """Return the attention mask of a run after which the longest row has so many tokens, (B, total_sequence).
 
         One row's are all ones, and those of the steps to come are made with it: after a run the processor's caches hold
         weights, and what Python does once a step takes several times as long as when it is repeated.
         """
-        rows, total = mask.shape
-        if rows > 1 or self.tokens > 1:
-            return ort.OrtValue.ortvalue_from_numpy(mask)
-        if total not in self.masks:
-            ones = np.ones((1, total + MASKS_AHEAD), dtype=np.int64)
-            ahead = range(total, total + MASKS_AHEAD)
-            self.masks = {length: ort.OrtValue.ortvalue_from_numpy(ones[:, :length]) for length in ahead}
-        return self.masks[total]
+        if self.cache.batch > 1:
+            return ort.OrtValue.ortvalue_from_numpy(self.cache.mask(self.tokens))
+        if longest not in self.masks:
+            lengths = range(longest, longest + (MASKS_AHEAD if self.tokens == 1 else 1))
+            ones = np.ones((1, lengths[-1]), dtype=np.int64)
+            self.masks = {length: ort.OrtValue.ortvalue_from_numpy(ones[:, :length]) for length in lengths}
+        return self.masks[longest]
 
 
 def _run_failed(path: Path, error: Exception) -> PackageError:

@@ -24,9 +24,8 @@ def default_threads() -> int:
     chosen = os.environ.get(VARIABLE, "")
     if chosen.isdecimal() and int(chosen) > 0:
         return int(chosen)
-    quota = processor_quota()
-    limit = len(usable()) if quota is None else max(1, int(quota + 0.5))
-    return min(cores(usable()), limit)
+    quota, most = processor_quota(), cores(usable())
+    return most if quota is None else min(most, max(1, int(quota + 0.5)))
 
 
 def usable() -> list[int]:

@@ -27,15 +27,16 @@ def peak_bytes() -> int:
     """
     if not STATUS.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    return _status_bytes("VmHWM")
+    return status_bytes("VmHWM")
 
 
 def resident_bytes() -> int:
     """Return the resident set of this process, where /proc says it."""
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """Return what /proc says of this process under `name`, one of its sizes."""
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
