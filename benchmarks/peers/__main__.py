@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from expe_edge.errors import reason_of
 from expe_edge.progress import counted
 from expe_edge.quant.recipe import WEIGHT_BITS
 from expe_edge.runtime.threads import default_threads
+from expe_edge.runtime.user_caches import OFF
 from expe_edge.speed.apart import Apart
 from expe_edge.speed.machine import LIBRARIES, processor, versions
 
@@ -35,6 +37,8 @@ COMPARED = (*LIBRARIES, "onnxruntime-genai", "optimum-onnx", "llama-cpp-python",
 SAID = dict(zip(KEEPS, ("", ", int8 cache", ", windows", ", windows, int8 cache"), strict=True))
 #: Precisions of ours that genai is timed on, and Optimum.
 GENAI, OPTIMUM = ("int8-dynamic", "int8-weight", "int4-weight"), ("int8-dynamic", "int8-weight")
+#: Those that kernels of our own are for.
+BLOCKS = tuple(name for name, (precision, _) in WEIGHTS.items() if precision != "int8-dynamic")
 BITS = {"Q8_0": 8, "Q4_0": 4} | {name: WEIGHT_BITS[precision] for name, (precision, _) in WEIGHTS.items()}
 
 
@@ -64,11 +68,16 @@ def contenders() -> list[Contender]:
     def package(weights: str, keeps: str = "") -> Callable[[Models], tuple[Any, ...]]:
         return lambda models: (models.package(weights, keeps),)
 
-    found = [
-        Contender(f"ours, {name}{SAID[keeps]}", BITS[name], Ours, (), package(name, keeps))
-        for name in WEIGHTS
-        for keeps in KEEPS
-    ]
+    def ours(weights: str, keeps: str, *, built: bool) -> Contender:
+        label = f"ours, {weights}{SAID[keeps]}{', own kernels' if built else ''}"
+
+        def opened(models: Models) -> tuple[Any, ...]:
+            return models.package(weights, keeps), models.kernels if built else OFF
+
+        return Contender(label, BITS[weights], Ours, (), opened)
+
+    found = [ours(weights, keeps, built=False) for weights, keeps in product(WEIGHTS, KEEPS)]
+    found += [ours(weights, keeps, built=True) for weights, keeps in product(BLOCKS, KEEPS)]
     found += [
         Contender(f"onnxruntime-genai, {name}", BITS[name], GenAI, ("onnxruntime_genai",), package(name))
         for name in GENAI

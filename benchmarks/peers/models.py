@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.untrained import make_checkpoint, make_packages
+from expe_edge.runtime.kernels import Kernels
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and not every runtime needs it
     from expe_edge.model.config import ExPEConfig
@@ -74,6 +75,13 @@ class Models:
                 options += ["--head-window", str(self.config.training_length), "--head-window-cost", "inf"]
             make_packages(self.checkpoint, packages, missing, options)
         return wanted
+
+    @property
+    def kernels(self) -> Path:
+        """The directory of kernels of our own, compiled here. Raises `ConfigError` where they cannot be."""
+        directory = self.folder / "kernels"
+        Kernels(directory).build()
+        return directory
 
     def gguf(self, weights: str) -> Path:
         """A llama for llama.cpp. weights: `Q8_0` or `Q4_0`, of every matrix."""

@@ -90,11 +90,11 @@ def pieces(tokens: np.ndarray) -> list[np.ndarray]:
 
 
 class Ours(Runtime):
-    """A package in our runtime."""
+    """A package in our runtime. kernels: the directory of our own, or `off`."""
 
-    def __init__(self, path: Path, vocab_size: int, threads: int, clock: str) -> None:
+    def __init__(self, path: Path, kernels: str | Path, vocab_size: int, threads: int, clock: str) -> None:
         super().__init__(vocab_size, threads, clock)
-        self.session = PackageSession.load(path, threads=threads)
+        self.session = PackageSession.load(path, threads=threads, kernels=kernels)
 
     def prefill(self, depth: int, tokens: np.ndarray) -> float:
         cache = filled(self.session, depth, len(tokens))

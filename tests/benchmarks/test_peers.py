@@ -16,6 +16,8 @@ from benchmarks.peers import __main__ as peers
 from benchmarks.peers import models
 from benchmarks.peers.report import Timings, ratio_table, speed_table
 from benchmarks.peers.runtimes import CTranslate2, GenAI, LlamaCpp, Optimum, Ours, Runtime, Torch, repeated_state
+from expe_edge.errors import ConfigError
+from expe_edge.runtime.kernels import compiler, require_possible
 from expe_edge.speed.apart import Apart
 from tests.small import command_runner
 
@@ -56,13 +58,30 @@ def test_ours_and_what_is_missing(made: models.Models, monkeypatch: pytest.Monke
 
 
 def test_a_contender_that_fails_leaves_the_others_running(made: models.Models, tmp_path: Path) -> None:
-    broken = peers.Contender("broken", 8, Ours, (), lambda _: (tmp_path / "none",))
-    whole = peers.Contender("whole", 4, Ours, (), lambda of: (of.package("int4-weight", ""),))
+    broken = peers.Contender("broken", 8, Ours, (), lambda _: (tmp_path / "none", "off"))
+    whole = peers.Contender("whole", 4, Ours, (), lambda of: (of.package("int4-weight", ""), "off"))
     settings = peers.Settings(made.size, (0, 2**30), 4, 2, 1, 1, "wall")
 
     *_, found = peers.measure([broken, whole], made, settings)
 
     assert [(each.contender, each.depth) for each in found] == [("whole", 0)]  # the encoding ends before the other
+
+
+def test_ours_with_kernels_of_our_own(made: models.Models) -> None:
+    try:
+        require_possible()
+        compiler()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    chosen = [
+        each for each in peers.contenders() if each.name in ("ours, int8-weight", "ours, int8-weight, own kernels")
+    ]
+    settings = peers.Settings(made.size, (0,), 4, 2, 1, 1, "wall")
+
+    *_, found = peers.measure(chosen, made, settings)
+
+    assert [each.contender for each in found] == [each.name for each in chosen]
+    assert list((made.folder / "kernels").glob("*.so"))
 
 
 #: A runtime, the module it needs, and what it opens of a shape.
