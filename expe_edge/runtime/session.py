@@ -193,7 +193,8 @@ class Step:
         self.session, self.cache, self.tokens = session.session, cache, tokens
         self.path = session.package.model_path
         self.input_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
-        self.position_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
+        # One token stands at its row's length, whose memory is bound; of several, positions are written every time.
+        self.position_ids = cache.lengths[:, None] if tokens == 1 else np.zeros((cache.batch, tokens), dtype=np.int64)
         self.offsets = np.arange(tokens, dtype=np.int64)
         self.binding = self.session.io_binding()
         last = last and session.keeps_last
@@ -215,7 +216,8 @@ class Step:
         cache = self.cache
         longest = cache.prepare(self.tokens)
         self.input_ids[:] = tokens
-        np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
+        if self.tokens > 1:
+            np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
         self.binding.bind_ortvalue_input("attention_mask", self._mask(longest))
         if self.bound != cache.version:
             cache.bind(self.binding, self.tokens)

@@ -27,6 +27,7 @@ class SharedStorage(Storage):
         super().__init__(contract, batch, capacity)
         self.groups = contract.groups
         self.kept: list[Ids] = [self.lengths.copy() if group.window else self.lengths for group in self.groups]
+        self._counts += [memoryview(kept) for kept in self.kept if kept is not self.lengths]
         self.free = PREFILL_CHUNK  # tokens that a run may append to a window
         self.columns = 0
         self.arrays: list[Array] = [
@@ -131,12 +132,6 @@ class SharedStorage(Storage):
         for name, kept in zip(self.contract.window_lengths, self.kept, strict=True):
             if name:  # memory that changes in place
                 binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(kept[begin:end]))
-
-    def advance(self, begin: int, end: int, tokens: int) -> None:
-        super().advance(begin, end, tokens)
-        for group, kept in zip(self.groups, self.kept, strict=True):
-            if group.window:
-                kept[begin:end] += tokens
 
     def mask(self, begin: int, end: int, tokens: int) -> Ids:
         held = self.lengths[begin:end, None] + tokens

@@ -40,6 +40,7 @@ class Storage(ABC):
     def __init__(self, contract: GraphContract, batch: int, capacity: int) -> None:
         self.contract, self.batch, self.capacity = contract, batch, capacity
         self.lengths: Ids = np.zeros(batch, dtype=np.int64)
+        self._counts = [memoryview(self.lengths)]  # of tokens, that every run adds to
         self.version = 0
 
     @property
@@ -90,8 +91,13 @@ class Storage(ABC):
         """Bind past and present of the rows for a run that appends `tokens` to each."""
 
     def advance(self, begin: int, end: int, tokens: int) -> None:
-        """Note that such a run has been made."""
-        self.lengths[begin:end] += tokens
+        """Note that such a run has been made.
+
+        In Python's integers: a run displaces NumPy's code from the processor's caches, and its sum takes 50 µs then.
+        """
+        for counts in self._counts:
+            for row in range(begin, end):
+                counts[row] += tokens
 
     @abstractmethod
     def mask(self, begin: int, end: int, tokens: int) -> Ids:
