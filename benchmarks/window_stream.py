@@ -2,20 +2,52 @@
 
     python -m benchmarks.window_stream expe_edge/reference/int8-dynamic --tokens 1000000
 
-Reads random tokens, part by part, and decodes some behind each.
+Reads random tokens, part by part, and decodes some behind each. Beside every part a new context reads a shorter text
+and decodes behind it: the ratio of the two speeds leaves out how busy the machine is.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 
 from expe_edge.runtime import Generator, Window
-from expe_edge.speed.measuring import resident_bytes
+from expe_edge.runtime.context import Context
+from expe_edge.speed.measuring import quartiles, resident_bytes
+
+#: A new context's text, as a part of the stream's.
+NEW = 0.25
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads random tokens into contexts, and decodes so many behind them."""
+
+    generator: Generator
+    random: np.random.Generator
+    decoded: int
+
+    def speeds(self, context: Context, tokens: int) -> tuple[float, float]:
+        """Append so many tokens to a context and decode; return tokens a second of both."""
+        text = self.random.integers(self.generator.session.contract.vocab_size, size=tokens).tolist()
+        began = time.perf_counter()
+        context.append(text)
+        reading = time.perf_counter() - began
+        stream = self.generator.stream(None, context=context, max_new_tokens=self.decoded)
+        for _ in stream:
+            pass
+        return tokens / reading, self.decoded / stream.completion.decode_seconds
+
+
+def change(values: np.ndarray) -> list[float]:
+    """Return quartiles of the second half of `values` (n,) over the median of the first, less 1."""
+    half = len(values) // 2
+    return [round(value, 4) for value in quartiles(values[half:] / np.median(values[:half]) - 1)]
 
 
 @click.command()
@@ -31,26 +63,19 @@ def main(package: Path, tokens: int, window: int, sinks: int, part: int, decoded
 
     The first part is not compared: caches and arenas fill then.
     """
-    generator, random = Generator.load(package, threads=threads), np.random.default_rng(0)
+    generator = Generator.load(package, threads=threads)
     generator.end_of_text = None
-    context = generator.context(window=Window(window, sinks))
-    found = []
+    reader, kept = Reader(generator, np.random.default_rng(0), decoded), Window(window, sinks)
+    context, found = generator.context(window=kept), []
     for _ in range(tokens // part):
-        began = time.perf_counter()
-        context.append(random.integers(generator.session.contract.vocab_size, size=part).tolist())
-        reading = time.perf_counter() - began
-        stream = generator.stream(None, context=context, max_new_tokens=decoded)
-        for _ in stream:
-            pass
-        speeds = part / reading, decoded / stream.completion.decode_seconds
-        found.append((resident_bytes(), *speeds))
-        result = dict(zip(("resident_bytes", "read_per_second", "decoded_per_second"), found[-1], strict=True))
-        print(json.dumps({"tokens": len(context), **result}), flush=True)
-    table = np.array(found[1:])
-    change = table[-5:].mean(axis=0) / table[:5].mean(axis=0) - 1
-    print(
-        json.dumps({"resident": round(change[0], 4), "reading": round(change[1], 4), "decoding": round(change[2], 4)})
-    )
+        read, decode = reader.speeds(context, part)
+        new_read, new_decode = reader.speeds(generator.context(window=kept), int(part * NEW))
+        found.append((resident_bytes(), read / new_read, decode / new_decode))
+        result = {"resident_bytes": found[-1][0], "read_per_second": read, "decoded_per_second": decode}
+        ratios = {"reading_over_new": found[-1][1], "decoding_over_new": found[-1][2]}
+        print(json.dumps({"tokens": len(context), **result, **ratios}), flush=True)
+    resident, reading, decoding = map(change, np.array(found[1:]).T)
+    print(json.dumps({"quartiles of the change": {"resident": resident, "reading": reading, "decoding": decoding}}))
 
 
 if __name__ == "__main__":

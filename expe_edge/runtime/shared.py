@@ -27,7 +27,7 @@ class SharedStorage(Storage):
         super().__init__(contract, batch, capacity)
         self.groups = contract.groups
         self.kept: list[Ids] = [self.lengths.copy() if group.window else self.lengths for group in self.groups]
-        self._counts += [memoryview(kept) for kept in self.kept if kept is not self.lengths]
+        self._counts += [kept.data for kept in self.kept if kept is not self.lengths]
         self.free = PREFILL_CHUNK  # tokens that a run may append to a window
         self.columns = 0
         self.arrays: list[Array] = [

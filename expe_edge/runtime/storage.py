@@ -40,7 +40,7 @@ class Storage(ABC):
     def __init__(self, contract: GraphContract, batch: int, capacity: int) -> None:
         self.contract, self.batch, self.capacity = contract, batch, capacity
         self.lengths: Ids = np.zeros(batch, dtype=np.int64)
-        self._counts = [memoryview(self.lengths)]  # of tokens, that every run adds to
+        self._counts = [self.lengths.data]  # of tokens, that every run adds to
         self.version = 0
 
     @property
