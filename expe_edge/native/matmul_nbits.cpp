@@ -2,14 +2,14 @@
 // of the one it has: weights of 4 or 8 bits in blocks without zero points, activations rounded to int8 by block
 // (accuracy level 4), float32 in and out. What has anything else is refused when the kernel is made.
 //
-// Weights stay as the graph holds them, and nothing is packed ahead. One row goes by dots.h, a few by strips.h, many by
-// panels.h.
+// Weights stay as the graph has them, copied into huge pages. One row goes by dots.h, a few by strips.h, many by panels.h.
 #include <atomic>
 #include <climits>
 #include <memory>
 #include <new>
 
 #include "dots.h"
+#include "huge_pages.h"
 #include "ort_abi.h"
 #include "panels.h"
 #include "strips.h"
@@ -38,7 +38,9 @@ constexpr int64_t kTasks = 32, kLeastTaskBytes = 8192, kMostTaskBytes = 49152;
 struct Kernel {
     const ort::Api* api;
     Format format;
-    bool has_bias;
+    huge_pages::Copy codes, scales, bias;
+
+    Weights weights() const { return {codes.as<uint8_t>(), scales.as<float>(), bias.as<float>()}; }
 };
 
 // What all tasks of a run share.
@@ -156,13 +158,12 @@ ort::Status* run_row(const ort::Api& api, const ort::KernelContext* context, con
 
 // What onnxruntime calls for every run of a node.
 
-template <typename Element>
-ort::Status* read_input(const ort::Api& api, const ort::KernelContext* context, Input index, const Element** data) {
+ort::Status* read_activations(const ort::Api& api, const ort::KernelContext* context, const float** data) {
     const ort::Value* value = nullptr;
     void* address = nullptr;
-    RETURN_IF_FAILED(api.input(context, index, &value));
+    RETURN_IF_FAILED(api.input(context, kActivations, &value));
     RETURN_IF_FAILED(api.data(const_cast<ort::Value*>(value), &address));
-    *data = static_cast<const Element*>(address);
+    *data = static_cast<const float*>(address);
     return nullptr;
 }
 
@@ -197,13 +198,10 @@ ort::Status* make_output(const Kernel& kernel, ort::KernelContext* context, int6
 ort::Status* compute(void* self, ort::KernelContext* context) {
     const Kernel& kernel = *static_cast<Kernel*>(self);
     const ort::Api& api = *kernel.api;
-    Run run{kernel.format, {}, nullptr, nullptr, 0};
+    Run run{kernel.format, kernel.weights(), nullptr, nullptr, 0};
     RETURN_IF_FAILED(make_output(kernel, context, &run.m, &run.output));
     if (run.m == 0) return nullptr;
-    RETURN_IF_FAILED(read_input(api, context, kActivations, &run.input));
-    RETURN_IF_FAILED(read_input(api, context, kCodes, &run.weights.codes));
-    RETURN_IF_FAILED(read_input(api, context, kScales, &run.weights.scales));
-    if (kernel.has_bias) RETURN_IF_FAILED(read_input(api, context, kBias, &run.weights.bias));
+    RETURN_IF_FAILED(read_activations(api, context, &run.input));
     return run.m == 1 ? run_row(api, context, run) : run_rows(api, context, run);
 }
 
@@ -231,8 +229,11 @@ ort::Status* has_input(const ort::Api& api, const ort::KernelInfo* info, size_t 
     return nullptr;
 }
 
-// Weights must be constants of the size that the format gives them, so that no run reads behind them.
-ort::Status* require_constant(const ort::Api& api, const ort::KernelInfo* info, Input index, int64_t elements) {
+// Take weights, which must be constants of the size that the format gives them, so that no run reads behind them.
+template <typename Element>
+ort::Status* take_constant(
+    const ort::Api& api, const ort::KernelInfo* info, Input index, int64_t elements, huge_pages::Copy* taken
+) {
     int is_constant = 0;
     const ort::Value* value = nullptr;
     RETURN_IF_FAILED(api.constant_input(info, index, &is_constant, &value));
@@ -243,7 +244,11 @@ ort::Status* require_constant(const ort::Api& api, const ort::KernelInfo* info, 
     ort::Status* status = api.element_count(shape, &count);
     api.release(shape);
     if (status != nullptr) return status;
-    return count == static_cast<size_t>(elements) ? nullptr : refused(api, "MatMulNBits: weights of another shape");
+    if (count != static_cast<size_t>(elements)) return refused(api, "MatMulNBits: weights of another shape");
+    void* data = nullptr;
+    RETURN_IF_FAILED(api.data(const_cast<ort::Value*>(value), &data));
+    *taken = huge_pages::Copy(data, count * sizeof(Element));
+    return nullptr;
 }
 
 ort::Status* read_format(const ort::Api& api, const ort::KernelInfo* info, Format* format) {
@@ -265,14 +270,14 @@ ort::Status* read_kernel(const ort::Api& api, const ort::KernelInfo* info, Kerne
     kernel->api = &api;
     const Format& format = kernel->format;
     RETURN_IF_FAILED(read_format(api, info, &kernel->format));
-    bool zero_points = false, order = false;
+    bool zero_points = false, order = false, bias = false;
     RETURN_IF_FAILED(has_input(api, info, kZeroPoints, &zero_points));
     RETURN_IF_FAILED(has_input(api, info, kOrder, &order));
-    RETURN_IF_FAILED(has_input(api, info, kBias, &kernel->has_bias));
+    RETURN_IF_FAILED(has_input(api, info, kBias, &bias));
     if (zero_points || order) return refused(api, "MatMulNBits: zero points or an order of groups");
-    RETURN_IF_FAILED(require_constant(api, info, kCodes, format.n * format.row_bytes()));
-    RETURN_IF_FAILED(require_constant(api, info, kScales, format.n * format.blocks()));
-    return kernel->has_bias ? require_constant(api, info, kBias, format.n) : nullptr;
+    RETURN_IF_FAILED(take_constant<uint8_t>(api, info, kCodes, format.n * format.row_bytes(), &kernel->codes));
+    RETURN_IF_FAILED(take_constant<float>(api, info, kScales, format.n * format.blocks(), &kernel->scales));
+    return bias ? take_constant<float>(api, info, kBias, format.n, &kernel->bias) : nullptr;
 }
 
 ort::Status* create_kernel(

@@ -22,6 +22,7 @@ from expe_edge.runtime.graph_cache import GRAPH_FILE, GraphCache, entry_name
 from expe_edge.runtime.kernels import OPERATOR, VARIABLE, Kernels, compiler, kernels_at, require_possible, source_hash
 from expe_edge.runtime.opening import open_on_cpu
 from expe_edge.runtime.processor import instructions
+from expe_edge.speed.measuring import status_bytes
 from tests.command_line import refused, succeed
 from tests.products import Product
 
@@ -119,6 +120,20 @@ def test_runs_of_one_session_and_of_two_at_once(library: Path, rows: int) -> Non
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(4)))
+
+
+def test_memory_of_weights_ends_with_the_session(library: Path) -> None:
+    """Every session copies 32 MB."""
+    product = Product(2048, 2**14, 8, 128)
+    x = np.ones((1, 1, product.k), dtype=np.float32)
+    (expected,) = product.session(library=library).run(None, {"x": x})
+    before = status_bytes("VmSize")
+
+    for _ in range(8):
+        (found,) = product.session(library=library).run(None, {"x": x})
+        np.testing.assert_array_equal(found, expected)
+
+    assert status_bytes("VmSize") - before < 100e6
 
 
 REFUSALS = [
