@@ -7,11 +7,11 @@ import time
 import click
 
 
-@click.command("build-kernels", short_help="Compile faster products for this processor.")
+@click.command("build-kernels", short_help="Compile faster kernels for this processor.")
 @click.option("--kernels", metavar="DIRECTORY", help="Where to keep them; by default among the user's caches.")
 def build_kernels(kernels: str | None) -> None:
-    """Compile products with weights in blocks (int8-weight, int4-weight), whose source comes with expe-edge, by this
-    machine's C++ compiler: $CXX, c++, g++ or clang++. Packages are opened with them from then on.
+    """Compile attention, and products with weights in blocks (int8-weight, int4-weight), whose source comes with
+    expe-edge, by this machine's C++ compiler: $CXX, c++, g++ or clang++. Packages are opened with them from then on.
 
     They need Linux and a processor with AVX-512 VNNI. EXPE_EDGE_KERNELS names another directory for all commands, or
     turns them off.

@@ -19,12 +19,10 @@ from expe_edge.graph.nodes import MICROSOFT, GraphBuilder
 from expe_edge.graph.padding import TokensFirst
 from expe_edge.graph.windows import Keys
 from expe_edge.model.config import ExPEConfig
-from expe_edge.package.contract import FLOAT_HEADS, GraphContract, HeadGroup
+from expe_edge.package.contract import FLOAT_HEADS, FLOATS_FROM, MANY_TOKENS, GraphContract, HeadGroup
 
 #: What is added to the score of a key that a query does not see. Finite: a row of padding alone sees none.
 HIDDEN = float(np.finfo(np.float32).min)
-#: The fewest tokens of a run that reads the cache as floats: what it costs to restore is then won back (docs/log.md).
-MANY_TOKENS = 12
 
 
 class Reading(NamedTuple):
@@ -51,7 +49,8 @@ class Scales(NamedTuple):
 class FloatReading:
     """Appends what all layers share where an int8 cache may be read as floats.
 
-    It needs room in the cache, which a client has that gives one buffer for past and present.
+    It needs room in the cache, which a client has that gives one buffer for past and present. How many tokens are many
+    a client may say.
 
     Attributes:
         many: whether a run is one of many tokens that have such room, (1,) bool. readings: of every group.
@@ -66,7 +65,8 @@ class FloatReading:
     def __post_init__(self) -> None:
         graph = self.graph
         self.shared = self.config.num_attention_heads // self.config.num_key_value_heads
-        self.many = graph.op("GreaterOrEqual", self.run.length, graph.ints(MANY_TOKENS), name="floats.many")
+        least = graph.optional(FLOATS_FROM, MANY_TOKENS)
+        self.many = graph.op("GreaterOrEqual", self.run.length, least, name="floats.many")
         for index, keys in enumerate(self.keys):
             capacity = graph.op("Shape", self.contract.past_names[2 * index], name="floats.capacity", start=2, end=3)
             room = graph.op("GreaterOrEqual", capacity, keys.total, name="floats.room")

@@ -4,13 +4,12 @@
 //
 // Weights stay as the graph has them, copied into huge pages. One row goes by dots.h, a few by strips.h, many by panels.h.
 #include <atomic>
-#include <climits>
 #include <memory>
 #include <new>
 
 #include "dots.h"
 #include "huge_pages.h"
-#include "ort_abi.h"
+#include "operator.h"
 #include "panels.h"
 #include "strips.h"
 
@@ -18,8 +17,13 @@ namespace {
 
 using operands::Format;
 using operands::Weights;
+using operators::attribute;
+using operators::has_input;
+using operators::refused;
+using operators::run_tasks;
+using operators::Shape;
+using operators::tasks_of;
 
-constexpr const char* kDomain = "com.microsoft";
 constexpr const char* kName = "MatMulNBits";
 constexpr int64_t kInt8Activations = 4;  // the accuracy level
 
@@ -30,10 +34,6 @@ constexpr int64_t kRoundedRows = 16;
 // Tasks that the columns of a product of few rows are divided among, and the bytes of weights that one reads at least
 // and at most.
 constexpr int64_t kTasks = 32, kLeastTaskBytes = 8192, kMostTaskBytes = 49152;
-
-// End the function with what a call of the interface returns, unless that is success.
-#define RETURN_IF_FAILED(call) \
-    if (ort::Status* failed = (call)) return failed
 
 struct Kernel {
     const ort::Api* api;
@@ -70,8 +70,6 @@ struct DotRun : Run {
     DotRun(const Run& run, const dots::Walk& walk, uint8_t* memory, int64_t task_columns)
         : Run(run), walk(walk), row(dots::row_in(memory, walk)), task_columns(task_columns) {}
 };
-
-int64_t tasks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
 
 // Columns for each task of few rows, a multiple of `multiple`.
 int64_t columns_of_task(const Format& format, int64_t multiple) {
@@ -121,15 +119,6 @@ void multiply_columns(void* data, size_t task) {
     dots::product(run.format, run.walk, run.weights, run.row, begin, end, run.output);
 }
 
-// Run tasks on onnxruntime's threads; one alone on this thread.
-ort::Status* run_tasks(
-    const ort::Api& api, const ort::KernelContext* context, void (*task)(void*, size_t), size_t tasks, void* run
-) {
-    if (tasks > 1) return api.parallel_for(context, task, tasks, 0, run);
-    task(run, 0);
-    return nullptr;
-}
-
 ort::Status* no_memory(const ort::Api& api) {
     return api.create_status(ort::kFail, "MatMulNBits: no memory to unpack weights or activations in");
 }
@@ -158,41 +147,20 @@ ort::Status* run_row(const ort::Api& api, const ort::KernelContext* context, con
 
 // What onnxruntime calls for every run of a node.
 
-ort::Status* read_activations(const ort::Api& api, const ort::KernelContext* context, const float** data) {
-    const ort::Value* value = nullptr;
-    void* address = nullptr;
-    RETURN_IF_FAILED(api.input(context, kActivations, &value));
-    RETURN_IF_FAILED(api.data(const_cast<ort::Value*>(value), &address));
-    *data = static_cast<const float*>(address);
-    return nullptr;
-}
-
 // The output has the activations' shape but for its last axis, which is n. m: the product of the other axes.
 ort::Status* make_output(const Kernel& kernel, ort::KernelContext* context, int64_t* m, float** output) {
-    constexpr size_t kMostAxes = 16;
     const ort::Api& api = *kernel.api;
     const ort::Value* value = nullptr;
-    ort::TensorInfo* info = nullptr;
+    Shape shape;
     RETURN_IF_FAILED(api.input(context, kActivations, &value));
-    RETURN_IF_FAILED(api.tensor_info(value, &info));
-    size_t axes = 0;
-    int64_t sizes[kMostAxes];
-    ort::Status* status = api.axis_count(info, &axes);
-    if (status == nullptr && axes >= 1 && axes <= kMostAxes) status = api.sizes(info, sizes, axes);
-    api.release(info);
-    if (status != nullptr) return status;
-    if (axes < 1 || axes > kMostAxes || sizes[axes - 1] != kernel.format.k) {
+    RETURN_IF_FAILED(operators::read_shape(api, value, &shape));
+    if (shape.axes < 1 || shape.sizes[shape.axes - 1] != kernel.format.k) {
         return api.create_status(ort::kInvalidArgument, "MatMulNBits: the last axis of its input is not K");
     }
     *m = 1;
-    for (size_t axis = 0; axis + 1 < axes; axis++) *m *= sizes[axis];
-    sizes[axes - 1] = kernel.format.n;
-    ort::Value* made = nullptr;
-    void* address = nullptr;
-    RETURN_IF_FAILED(api.output(context, 0, sizes, axes, &made));
-    RETURN_IF_FAILED(api.data(made, &address));
-    *output = static_cast<float*>(address);
-    return nullptr;
+    for (size_t axis = 0; axis + 1 < shape.axes; axis++) *m *= shape.sizes[axis];
+    shape.sizes[shape.axes - 1] = kernel.format.n;
+    return operators::make_output(api, context, 0, shape.sizes, shape.axes, output);
 }
 
 ort::Status* compute(void* self, ort::KernelContext* context) {
@@ -201,50 +169,24 @@ ort::Status* compute(void* self, ort::KernelContext* context) {
     Run run{kernel.format, kernel.weights(), nullptr, nullptr, 0};
     RETURN_IF_FAILED(make_output(kernel, context, &run.m, &run.output));
     if (run.m == 0) return nullptr;
-    RETURN_IF_FAILED(read_activations(api, context, &run.input));
+    RETURN_IF_FAILED(operators::read_input(api, context, kActivations, &run.input));
     return run.m == 1 ? run_row(api, context, run) : run_rows(api, context, run);
 }
 
 // What it asks when a session is made.
-
-ort::Status* refused(const ort::Api& api, const char* reason) {
-    return api.create_status(ort::kNotImplemented, reason);
-}
-
-// An attribute, or 0 where the node has none of that name.
-int64_t attribute(const ort::Api& api, const ort::KernelInfo* info, const char* name) {
-    int64_t value = 0;
-    if (ort::Status* absent = api.attribute(info, name, &value)) {
-        api.release(absent);
-        return 0;
-    }
-    return value;
-}
-
-ort::Status* has_input(const ort::Api& api, const ort::KernelInfo* info, size_t index, bool* there) {
-    size_t count = 0, size = 0;
-    RETURN_IF_FAILED(api.input_count(info, &count));
-    if (index < count) RETURN_IF_FAILED(api.input_name(info, index, nullptr, &size));
-    *there = size > 1;  // one is the end of an empty name
-    return nullptr;
-}
 
 // Take weights, which must be constants of the size that the format gives them, so that no run reads behind them.
 template <typename Element>
 ort::Status* take_constant(
     const ort::Api& api, const ort::KernelInfo* info, Input index, int64_t elements, huge_pages::Copy* taken
 ) {
+    int64_t count = 0;
+    RETURN_IF_FAILED(operators::count_constant(api, info, index, &count));
+    if (count == 0) return refused(api, "MatMulNBits: weights that are no constants");
+    if (count != elements) return refused(api, "MatMulNBits: weights of another shape");
     int is_constant = 0;
     const ort::Value* value = nullptr;
     RETURN_IF_FAILED(api.constant_input(info, index, &is_constant, &value));
-    if (!is_constant || value == nullptr) return refused(api, "MatMulNBits: weights that are no constants");
-    ort::TensorInfo* shape = nullptr;
-    RETURN_IF_FAILED(api.tensor_info(value, &shape));
-    size_t count = 0;
-    ort::Status* status = api.element_count(shape, &count);
-    api.release(shape);
-    if (status != nullptr) return status;
-    if (count != static_cast<size_t>(elements)) return refused(api, "MatMulNBits: weights of another shape");
     void* data = nullptr;
     RETURN_IF_FAILED(api.data(const_cast<ort::Value*>(value), &data));
     *taken = huge_pages::Copy(data, count * sizeof(Element));
@@ -252,15 +194,15 @@ ort::Status* take_constant(
 }
 
 ort::Status* read_format(const ort::Api& api, const ort::KernelInfo* info, Format* format) {
-    *format = {attribute(api, info, "K"), attribute(api, info, "N"), attribute(api, info, "bits"),
-               attribute(api, info, "block_size")};
+    *format = {attribute<int64_t>(api, info, "K"), attribute<int64_t>(api, info, "N"),
+               attribute<int64_t>(api, info, "bits"), attribute<int64_t>(api, info, "block_size")};
     const auto [k, n, bits, block] = *format;
     if (k < 1 || k > INT_MAX || n < 1 || n > INT_MAX) return refused(api, "MatMulNBits: sizes that are none");
     if (bits != 4 && bits != 8) return refused(api, "MatMulNBits: weights of other than 4 or 8 bits");
     if (block < operands::kLeastBlock || block > operands::kMostBlock || (block & (block - 1)) != 0) {
         return refused(api, "MatMulNBits: blocks of other than a power of two from 16 to 256 values");
     }
-    if (attribute(api, info, "accuracy_level") != kInt8Activations) {
+    if (attribute<int64_t>(api, info, "accuracy_level") != kInt8Activations) {
         return refused(api, "MatMulNBits: an accuracy level other than 4");
     }
     return nullptr;
@@ -301,38 +243,22 @@ ort::Characteristic input_characteristic(const ort::CustomOp*, size_t index) {
 }
 
 ort::CustomOp describe() {
-    ort::CustomOp op{};
-    op.version = ort::kApiVersion;
+    ort::CustomOp op = operators::describe();
     op.name = [](const ort::CustomOp*) { return kName; };
-    op.execution_provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
     op.input_type = input_type;
     op.input_count = [](const ort::CustomOp*) { return size_t{kInputs}; };
     op.input_characteristic = input_characteristic;
-    op.input_memory_type = [](const ort::CustomOp*, size_t) { return ort::kDefaultMemory; };
     op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
     op.output_count = [](const ort::CustomOp*) { return size_t{1}; };
-    op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
-    const auto one = [](const ort::CustomOp*) { return 1; };
-    op.variadic_input_min_arity = op.variadic_input_homogeneity = one;
-    op.variadic_output_min_arity = op.variadic_output_homogeneity = one;
     op.create_kernel_with_status = create_kernel;
     op.compute_with_status = compute;
     op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-    op.first_version = one;
-    op.last_version = [](const ort::CustomOp*) { return INT_MAX; };
     return op;
 }
 
 }  // namespace
 
-// What onnxruntime looks for in a library of operators. The domain is made anew for each session, which never frees it.
-extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(
-    ort::SessionOptions* options, const ort::ApiBase* base
-) {
+const ort::CustomOp* matmul_nbits() {
     static const ort::CustomOp op = describe();
-    const ort::Api* api = base->get_api(ort::kApiVersion);
-    ort::CustomOpDomain* domain = nullptr;
-    RETURN_IF_FAILED(api->create_domain(kDomain, &domain));
-    RETURN_IF_FAILED(api->add_operator(domain, &op));
-    return api->add_domain(options, domain);
+    return &op;
 }

@@ -21,7 +21,7 @@ struct TensorInfo;
 struct ShapeContext;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum ElementType : int { kFloat = 1, kUint8 = 2, kInt32 = 6 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum MemoryType : int { kDefaultMemory = 0 };
 
@@ -34,9 +34,10 @@ enum Place : size_t {
     kGetTensorMutableData = 51,
     kGetDimensionsCount = 61,
     kGetDimensions = 62,
-    kGetTensorShapeElementCount = 64,
     kGetTensorTypeAndShape = 65,
+    kKernelInfoGetAttributeFloat = 85,
     kKernelInfoGetAttributeInt64 = 86,
+    kKernelInfoGetAttributeString = 87,
     kKernelContextGetInput = 90,
     kKernelContextGetOutput = 91,
     kReleaseStatus = 93,
@@ -68,6 +69,13 @@ public:
     Status* attribute(const KernelInfo* info, const char* name, int64_t* value) const {
         return call<Status*>(kKernelInfoGetAttributeInt64, info, name, value);
     }
+    Status* attribute(const KernelInfo* info, const char* name, float* value) const {
+        return call<Status*>(kKernelInfoGetAttributeFloat, info, name, value);
+    }
+    // size: bytes of `text`, its end included, and becomes those that were needed.
+    Status* attribute(const KernelInfo* info, const char* name, char* text, size_t* size) const {
+        return call<Status*>(kKernelInfoGetAttributeString, info, name, text, size);
+    }
     Status* input_count(const KernelInfo* info, size_t* count) const {
         return call<Status*>(kKernelInfoGetInputCount, info, count);
     }
@@ -96,9 +104,6 @@ public:
         return call<Status*>(kGetTensorTypeAndShape, value, info);
     }
     void release(TensorInfo* info) const { call<void>(kReleaseTensorInfo, info); }
-    Status* element_count(const TensorInfo* info, size_t* count) const {
-        return call<Status*>(kGetTensorShapeElementCount, info, count);
-    }
     Status* axis_count(const TensorInfo* info, size_t* axes) const {
         return call<Status*>(kGetDimensionsCount, info, axes);
     }

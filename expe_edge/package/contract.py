@@ -78,6 +78,9 @@ class Node(Protocol):
 #: Positions at the end of a run that logits are wanted of, 0 for all: an input that a client may leave away. The name
 #: is the one that Optimum and transformers.js look for.
 LOGITS_TO_KEEP = TensorSpec("num_logits_to_keep", "int64", ())
+#: The fewest tokens of a run that reads an int8 cache as floats: an input that a client may leave away. The default is
+#: what restoring floats costs, won back with as many tokens (docs/log.md); attention that needs none is given `NEVER`.
+FLOATS_FROM, MANY_TOKENS, NEVER = TensorSpec("read_as_floats_from", "int64", ()), 12, 2**62
 
 
 @dataclass(frozen=True)

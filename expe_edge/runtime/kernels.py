@@ -1,8 +1,9 @@
 """Kernels of our own for onnxruntime, compiled on the machine that they run on.
 
-`native/` holds the operator MatMulNBits in C++ for processors with AVX-512 VNNI. A session that loads its library runs
-it in place of onnxruntime's own, in the graph as it is. `expe-edge build-kernels` compiles it into the user's cache;
-where it is not there, damaged, or not for this processor or package, sessions run as ever.
+`native/` holds the operators MatMulNBits and GroupQueryAttention in C++ for processors with AVX-512 VNNI. A session
+that loads their library runs them in place of onnxruntime's own, in the graph as it is. `expe-edge build-kernels`
+compiles it into the user's cache; where it is not there, damaged, or not for this processor or package, sessions run as
+ever.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from expe_edge.runtime.user_caches import kept_in, require_private
 VARIABLE = "EXPE_EDGE_KERNELS"
 #: What is compiled, and what it computes in onnxruntime's graphs.
 SOURCES = Path(__file__).parent.parent / "native"
-MAIN_SOURCE, OPERATOR = "matmul_nbits.cpp", "MatMulNBits"
+OPERATORS = ("MatMulNBits", "GroupQueryAttention")
 #: Extensions of the processor that it is compiled for, by Linux's names, and the compilers' flags for them.
 NEEDED = {
     "avx512f": "-mavx512f",
@@ -57,7 +58,7 @@ class Kernels:
         A portable package has none: its products become MatMulNBits in onnxruntime alone, and in a graph that does not
         import the operator's domain, operators of a library hide those that onnxruntime makes besides.
         """
-        if OPERATOR not in manifest.operators:
+        if not any(operator in manifest.operators for operator in OPERATORS):
             return None
         try:
             require_private(self.directory)  # first: most users have built none
@@ -137,7 +138,7 @@ def compiler() -> list[str]:
 
 
 def _compile(command: list[str], made: Path) -> None:
-    command = [*command, *FLAGS, str(SOURCES / MAIN_SOURCE), "-o", str(made)]
+    command = [*command, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
     try:
         done = subprocess.run(  # noqa: S603  # the user's own compiler
             command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False

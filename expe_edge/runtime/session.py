@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError, reason_of
-from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
+from expe_edge.package.contract import FLOATS_FROM, LOGITS_TO_KEEP, NEVER, GraphContract
 from expe_edge.package.directory import Package, open_manifest
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.graph_cache import GraphCache
@@ -33,6 +33,8 @@ class PackageSession:
     Attributes:
         package: the package. contract: its graph's inputs and outputs.
         keeps_last: whether the graph can leave away all logits but the last token's.
+        reads_levels: whether runs of many tokens read an int8 cache as it is, which kernels built here do faster than
+            floats.
         kernels: the library of kernels that it runs in place of onnxruntime's own, or None.
     """
 
@@ -44,6 +46,7 @@ class PackageSession:
             raise PackageError(f"{package.model_path} is not the graph that its manifest describes: {difference}")
         optional = [node.name for node in self.session.get_overridable_initializers()]
         self.keeps_last = LOGITS_TO_KEEP.name in optional
+        self.reads_levels = kernels is not None and FLOATS_FROM.name in optional
 
     @classmethod
     def load(
@@ -168,6 +171,8 @@ class PackageSession:
         positions = np.arange(longest, dtype=np.int64)[None].repeat(len(rows), axis=0)
         feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feeds |= {name: np.zeros(len(rows), dtype=np.int64) for name in contract.window_lengths if name}
+        if self.reads_levels:
+            feeds[FLOATS_FROM.name] = np.array(NEVER)
         room = longest if contract.cache_dtype == "int8" else 0  # with room for them, keys are read as floats
         for name, group in zip(contract.past_names, contract.cache_groups, strict=True):
             feeds[name] = np.zeros((len(rows), group.heads, room, contract.head_size), dtype=contract.cache_dtype)
@@ -197,6 +202,8 @@ class Step:
         self.position_ids = cache.lengths[:, None] if tokens == 1 else np.zeros((cache.batch, tokens), dtype=np.int64)
         self.offsets = np.arange(tokens, dtype=np.int64)
         self.binding = self.session.io_binding()
+        if session.reads_levels:
+            self.binding.bind_ortvalue_input(FLOATS_FROM.name, ort.OrtValue.ortvalue_from_numpy(np.array(NEVER)))
         last = last and session.keeps_last
         if last:
             self.binding.bind_ortvalue_input(LOGITS_TO_KEEP.name, ort.OrtValue.ortvalue_from_numpy(np.array(1)))

@@ -17,13 +17,12 @@ from expe_edge.export.exporter import export
 from expe_edge.graph.attention import GroupedAttention
 from expe_edge.graph.build import build_graph, graph_contract
 from expe_edge.graph.encoding import Projection, bias_of
-from expe_edge.graph.floats import MANY_TOKENS
 from expe_edge.graph.linears import Float32
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.padding import TokensFirst
 from expe_edge.graph.run import graph_feeds
 from expe_edge.graph.windows import keys_of
-from expe_edge.package.contract import FLOAT_HEADS, TensorSpec
+from expe_edge.package.contract import FLOAT_HEADS, MANY_TOKENS, TensorSpec
 from expe_edge.package.directory import read_package
 from expe_edge.quant.channels import CacheScales
 from expe_edge.quant.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Generators over the packages."""
+"""Generators over the packages, and kernels that are built here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from expe_edge.errors import ConfigError
 from expe_edge.export.exporter import export
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator
+from expe_edge.runtime.kernels import Kernels, compiler, require_possible
 from tests.conftest import PRECISIONS
 
 #: Packages of both kinds of cache, with float32 weights, whose sums are the same in any company.
@@ -54,3 +56,22 @@ def text(generator: Generator, text_folder: Path) -> list[int]:
     """A long text's ids."""
     ids: list[int] = generator.encode((text_folder / "09.txt").read_text(encoding="utf-8")).tolist()
     return ids[:600]
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """What is compiled from the sources; skips where that cannot be."""
+    try:
+        require_possible()
+        compiler()
+    except ConfigError as reason:
+        pytest.skip(str(reason))
+    built = Kernels(tmp_path_factory.mktemp("kernels"))
+    built.build()
+    return built
+
+
+@pytest.fixture(scope="session")
+def library(kernels: Kernels) -> Path:
+    (path,) = kernels.directory.iterdir()
+    return path

@@ -1,4 +1,4 @@
-"""Kernels that are built here: the products of onnxruntime's own, which run wherever these cannot."""
+"""Kernels that are built here: products are those of onnxruntime's own, which run wherever these cannot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from expe_edge.package.directory import read_package
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession
 from expe_edge.runtime.graph_cache import GRAPH_FILE, GraphCache, entry_name
-from expe_edge.runtime.kernels import OPERATOR, VARIABLE, Kernels, compiler, kernels_at, require_possible, source_hash
+from expe_edge.runtime.kernels import VARIABLE, Kernels, kernels_at, source_hash
 from expe_edge.runtime.opening import open_on_cpu
 from expe_edge.runtime.processor import instructions
 from expe_edge.speed.measuring import status_bytes
@@ -28,25 +28,6 @@ from tests.products import Product
 
 #: Largest difference over the largest value: products of the same integers, added up in float32 in another order.
 SAME = 2e-6
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """What is compiled from the sources; skips where that cannot be."""
-    try:
-        require_possible()
-        compiler()
-    except ConfigError as reason:
-        pytest.skip(str(reason))
-    built = Kernels(tmp_path_factory.mktemp("kernels"))
-    built.build()
-    return built
-
-
-@pytest.fixture(scope="module")
-def library(kernels: Kernels) -> Path:
-    (path,) = kernels.directory.iterdir()
-    return path
 
 
 # Products
@@ -197,17 +178,14 @@ def test_the_graph_is_optimised_alike(packages: Path, library: Path, tmp_path: P
     assert optimized_operators(tmp_path / "optimized.onnx") == optimized_operators(model)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8-dynamic"])
-def test_other_packages_have_no_use_for_them(packages: Path, kernels: Kernels, precision: str) -> None:
-    assert PackageSession.load(packages / precision, kernels=kernels.directory).kernels is None
-
-
-def test_nor_have_portable_ones(checkpoint: Path, tmp_path: Path, kernels: Kernels, library: Path) -> None:
+def test_portable_packages_have_no_use_for_them(
+    checkpoint: Path, tmp_path: Path, kernels: Kernels, library: Path
+) -> None:
     """onnxruntime would not open them: a release that does lets this fail."""
     (exported,) = export(checkpoint, tmp_path / "out", [Recipe("int4-weight", portable=True)])
     package = read_package(exported.path)
 
-    assert package.manifest.kernels[OPERATOR] > 0
+    assert package.manifest.kernels["MatMulNBits"] > 0
     assert kernels.library(package.manifest) is None
     with pytest.raises(PackageError, match="is not a registered"):
         open_on_cpu(package, 1, None, library)
@@ -353,7 +331,7 @@ def test_the_command_line_builds_and_says_what_runs(
     assert Generator.load(packages / "int4-weight").session.kernels == path
     quickly = ("--turns", "1", "--steps", "2", "--prefill", "10", "--threads", "1", "--depths", "0", "--profile")
     shown = succeed("bench", packages / "int4-weight", *quickly, "--kernels", "both").stdout
-    for part in ("int4-weight, kernels built", "int4-weight, kernels off", "expe-edge", "onnxruntime", OPERATOR):
+    for part in ("int4-weight, kernels built", "int4-weight, kernels off", "expe-edge", "onnxruntime", "MatMulNBits"):
         assert part in shown
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from expe_edge.export.exporter import export
 from expe_edge.export.kernels import optimized_operators
-from expe_edge.graph.floats import MANY_TOKENS
+from expe_edge.package.contract import MANY_TOKENS
 from expe_edge.package.directory import read_package
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import PackageSession
