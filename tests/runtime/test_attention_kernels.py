@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expe_edge.export.exporter import export
+from expe_edge.package.contract import FLOATS_FROM
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession
 from expe_edge.runtime.kernels import Kernels
@@ -129,7 +130,7 @@ def test_chunks_that_start_anywhere(
 
 def part_of(feeds: Feeds, past: int, begin: int, end: int) -> Feeds:
     """Inputs of the tokens [begin, end) of a run."""
-    part = {
+    part: Feeds = {
         name: np.ascontiguousarray(feeds[name][:, begin:end]) for name in ("query", "key", "value") if name in feeds
     }
     if "bias" in feeds:
@@ -255,7 +256,7 @@ def test_a_package_of_before_still_runs(cached: Path, kernels: Kernels, monkeypa
     from expe_edge.runtime import session as module
 
     expected = logits(PackageSession.load(cached / "float32-int8-cache", kernels=kernels.directory), 48)
-    monkeypatch.setattr(module, "FLOATS_FROM", replace(module.FLOATS_FROM, name="no such input"))
+    monkeypatch.setattr(module, "FLOATS_FROM", replace(FLOATS_FROM, name="no such input"))
     session = PackageSession.load(cached / "float32-int8-cache", kernels=kernels.directory)
     assert session.kernels is not None
     assert not session.reads_levels
