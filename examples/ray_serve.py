@@ -1,7 +1,10 @@
-"""`expe-edge serve` on several processes or machines, by Ray Serve: `python examples/ray_serve.py PACKAGE [REPLICAS]`.
+"""`expe-edge serve` in several processes or on several machines, by Ray Serve.
 
-Every replica opens the package for itself and runs a batch of its own; Ray's proxy hands requests on to whichever has the
-least to do. Answers are those of one server, whichever replica gives them. `pip install 'expe-edge[serve]' 'ray[serve]'`.
+    python examples/ray_serve.py PACKAGE REPLICAS PORT
+
+Every replica opens the package for itself and runs a batch of its own; Ray's proxy hands requests on to whichever has
+the least to do. Answers are those of one server, whichever replica gives them. `pip install 'expe-edge[serve]'
+'ray[serve]'` brings what is needed.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ def deployed(package: Path, replicas: int) -> Any:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
-    serve.run(deployed(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 2), blocking=True)
+    package, replicas, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(deployed(package, replicas), blocking=True)

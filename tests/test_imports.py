@@ -64,7 +64,19 @@ MAY_IMPORT = {
     "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
     "speed": ("runtime", "package"),
     "study": ("export", "quality", "runtime", "speed", "training", "positions", "package"),
-    "cli": ("study", "serve", "speed", "calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
+    "cli": (
+        "study",
+        "serve",
+        "speed",
+        "calibration",
+        "export",
+        "quality",
+        "runtime",
+        "training",
+        "package",
+        "quant",
+        "text",
+    ),
     "__main__": ("cli",),
 }
 #: Folders that the base install must be able to run, or that must stay arithmetic; what they may import of others.
