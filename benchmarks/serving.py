@@ -195,7 +195,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
 
 def summary(name: str, seconds: float, tally: Tally, memory: Sequence[int]) -> dict[str, Any]:
     """Return the figures of one server."""
-    settled = list(memory[int(min(FILLING, seconds / 4) / LOOK) :])
+    settled = memory[int(min(FILLING, seconds / 4) / LOOK) :]
     counts = {key: value for key, value in asdict(tally).items() if isinstance(value, int)}
     between = milliseconds(tally.between)
     return {
@@ -248,7 +248,7 @@ def main(
 ) -> None:
     """Print a table of servers, after a line for what was lost or mixed up, which is nothing."""
     package = package or reference_package()
-    generator = Generator.load(package, threads=threads)
+    generator = Generator.load(package)
     generator.prefill_chunk = CHUNK
     work = make_work(generator)
     del generator

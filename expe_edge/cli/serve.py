@@ -53,7 +53,7 @@ from expe_edge.cli.reference import say_reference
 @click.option("--timeout", default=300.0, show_default=True, metavar="SECONDS", help="That a request may take.")
 @click.option("--grace", default=20.0, show_default=True, metavar="SECONDS", help="To end what runs, after SIGTERM.")
 @click.option("--connections", default=512, show_default=True, help="Open at once.")
-@click.option("--threads", type=int, help="By default one for each core that may be used.")
+@click.option("--threads", type=int, help="By default one less than cores that may be used.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda")
 @click.option("--graph-cache", metavar="DIRECTORY|off", help="Where optimised graphs are kept; by default the user's.")
 @click.option("--kernels", metavar="DIRECTORY|off", help="Where build-kernels has kept kernels; by default the user's.")
@@ -69,10 +69,11 @@ def serve(
 ) -> None:
     """Serve PACKAGE, or the reference model, as OpenAI's /v1/completions, until Ctrl-C or SIGTERM."""
     from expe_edge.runtime import Generator
-    from expe_edge.serve.run import listen, make_server, serve_here
+    from expe_edge.serve.run import listen, make_server, serve_here, server_threads
     from expe_edge.serve.settings import ServerSettings
 
     settings = ServerSettings(**given)
+    threads = server_threads() if threads is None else threads
     with listen(settings.host, settings.port) as bound:
         generator = Generator.load(package, threads=threads, device=device, graph_cache=graph_cache, kernels=kernels)
         if package is None:

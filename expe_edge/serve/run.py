@@ -14,6 +14,7 @@ import uvicorn
 from expe_edge.errors import GenerationError
 from expe_edge.runtime import Generator
 from expe_edge.runtime.memory import memory_shortage
+from expe_edge.runtime.threads import default_threads
 from expe_edge.serve.app import Service, make_app
 from expe_edge.serve.independence import rows_are_independent
 from expe_edge.serve.settings import ServerSettings
@@ -46,6 +47,11 @@ class Server(uvicorn.Server):
         """Let those who run end, within their grace."""
         self.service.drain()
         await super().shutdown(sockets)
+
+
+def server_threads() -> int:
+    """Return how many threads an operator is given where nobody says: a core is left to answer the clients."""
+    return max(1, default_threads() - 1)
 
 
 def listen(host: str, port: int) -> socket.socket:
