@@ -29,7 +29,8 @@ def app_of(package: Path) -> Callable[[], Any]:
     """Return what makes a replica's ASGI application; it is called in the replica."""
 
     def build() -> Any:
-        settings = ServerSettings(rows=8, context=1024, queue=AT_ONCE, model_name=package.name)
+        # It is Ray's proxy that listens, and its address that counts: any name of it is answered to.
+        settings = ServerSettings("0.0.0.0", rows=8, context=1024, queue=AT_ONCE, model_name=package.name)  # noqa: S104
         return make_app(make_service(Generator.load(package, threads=THREADS), settings))
 
     return build

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from expe_edge.package.directory import MODEL_FILE
 from expe_edge.runtime import Generator
 from expe_edge.serve.answers import Choice, Envelope, Whole, usage
-from expe_edge.serve.choices import make_choices
+from expe_edge.serve.choices import longest_token, make_choices
 from expe_edge.serve.errors import ApiError
 from expe_edge.serve.fields import CompletionBody, read_completion
 from expe_edge.serve.guard import Guard, json_error
@@ -47,6 +47,7 @@ class Service:
         self.generator, self.settings, self.together, self.created = generator, settings, together, created
         self.model = settings.model_name or generator.session.package.path.resolve().name
         self.fingerprint = f"expe_{generator.session.package.manifest.files[MODEL_FILE][:16]}"
+        self.longest = longest_token(generator)
         self.metrics = Metrics()
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="expe-edge reader")
         self.office: TicketOffice
@@ -136,7 +137,7 @@ class Service:
     def _read(self, data: bytes) -> tuple[CompletionBody, list[Choice]]:
         body = read_completion(data)
         self._require_model(body.model)
-        return body, make_choices(self.generator, body, self.settings)
+        return body, make_choices(self.generator, body, self.settings, self.longest)
 
     async def _body(self, request: Request) -> bytes:
         """Return the body of a request.

@@ -174,7 +174,11 @@ def test_usage_of_a_stream(served: Running) -> None:
 
 def test_text_by_constraint(served: Running) -> None:
     pytest.importorskip("llguidance")
-    shape = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"]}
+    shape: dict[str, Any] = {
+        "type": "object",
+        "properties": {"age": {"type": "integer", "maximum": 99}},
+        "required": ["age"],
+    }
     shape["additionalProperties"] = False
     served.generator.end_of_text, before = 0, served.generator.end_of_text
     served.generator.__dict__.pop("vocabulary", None)

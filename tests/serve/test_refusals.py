@@ -45,6 +45,8 @@ FIELDS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"prompt": [10**30]}, 400, "is outside the vocabulary", None),
     ({"prompt": "half \ud800"}, 400, "half a surrogate pair", None),
     ({"prompt": "a " * 400}, 400, "contexts hold 256 tokens", "prompt"),
+    ({"prompt": "a " * 90_000}, 400, "or more; shorten", "prompt"),
+    ({"prompt": [1] * 257}, 400, "the prompt has 257 or more", "prompt"),
     ({"max_tokens": 256}, 400, "contexts hold 256 tokens", "prompt"),
     ({"max_tokens": -1}, 400, "'max_tokens' is -1", "max_tokens"),
     ({"max_tokens": 1.5}, 400, "'max_tokens' is 1.5", "max_tokens"),
@@ -179,7 +181,7 @@ def test_keys(serving: Callable[..., Running]) -> None:
 
     assert httpx.get(f"{one.address}/health").json() == {"status": "ok"}
     assert one.client(api_key="first").models.list().data[0].id == "float32"
-    named = httpx.get(f"{one.address}/v1/models", headers={"Authorization": "Bearer sécond".encode()})
+    named = httpx.get(f"{one.address}/v1/models", headers={b"Authorization": "Bearer sécond".encode()})
     assert named.status_code == 200
 
 

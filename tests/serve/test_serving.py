@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ async def ask(client: openai.AsyncOpenAI, index: int) -> str:
     """Ask as client `index` does: every second one for a stream."""
     fields: dict[str, Any] = {"model": "float32", "prompt": prompt_of(index), "max_tokens": 20 + index, "seed": index}
     if index % 2:
-        return (await client.completions.create(**fields)).choices[0].text
+        return str((await client.completions.create(**fields)).choices[0].text)
     text = ""
     async for event in await client.completions.create(**fields, stream=True):
         text += event.choices[0].text
@@ -183,7 +184,7 @@ def test_a_queue_that_is_full(serving: Callable[..., Running], held: threading.E
 def test_a_request_that_takes_too_long(serving: Callable[..., Running], held: threading.Event, stream: bool) -> None:
     one = serving(timeout=0.3)
     with pytest.raises(openai.APIError, match=r"took more than 0\.3 seconds"):
-        list(one.client().completions.create(model="float32", prompt="the", stream=stream))  # type: ignore[call-overload]
+        list(one.client().completions.create(model="float32", prompt="the", stream=stream))
     held.set()
     until(lambda: not one.server.service.scheduler.progress)
     assert one.server.service.office.tickets == {}
@@ -230,6 +231,13 @@ def test_what_the_command_refuses(served: Running, packages: Path) -> None:
     assert refused("serve", packages / "float32", "--port", "0", "--context", 2**24, "--rows", "1024").endswith(
         "tokens fit: lower --context, --rows or --prompt-cache"
     )
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_without_its_extra(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "expe_edge.serve.run")
+    assert refused("serve", packages / "float32") == "uvicorn is not installed; pip install 'expe-edge[serve]'"
 
 
 def started(*options: object) -> tuple[subprocess.Popen[str], str]:
