@@ -16,7 +16,7 @@ NEW_TOKENS = 16
 
 
 def longest_token(generator: Generator) -> int:
-    """Return the bytes of the vocabulary's longest token, of which a text must have so many at least."""
+    """Return how many bytes the vocabulary's longest token stands for."""
     text = TextStream(generator.tokenizer)
     return max(len(text.token_bytes(token)) for token in range(generator.session.contract.vocab_size))
 
