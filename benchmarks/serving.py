@@ -33,8 +33,8 @@ import numpy as np
 from expe_edge.package.reference import reference_package
 from expe_edge.runtime import Generator, Sampling
 
-#: Different requests, of which clients choose at random; one in so many goes away before its end.
-REQUESTS, LEAVING = 300, 50
+#: One request in so many is left before its end.
+LEAVING = 50
 #: Tokens of prompts and of completions, and of the beginning that a third of the prompts shares.
 PROMPTS, COMPLETIONS, SHARED = (8, 700), (16, 128), 160
 #: Seconds between two looks at the server's memory, and those at the beginning in which it fills what it keeps.
@@ -52,13 +52,13 @@ class Work:
     tokens: int
 
 
-def make_work(generator: Generator, seed: int = 0) -> list[Work]:
+def make_work(generator: Generator, count: int, seed: int = 0) -> list[Work]:
     """Return requests of all lengths, greedy and sampled, with what the generator makes of each."""
     dice = random.Random(seed)
     source = Path(os.__file__).read_text(encoding="utf-8")
     ids = generator.encode(source).tolist()
     found = []
-    for index in range(REQUESTS):
+    for index in range(count):
         length = int(np.exp(dice.uniform(*np.log(PROMPTS))))
         begin = dice.randrange(1, len(ids) - PROMPTS[1])
         shared = ids[1 : SHARED + 1] if index % 3 == 0 else []
@@ -234,6 +234,7 @@ def row_of(found: dict[str, Any]) -> str:
 @click.option("--clients", default=50, show_default=True)
 @click.option("--minutes", default=10.0, show_default=True, help="Of the soak.")
 @click.option("--compare", default=1.0, show_default=True, metavar="MINUTES", help="Of each other server; 0 for none.")
+@click.option("--requests", default=100, show_default=True, help="Different ones, of which clients choose at random.")
 @click.option("--rows", default=16, show_default=True)
 @click.option("--threads", type=int, help="Of the server.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures there too.")
@@ -242,6 +243,7 @@ def main(
     clients: int,
     minutes: float,
     compare: float,
+    requests: int,
     rows: int,
     threads: int | None,
     json_file: Path | None,
@@ -250,7 +252,7 @@ def main(
     package = package or reference_package()
     generator = Generator.load(package)
     generator.prefill_chunk = CHUNK
-    work = make_work(generator)
+    work = make_work(generator, requests)
     del generator
     common = ("--context", 1024, *(() if threads is None else ("--threads", threads)))
     ways: dict[str, tuple[tuple[object, ...], float]] = {f"{rows} rows": (("--rows", rows), minutes)}
