@@ -89,6 +89,7 @@ bench: $(INSTALLED)
 	$(BIN)/expe-edge reproduce studies/encodings.yaml
 	$(BIN)/python -m benchmarks.runtime_overhead
 	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.serving
 	$(BIN)/expe-edge train --config examples/plain-slopes.yaml --out runs/plain --force
 	$(BIN)/python -m benchmarks.quantization runs/plain --out runs/quantization
 	$(BIN)/python -m benchmarks.off_the_shelf runs/plain

@@ -80,10 +80,10 @@ def command(*arguments: object) -> list[str]:
 def start_two_processes(*arguments: object) -> subprocess.Popen[str]:
     """Start a command under torch's launcher on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    return _start([*launcher, f"--master-port={_free_port()}", *command(*arguments)[1:]])
+    return _start([*launcher, f"--master-port={free_port()}", *command(*arguments)[1:]])
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nothing listens at: processes of two runs that meet at one would train together."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

@@ -33,6 +33,9 @@ HEAVY = {
     "joblib",
     "jinja2",
     "llguidance",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
 }
 SOURCES = sorted(ROOT.rglob("*.py"))
 #: What every folder may import, and what it may of the others. docs/design.md draws it.
@@ -52,6 +55,7 @@ MAY_IMPORT = {
     "graph": ("model.config", "model.encodings.inverse_frequencies", "positions", "quant", "package"),
     "training": ("model", "text", "positions", "quant", "package"),
     "runtime": ("package",),
+    "serve": ("runtime", "package"),
     "calibration": ("graph", "model.config", "positions", "quant", "text", "package"),
     "quality": (
         *("runtime", "text", "package", "training.checkpoint"),
@@ -60,7 +64,19 @@ MAY_IMPORT = {
     "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
     "speed": ("runtime", "package"),
     "study": ("export", "quality", "runtime", "speed", "training", "positions", "package"),
-    "cli": ("study", "speed", "calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
+    "cli": (
+        "study",
+        "serve",
+        "speed",
+        "calibration",
+        "export",
+        "quality",
+        "runtime",
+        "training",
+        "package",
+        "quant",
+        "text",
+    ),
     "__main__": ("cli",),
 }
 #: Folders that the base install must be able to run, or that must stay arithmetic; what they may import of others.
@@ -73,6 +89,7 @@ LIGHT = {
     "quant": {"numpy"},
     "runtime": {"numpy", "onnxruntime", "tokenizers", "llguidance"},  # the last imported where a constraint is used
     "speed": {"numpy", "onnxruntime"},
+    "serve": {"numpy", "starlette", "uvicorn", "prometheus_client"},
 }
 
 
@@ -148,6 +165,8 @@ def test_help_loads_neither_numpy_nor_anything_heavier(arguments: list[str]) -> 
 def test_every_module_imports(name: str) -> None:
     if name.startswith("expe_edge.quality.harness"):
         pytest.importorskip("lm_eval")
+    if name.startswith("expe_edge.serve."):
+        pytest.importorskip("starlette")
     assert importlib.import_module(name).__name__ == name
 
 

@@ -26,6 +26,7 @@ from expe_edge.cli.probe import probe
 from expe_edge.cli.quantize import quantize
 from expe_edge.cli.reproduce import reproduce
 from expe_edge.cli.sensitivity import sensitivity
+from expe_edge.cli.serve import serve
 from expe_edge.cli.train import train
 from expe_edge.errors import ExPEEdgeError, one_line, reason_of, wording
 
@@ -93,6 +94,8 @@ def _interrupted() -> NoReturn:
 def _extra_for(ctx: click.Context, error: ModuleNotFoundError) -> str:
     if error.name == "lm_eval":
         return "evaluate"
+    if ctx.invoked_subcommand == "serve":
+        return "serve"
     if ctx.invoked_subcommand == "reproduce":
         return "study"
     return "export" if ctx.invoked_subcommand in ("export", "quantize", "sensitivity") else "train"
@@ -124,6 +127,7 @@ for command in (
     inspect,
     plan,
     generate,
+    serve,
     bench,
     build_kernels,
     compare,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import TensorProto
 
 from expe_edge.graph.encoding import Bias, PositionNodes, Projection, Span, heads_of
 from expe_edge.graph.nodes import GraphBuilder
@@ -26,14 +27,18 @@ class ExPENodes(PositionNodes):
     def temperature(self) -> str:
         """What queries that see n keys are multiplied by, (B, T, (H + 2·Hkv)·D): 1 + c·ln(n/N) in content heads.
 
-        It is 1 in others, and for the keys and values that stand behind the queries.
+        It is 1 in others, and for the keys and values that stand behind the queries. The logarithm is taken in float64:
+        in float32 its last bit depends on how many others are taken beside it, so that a row of a batch would differ
+        from the same row alone.
         """
         graph, heads = self.graph, self.config.num_attention_heads
         strength = self.parameters.temperature * np.array(self.parameters.content(heads), dtype=np.float32)
         strengths = graph.constant(np.pad(np.repeat(strength, self.config.head_dim), (0, 2 * self.sizes[1])))
         seen = graph.op("Add", self.float_positions(), graph.scalar(1.0), name="temperature.seen")
         growth = graph.op("Div", seen, graph.scalar(float(self.config.training_length)), name="temperature.lengths")
+        growth = graph.op("Cast", growth, name="temperature.double", to=int(TensorProto.DOUBLE))
         growth = graph.op("Log", growth, name="temperature.growth")
+        growth = graph.op("Cast", growth, name="temperature.float", to=int(TensorProto.FLOAT))
         grown = graph.op("Mul", growth, strengths, name="temperature.grown")
         return graph.op("Add", grown, graph.scalar(1.0), name="temperature")
 

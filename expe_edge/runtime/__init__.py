@@ -12,6 +12,7 @@ from expe_edge.runtime.context import Context
 from expe_edge.runtime.decoding import Completion, Stream
 from expe_edge.runtime.generator import Generator
 from expe_edge.runtime.logprobs import Alternative, TokenLogprobs
+from expe_edge.runtime.prefixes import Prefixes
 from expe_edge.runtime.request import Request
 from expe_edge.runtime.sampling import Sampling
 from expe_edge.runtime.session import PackageSession
@@ -25,6 +26,7 @@ __all__ = [
     "Context",
     "Generator",
     "PackageSession",
+    "Prefixes",
     "Request",
     "Sampling",
     "Stream",

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from expe_edge.errors import GenerationError
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.context import Context
 from expe_edge.runtime.decoding import Row
-from expe_edge.runtime.session import Ids, PackageSession, Step
+from expe_edge.runtime.prefixes import Prefixes
+from expe_edge.runtime.session import Ids, Logits, PackageSession, Step
 
 
 @dataclass
@@ -29,18 +31,30 @@ class Batch:
 
     Rows may be added and removed between any two steps. Prompts are read one after another, one chunk for each step of
     the rows that decode, so that no prompt makes them wait for long. Rows that decode stand first in the cache; when
-    one leaves, the last takes its place.
+    one leaves, the last takes its place. An error of one row, which its `failure` then is, ends that row alone.
 
     Args:
         cache: its rows are the most that run at once. prefill_chunk: as of `PackageSession.prefill`.
+        together: whether a step runs all rows at once, or one after another, which gives each the bits that it gets
+            alone where rows of one run share something: with int8-dynamic their activations' range.
+        prefixes: what was read of prompts before, in pieces of `prefill_chunk` tokens; None to read all.
     """
 
-    def __init__(self, session: PackageSession, cache: Cache, prefill_chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        session: PackageSession,
+        cache: Cache,
+        prefill_chunk: int | None = None,
+        *,
+        together: bool = True,
+        prefixes: Prefixes | None = None,
+    ) -> None:
         self.session, self.cache, self.prefill_chunk = session, cache, prefill_chunk
+        self.together, self.prefixes = together, prefixes
         self.waiting: deque[Row] = deque()
         self.reading: Reading | None = None
         self.decoding: list[Row] = []
-        self._steps: dict[tuple[int, int], Step] = {}
+        self._steps: dict[tuple[int, int, int], Step] = {}
 
     @property
     def idle(self) -> bool:
@@ -63,7 +77,8 @@ class Batch:
     def step(self) -> list[tuple[Row, str]]:
         """Decode a token of every row that decodes, and read a chunk of the next prompt; return what texts gain.
 
-        The last piece of a row has what was held back to its end; its `completion.finish_reason` is set then.
+        The last piece of a row has what was held back to its end; its `completion.finish_reason` is set then. A row
+        that has failed is among them, without a piece.
 
         Raises:
             PackageError: onnxruntime cannot run the graph. GenerationError: memory has no room.
@@ -79,24 +94,40 @@ class Batch:
                 return []
             self.reading = self._admit(self.waiting.popleft(), self.cache.row(place))
         row, began = self.reading.row, time.perf_counter()
-        cache = self.cache.row(place)
-        before = cache.read
-        logits = next(self.session.prefill(cache, self.reading.rest, self.prefill_chunk, last=True))
-        self.reading.rest = self.reading.rest[cache.read - before :]
+        logits = self._read_chunk(self.reading, self.cache.row(place))
         row.completion.prefill_seconds += time.perf_counter() - began
         row.has_read(len(self.reading.rest))
         if len(self.reading.rest):
             return []
         self.reading = None
+        if self.prefixes is not None:
+            self.prefixes.keep(self.cache.row(place), row.ids)
         self.decoding.append(row)
         row.began = time.perf_counter()
-        return self._settled({row: row.accept(logits[-1])})
+        return self._settled({row: _accepted(row, logits)})
+
+    def _read_chunk(self, reading: Reading, cache: Cache) -> Logits:
+        """Read the next chunk of a prompt; return the logits of its last token (V,).
+
+        Where those of all its tokens are wanted too, it is read once more for them: what else is computed beside the
+        last token's logits may change their bits.
+        """
+        before, rest = cache.read, reading.rest
+        if reading.row.completion.prompt_logprobs is not None:
+            reading.row.score(before, next(self.session.prefill(cache, rest, self.prefill_chunk)))
+            cache.truncate(before)
+        logits = next(self.session.prefill(cache, rest, self.prefill_chunk, last=True))
+        reading.rest = rest[cache.read - before :]
+        last: Logits = logits[-1]
+        return last
 
     def _admit(self, row: Row, place: Cache) -> Reading:
         """Give a row its place in the cache, with what was read of its prompt before."""
         if row.prefix is not self.cache:
             place.clear()
             place.begin_with(row.prefix, row.ids)
+        if self.prefixes is not None and row.prefix is None and row.completion.prompt_logprobs is None:
+            self.prefixes.fill(place, row.ids)
         rest = place.last() if row.goes_on else place.reuse(row.ids)
         row.completion.reused_tokens = row.completion.prompt_tokens - len(rest)
         place.reserve(int(place.lengths[0]) + len(rest))
@@ -106,13 +137,21 @@ class Batch:
         if len(self.decoding) == 1 and self.decoding[0].lookup is not None:
             gained = {self.decoding[0]: self._verify(self.decoding[0])}
         else:
-            last = [[row.completion.tokens[-1]] for row in self.decoding]
-            logits = self._step(len(last), 1).run(np.array(last, dtype=np.int64))
-            gained = {row: row.accept(logits[index, -1]) for index, row in enumerate(self.decoding)}
+            gained = {}
+            for begin, end in self._runs():
+                rows = self.decoding[begin:end]
+                last = np.array([row.completion.tokens[-1:] for row in rows], dtype=np.int64)
+                logits = self._step(begin, end, 1).run(last)
+                gained |= {row: _accepted(row, logits[index, -1]) for index, row in enumerate(rows)}
         now = time.perf_counter()
         for row in gained:
             row.completion.decode_seconds = now - row.began
         return self._settled(gained)
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """Which rows [begin, end) of those that decode each run of a step is of."""
+        rows = len(self.decoding)
+        return [(0, rows)] if self.together else [(index, index + 1) for index in range(rows)]
 
     def _verify(self, row: Row) -> str:
         """Run the row's last token and a draft of those behind it at once; return the text that is now certain.
@@ -126,26 +165,27 @@ class Batch:
         cache, completion = self.cache.row(0), row.completion
         draft = row.lookup.draft(min(row.request.max_new_tokens - len(completion.tokens), cache.room) - 1)
         tokens = np.array([[completion.tokens[-1], *draft]], dtype=np.int64)
-        logits = self._step(1, tokens.shape[1]).run(tokens)[0]
-        text, accepted = row.accept(logits[0]), 0
-        while row.finish_reason is None and draft[accepted : accepted + 1] == completion.tokens[-1:]:
+        logits = self._step(0, 1, tokens.shape[1]).run(tokens)[0]
+        text, accepted = _accepted(row, logits[0]), 0
+        while not row.ended and draft[accepted : accepted + 1] == completion.tokens[-1:]:
             accepted += 1
-            text += row.accept(logits[accepted])
+            text += _accepted(row, logits[accepted])
         cache.truncate(cache.read - len(draft) + accepted)
         row.lookup.judge(len(draft), accepted)
         completion.drafted_tokens += len(draft)
         completion.accepted_tokens += accepted
         return text
 
-    def _step(self, rows: int, tokens: int) -> Step:
-        if (rows, tokens) not in self._steps:
-            self._steps[rows, tokens] = Step(self.session, self.cache.rows(0, rows), tokens)
-        return self._steps[rows, tokens]
+    def _step(self, begin: int, end: int, tokens: int) -> Step:
+        if (begin, end, tokens) not in self._steps:
+            self._steps[begin, end, tokens] = Step(self.session, self.cache.rows(begin, end), tokens)
+        return self._steps[begin, end, tokens]
 
     def _settled(self, gained: dict[Row, str]) -> list[tuple[Row, str]]:
         """Let rows that have ended leave; return what texts gain, with what was held back to their ends."""
-        for row in [row for row in gained if row.finish_reason is not None]:
-            gained[row] += row.finish()
+        for row in [row for row in gained if row.ended]:
+            if row.failure is None:
+                gained[row] += row.finish()
             self._leave(self.decoding.index(row))
         return list(gained.items())
 
@@ -160,9 +200,19 @@ class Batch:
             self.cache.row(last).take(self.cache.row(last + 1))
 
 
+def _accepted(row: Row, logits: Logits) -> str:
+    """Let a row choose its next token; return the text that is now certain, none where the row fails."""
+    try:
+        return row.accept(logits)
+    except GenerationError as error:
+        row.failure = error
+        return ""
+
+
 def run_row(batch: Batch, row: Row, context: Context | None = None) -> Generator[str, None, None]:
     """Yield the text of one row of an idle batch, piece by piece. context: whose cache it is, used meanwhile."""
     with nullcontext() if context is None else context.used():
         batch.add(row)
         while not batch.idle:
             yield from (piece for _, piece in batch.step() if piece)
+        row.require_no_failure()

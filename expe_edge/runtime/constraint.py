@@ -141,11 +141,12 @@ class Vocabulary:
         """
         from llguidance import LLMatcher
 
-        if self.latest is None or self.latest[0] != constraint:  # rows of one call come one after another
+        latest = self.latest  # other threads may replace it
+        if latest is None or latest[0] != constraint:  # rows of one call come one after another
             matcher = Matcher(LLMatcher(self.tokenizer, constraint.to_llguidance(), log_level=0), constraint.name, self)
             matcher.allowed()
-            self.latest = constraint, matcher
-        return self.latest[1].copy()
+            latest = self.latest = constraint, matcher
+        return latest[1].copy()
 
 
 class Matcher:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from expe_edge.errors import GenerationError
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.constraint import Matcher
 from expe_edge.runtime.logprobs import TokenLogprobs, token_logprobs
@@ -27,7 +28,8 @@ class Completion:
             `callback`; None until the text is complete.
         reused_tokens: of the prompt's, those that a context had read before.
         drafted_tokens: proposed by prompt lookup. accepted_tokens: of these, those that were chosen.
-        logprobs: of every token, where they were asked for.
+        logprobs: of every token, where they were asked for. prompt_logprobs: of every token of the prompt, None of the
+            first, where they were asked for.
     """
 
     text: str = ""
@@ -40,6 +42,7 @@ class Completion:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property
     def prefill_speed(self) -> float:
@@ -66,11 +69,13 @@ class Row:
             has read all of it, some of which it may have dropped.
         lookup: drafts tokens where the row decodes alone; None for none.
         finish_reason: why no token follows the last; None where one does.
+        failure: what has ended it too early; its completion is then of no use.
     """
 
     prefix: Cache | None = None
     goes_on = False
     finish_reason: str | None = None
+    failure: GenerationError | None = None
 
     def __init__(
         self,
@@ -87,7 +92,11 @@ class Row:
         self.index, self.end_of_text, self.matcher = index, end_of_text, matcher
         self.stop_tokens = frozenset(request.stop_tokens)
         self.lookup = PromptLookup(ids) if request.prompt_lookup else None
-        self.completion = Completion(prompt_tokens=len(ids), logprobs=None if request.logprobs is None else [])
+        self.completion = Completion(
+            prompt_tokens=len(ids),
+            logprobs=None if request.logprobs is None else [],
+            prompt_logprobs=None if request.prompt_logprobs is None else [None],
+        )
         self.began = 0.0  # when it was first decoded, by `time.perf_counter`
         self._open: Ids | None = None  # the ids that end no text
 
@@ -95,6 +104,23 @@ class Row:
         """Tell whoever looks on that all but `rest` tokens of the prompt have been read."""
         if self.request.on_prefill is not None and self.index % self.request.n == 0:
             self.request.on_prefill(self.completion.prompt_tokens - rest, self.completion.prompt_tokens)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token follows the last."""
+        return self.finish_reason is not None or self.failure is not None
+
+    def require_no_failure(self) -> None:
+        """Raise what has ended the row too early."""
+        if self.failure is not None:
+            raise self.failure
+
+    def score(self, begin: int, logits: Logits) -> None:
+        """Note what the tokens behind `begin` of the prompt were given by `logits` (T, V), of those from there on."""
+        known, count = self.completion.prompt_logprobs, self.request.prompt_logprobs
+        if known is not None and count is not None:
+            pairs = zip(logits, self.ids[begin + 1 :].tolist(), strict=False)
+            known += [token_logprobs(self.text.tokenizer, each, token, count) for each, token in pairs]
 
     def accept(self, logits: Logits) -> str:
         """Choose the next token from `logits` (V,); return the text that is now certain."""

@@ -236,7 +236,8 @@ class Generator:
             row.prefix = read
             batch.add(row)
         while not batch.idle:
-            batch.step()
+            for row, _ in batch.step():
+                row.require_no_failure()
         for row, count in reused.items():
             row.completion.reused_tokens = count
 

@@ -25,6 +25,9 @@ Progress = Callable[[int, int], object]
 class Request:
     """One call's wishes, for all of its rows; `Generator.stream` says what each is.
 
+    prompt_logprobs: how many of the likeliest tokens to give log probabilities of in every place of the prompt, beside
+        those of its own token; None for none at all. All of the prompt is read for them, whatever was read before.
+
     Raises:
         GenerationError: one that is out of range, or at odds with another.
     """
@@ -37,6 +40,7 @@ class Request:
     stop_tokens: Sequence[int] = ()
     constraint: Constraint | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     cache_length: int | None = None
     prompt_lookup: bool = False
     callback: Callback | None = None
@@ -67,8 +71,10 @@ class Request:
             raise GenerationError(
                 f"`stop_tokens` are the whole vocabulary, and `min_new_tokens` is {self.min_new_tokens}; take some out"
             )
-        if self.logprobs is not None and not 0 <= self.logprobs <= vocab_size:
-            raise GenerationError(f"`logprobs` is {self.logprobs}; from 0 to {vocab_size}, the vocabulary's tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= vocab_size:
+                raise GenerationError(f"`{name}` is {count}; from 0 to {vocab_size}, the vocabulary's tokens")
 
     def capacity(self, prompt_tokens: int, window: Window | None) -> int:
         """Return the tokens that a row's cache needs room for.

@@ -42,9 +42,14 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take one token; return the text that is now certain."""
-        return "" if token in self.control else self._release(self.decoder.decode(self._bytes(token)))
+        return "" if token in self.control else self._release(self.decoder.decode(self.token_bytes(token)))
 
-    def _bytes(self, token: int) -> bytes:
+    def token_text(self, token: int) -> str:
+        """Return the text that a token is by itself, none of a control token's."""
+        return "" if token in self.control else self.token_bytes(token).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; of a control token, its name's."""
         name: str = self.tokenizer.id_to_token(token)
         try:
             return bytes([BYTES[character] for character in name])

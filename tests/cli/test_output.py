@@ -86,6 +86,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "reproduce": (("{study}",), ("--out",)),
     "inspect": (("{package}",), ("--json",)),
     "generate": (("{package}",), ()),
+    "serve": (("{package}",), ()),
     "evaluate": (("{package}",), ()),  # lm_eval has them
 }
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expe_edge.divergence import log_softmax
 from expe_edge.errors import GenerationError
-from expe_edge.runtime import Batch, Generator, Sampling
+from expe_edge.runtime import Batch, Constraint, Generator, Sampling
 from expe_edge.runtime.decoding import Row
+from expe_edge.runtime.prefixes import Prefixes
 from expe_edge.runtime.request import Request
 from expe_edge.runtime.session import Step
+from tests.conftest import PRECISIONS
 from tests.runtime.test_decoding import runs  # noqa: F401
+
+#: Formats whose rows share something when they run together: a range of activations, a kernel other than one row's.
+SHARING = {"int8-dynamic", "int8-weight"}
 
 
 def alone(generator: Generator, prompt: list[int], count: int, sampling: Sampling) -> list[int]:
@@ -137,3 +145,96 @@ def test_seeds_go_with_prompts_and_not_with_places(generator: Generator, text: l
 def test_a_batch_of_none_is_refused(generator: Generator, size: int) -> None:
     with pytest.raises(GenerationError, match=rf"^`batch_size` is {size}; at least 1$"):
         generator.generate(["the"], batch_size=size)
+
+
+SAMPLED = Sampling(temperature=1.0, seed=3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_have_the_very_bits_of_rows_alone(packages: Path, text: list[int], precision: str) -> None:
+    """Log probabilities, whose last bits show any other order of sums; rows one after another where runs share."""
+    generator = Generator.load(packages / precision, threads=1)
+    generator.end_of_text, generator.prefill_chunk = None, 16
+    request = Request(max_new_tokens=20, sampling=SAMPLED, logprobs=1)
+    batch = Batch(generator.session, generator.session.new_cache(9, 120), 16, together=precision not in SHARING)
+    prompts = [text[30 * index :][: 3 + 9 * index] for index in range(9)]
+    rows = [generator.row(prompt, request) for prompt in prompts]
+    for row in rows:
+        batch.add(row)
+    while not batch.idle:
+        batch.step()
+
+    for prompt, row in zip(prompts, rows, strict=True):
+        (expected,) = generator.generate([prompt], max_new_tokens=20, sampling=SAMPLED, logprobs=1)
+        assert row.completion.tokens == expected.tokens
+        assert row.completion.logprobs == expected.logprobs
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8-dynamic"])
+def test_beginnings_that_were_read_before_change_no_bit(packages: Path, text: list[int], precision: str) -> None:
+    generator = Generator.load(packages / precision, threads=1)
+    generator.end_of_text, generator.prefill_chunk = None, 16
+    prefixes = Prefixes(16, most_tokens=128)
+    batch = Batch(generator.session, generator.session.new_cache(2, 200), 16, together=False, prefixes=prefixes)
+    prompts = [text[:100], text[:90] + text[300:330], text[:17], text[:16], text[:100], text[200:300], text[:100]]
+    rows = [make_row(generator, prompt, 9, SAMPLED) for prompt in prompts]
+    for row in rows:
+        batch.add(row)
+        while not batch.idle:
+            batch.step()
+        assert prefixes.tokens <= 128
+
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert row.completion.tokens == alone(generator, prompt, 9, SAMPLED)
+    reused = [row.completion.reused_tokens for row in rows]
+    assert reused == [0, 80, 16, 0, 96, 0, 32]  # of the first prompt's six pieces, four made room for another's
+    assert prefixes.nbytes == prefixes.tokens * generator.session.contract.row_bytes(1, 0)
+
+
+def test_a_row_that_fails_ends_alone(generator: Generator, text: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    batch = Batch(generator.session, generator.session.new_cache(3, 200))
+    rows = [make_row(generator, text[:9], 12), make_row(generator, text[40:60], 12)]
+    doomed = generator.row(text[:5], Request(constraint=Constraint(regex="[a-z ]{40}")))
+    for row in (rows[0], doomed, rows[1]):
+        batch.add(row)
+    matcher = doomed.matcher
+    assert matcher is not None
+    accept = matcher.accept
+
+    def fail_at_third(token: int) -> None:
+        if len(doomed.completion.tokens) == 3:
+            raise GenerationError("no text can meet it")
+        accept(token)
+
+    monkeypatch.setattr(matcher, "accept", fail_at_third)
+    while not batch.idle:
+        batch.step()
+
+    assert str(doomed.failure) == "no text can meet it"
+    assert len(doomed.completion.tokens) == 3
+    for row, prompt in zip(rows, (text[:9], text[40:60]), strict=True):
+        assert row.completion.tokens == alone(generator, prompt, 12, Sampling())
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_log_probabilities_of_a_prompt(any_generator: Generator, text: list[int], chunk: int) -> None:
+    generator, prompt = any_generator, text[:40]
+    batch = Batch(generator.session, generator.session.new_cache(1, 100), chunk, prefixes=Prefixes(chunk, 640))
+    for _ in range(2):  # the second time all of it could be taken from what was read before
+        row = generator.row(prompt, Request(max_new_tokens=5, prompt_logprobs=2))
+        batch.add(row)
+        while not batch.idle:
+            batch.step()
+        scored = row.completion.prompt_logprobs
+        assert scored is not None
+        assert scored[0] is None
+        found = [(each.token, each.logprob, len(each.top)) for each in scored[1:] if each is not None]
+        logits = np.concatenate(
+            list(generator.session.prefill(generator.session.new_cache(1, 100), np.array(prompt), chunk))
+        )
+        expected = [(token, log_softmax(row)[token], 2) for row, token in zip(logits, prompt[1:], strict=False)]
+        assert found == expected
+        generator.prefill_chunk = chunk
+        assert row.completion.tokens == alone(generator, prompt, 5, Sampling())
+        generator.prefill_chunk = None
