@@ -17,6 +17,7 @@ from expe_edge.quant.recipe import (
     BLOCK_SIZES,
     CACHES,
     CALIBRATION_WINDOWS,
+    DEVICES,
     EMBEDDINGS,
     HEAD_WINDOW_COST,
     PRECISIONS,
@@ -54,6 +55,13 @@ _OPTIONS = (
     click.option("--smoothing", is_flag=True, help="Move outliers of activations into weights where that helps."),
     click.option("--reduce-range", is_flag=True, help="7-bit weights, for WebAssembly and CPUs without VNNI."),
     click.option("--portable", is_flag=True, help="Standard ONNX operators alone."),
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="|".join(DEVICES),
+        help="What it is for. On cuda float32 computes in float32, all else in float16.",
+    ),
     click.option(
         "--head-window",
         type=int,

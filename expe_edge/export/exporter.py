@@ -30,6 +30,7 @@ from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.export.plan import Plan, oldest_to_export
 from expe_edge.export.portable import require_portable
 from expe_edge.export.source import Source, open_source
+from expe_edge.graph.build import require_narrow
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.names import name_tensors
 from expe_edge.graph.nodes import every_node
@@ -194,6 +195,8 @@ class Exporter:
         """Raise `ExportError` for a recipe that cannot be made of this model."""
         if not recipe.portable and self.config.needs_portable is not None:
             raise ExportError(self.config.needs_portable)
+        if recipe.gpu == "float16":
+            require_narrow(self.source.weights)
         if recipe.cache == "int8" and self.source.weights.positioned_values:
             raise ExportError(
                 "the values of this model carry positions (where: query_key_value), which no fixed int8 range holds at "

@@ -58,6 +58,7 @@ class Plan:
             int8_cache=recipe.cache == "int8",
             portable=recipe.portable,
             windows=self.head_windows,
+            gpu=recipe.gpu,
         )
 
     @property
