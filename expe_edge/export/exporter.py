@@ -193,7 +193,7 @@ class Exporter:
 
     def require_possible(self, recipe: Recipe) -> None:
         """Raise `ExportError` for a recipe that cannot be made of this model."""
-        if not recipe.portable and self.config.needs_portable is not None:
+        if not recipe.portable and recipe.gpu is None and self.config.needs_portable is not None:
             raise ExportError(self.config.needs_portable)
         if recipe.gpu == "float16":
             require_narrow(self.source.weights)

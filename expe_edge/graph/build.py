@@ -99,7 +99,7 @@ def build_graph(
     """
     if gpu == "float16":
         require_narrow(weights)
-    if not portable and weights.config.needs_portable is not None:
+    if not portable and gpu is None and weights.config.needs_portable is not None:
         raise ExportError(weights.config.needs_portable)
     if not weights.folded and weights.config.needs_folding is not None:
         raise ExportError(weights.config.needs_folding)

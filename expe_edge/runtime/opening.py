@@ -133,13 +133,13 @@ def require_on_device(package: Package, session: ort.InferenceSession, device: D
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return
-    for part in session.get_provider_graph_assignment_info():
-        elsewhere = sorted({node.op_type for node in part.get_nodes()} & set(HEAVY))
-        if part.ep_name != device.provider and elsewhere:
-            raise PackageError(
-                f"{package.model_path}: onnxruntime {ort.__version__} runs {', '.join(elsewhere)} on {part.ep_name}, not "
-                f"on {device.provider}; use another onnxruntime-gpu, or `device` cpu"
-            )
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != device.provider]
+    elsewhere = sorted({node.op_type for part in parts for node in part.get_nodes()} & set(HEAVY))
+    if elsewhere:
+        raise PackageError(
+            f"{package.model_path}: onnxruntime {ort.__version__} runs {', '.join(elsewhere)} elsewhere than on "
+            f"{device.provider}; use another onnxruntime-gpu, or `device` cpu"
+        )
 
 
 def _open_graph(package: Package, options: ort.SessionOptions, device: Device) -> ort.InferenceSession:

@@ -182,7 +182,9 @@ class PackageSession:
         positions = np.arange(longest, dtype=np.int64)[None].repeat(len(rows), axis=0)
         feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feeds |= {name: np.zeros(len(rows), dtype=np.int64) for name in contract.window_lengths if name}
-        in_buffer = contract.whole_buffer or contract.cache_dtype == "int8"  # keys are read as floats where there is room
+        in_buffer = (
+            contract.whole_buffer or contract.cache_dtype == "int8"
+        )  # keys are read as floats where there is room
         room = longest if in_buffer else 0
         for name, group in zip(contract.past_names, contract.cache_groups, strict=True):
             feeds[name] = np.zeros((len(rows), group.heads, room, contract.head_size), dtype=contract.cache_dtype)
