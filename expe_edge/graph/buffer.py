@@ -51,7 +51,7 @@ class BufferedAttention(GroupedAttention):
 
 @dataclass(frozen=True)
 class WholeAttention(FloatAttention):
-    """Attention of one layer and group. mask: what is added to scores that get nothing else, as the operator takes it."""
+    """Attention of one layer and group. mask: what is added to scores that get no bias, as the operator takes it."""
 
     mask: str = ""
 

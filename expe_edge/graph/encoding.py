@@ -134,9 +134,9 @@ class PositionNodes:
         return "" if weights.gate is None else self.by_head(f"{layer}.gate.weight", hidden, weights.gate)
 
     def by_head(self, weight: str, hidden: str, columns: Float) -> str:
-        """Append `hidden` (B, T, C) times `columns` (C, n), stored as `weight`: n numbers of each token, (B, n, T) float32.
+        """Append `hidden` (B, T, C) times `columns` (C, n), stored as `weight`: n numbers of each token.
 
-        onnxruntime makes one node of it.
+        They are (B, n, T) float32. onnxruntime makes one node of it.
         """
         hidden = self.graph.widen(hidden, weight)
         turned = self.graph.op("Transpose", hidden, name=f"{weight}.tokens", perm=[0, 2, 1])

@@ -16,8 +16,8 @@ from expe_edge.runtime.storage import BLOCK, Array, Ids, Storage, grown, memory_
 class SharedStorage(Storage):
     """One buffer for each layer, group of heads and part, (batch, heads, columns, D): past and present of every step.
 
-    Attention appends in place when both are the same memory, which may be a device's. When a window's buffer is full, what is still
-    seen of it moves to its beginning.
+    Attention appends in place when both are the same memory, which may be a device's. When a window's buffer is full,
+    what is still seen of it moves to its beginning.
 
     Attributes:
         kept: of every group the tokens that each row has in its buffers, (batch,) int64: the last ones, and as many as

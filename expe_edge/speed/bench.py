@@ -13,8 +13,8 @@ from expe_edge.errors import ConfigError, GenerationError
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import Package, read_package
 from expe_edge.results import Result
-from expe_edge.runtime.memory import memory_shortage
 from expe_edge.runtime.device import Device
+from expe_edge.runtime.memory import memory_shortage
 from expe_edge.runtime.opening import checked_threads
 from expe_edge.runtime.threads import default_threads
 from expe_edge.speed.apart import Apart

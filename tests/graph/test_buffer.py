@@ -64,10 +64,11 @@ def run(
 
     filling: what stands in columns that hold nothing yet.
     """
-    held, logits = None, []
+    held: list[np.ndarray] | None = None
+    logits: list[np.ndarray] = []
     for part in np.split(TOKENS, np.cumsum(parts)[:-1], axis=1):
         feeds = graph_feeds(contract, part, held)
-        before = sum(map(len, logits))
+        before = sum(len(one) for one in logits)
         for name, group in zip(contract.past_names, contract.cache_groups, strict=True):
             kept = min(before, group.window - 1) if group.window else before
             past = feeds[name][:, :, :kept]
