@@ -9,6 +9,7 @@ its scores and weights to float16, as onnxruntime's unfused CUDA kernel does; fu
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def main(checkpoint: Path, lengths: int) -> None:
 
 
 def _pairs(bounds: list[int]) -> list[tuple[int, int]]:
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 if __name__ == "__main__":

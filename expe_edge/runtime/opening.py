@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import onnxruntime as ort
@@ -24,6 +26,8 @@ MOST_THREADS = 1024
 #: The first onnxruntime that refuses graphs whose weights are outside their directory; before, hashes come first.
 SINCE_OWN_FILES = "1.24"
 
+#: Severities of what onnxruntime logs.
+WARNINGS, ERRORS = 2, 3
 #: Operators that a step spends its time in, all of which a device must have kernels for.
 HEAVY = ("MultiHeadAttention", "MatMul", "MatMulNBits", "SkipSimplifiedLayerNormalization")
 
@@ -57,7 +61,7 @@ def checked_threads(threads: int | None) -> int:
 
 def _options(threads: int, library: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = ERRORS
     options.enable_mem_pattern = False  # every step has other shapes than the last, and would be planned anew
     options.intra_op_num_threads = threads
     if library is not None:
@@ -95,7 +99,8 @@ def open_session(
     if device.kind != "cpu":
         options = _options(threads, None)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        session = _open_graph(package, options, device)
+        with _quiet_provider():
+            session = _open_graph(package, options, device)
         require_on_device(package, session, device)
         return session, None
     library = kernels.library(package.manifest) if kernels is not None else None
@@ -124,6 +129,22 @@ def _open_and_keep(package: Package, threads: int, cache: GraphCache, library: P
                 draft.keep()
                 return session
     return _open_graph(package, _options(threads, library), Device())
+
+
+@contextmanager
+def _quiet_provider() -> Iterator[None]:
+    """Load NVIDIA's libraries where pip has put them, and leave away what onnxruntime remarks on while it opens.
+
+    It prints which libraries are missing, and logs that ScatterND must not be told one place twice, which it never is.
+    """
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+    ort.set_default_logger_severity(ERRORS)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
 
 
 def require_on_device(package: Package, session: ort.InferenceSession, device: Device) -> None:
