@@ -135,7 +135,8 @@ def main(checkpoint: Path, device: str, depths: str, prefill: int, out: Path | N
     began, where, model = time.monotonic(), Device(device), load_checkpoint(checkpoint)
     stream = np.concatenate(encode_documents(model.tokenizer, model.corpus().held_out)).astype(np.int64)
     tokens = stream[: 4 * model.config.training_length]
-    figures: dict[str, Any] = {"onnxruntime": ort.__version__, "torch": torch.__version__, "device": device}
+    versions = {"onnxruntime": ort.__version__, "torch": str(torch.__version__)}
+    figures: dict[str, Any] = {"device": device, "versions": versions}
     with tempfile.TemporaryDirectory() as directory:
         recipes = [Recipe(name, solver="rtn" if "int" in name else None, device="cuda") for name in PRECISIONS]
         plain, *packages = export(checkpoint, Path(directory), [Recipe(), *recipes])
