@@ -33,7 +33,7 @@ from expe_edge.training.checkpoint import load_checkpoint
 Array = np.ndarray[Any, Any]
 
 
-class MatMul(OpRun):
+class MatMul(OpRun):  # type: ignore[misc]  # onnx publishes no types
     """The product of ONNX, its sums in float32."""
 
     op_domain = ""
@@ -42,7 +42,7 @@ class MatMul(OpRun):
         return ((left.astype(np.float32) @ right.astype(np.float32)).astype(left.dtype),)
 
 
-class SkipSimplifiedLayerNormalization(OpRun):
+class SkipSimplifiedLayerNormalization(OpRun):  # type: ignore[misc]  # onnx publishes no types
     """A sum and its RMSNorm, computed in float32."""
 
     op_domain = "com.microsoft"
@@ -54,7 +54,7 @@ class SkipSimplifiedLayerNormalization(OpRun):
         return normed.astype(hidden.dtype), np.zeros(0, np.float32), np.zeros(0, np.float32), total
 
 
-class MultiHeadAttention(OpRun):
+class MultiHeadAttention(OpRun):  # type: ignore[misc]  # onnx publishes no types
     """Attention (B, T, H·D) over keys and values (B, H, S, D) with a bias (B, H, T, S), in three rounded steps."""
 
     op_domain = "com.microsoft"
@@ -73,7 +73,7 @@ class MultiHeadAttention(OpRun):
         return (mixed.swapaxes(1, 2).reshape(batch, tokens, -1),)
 
 
-class GatherElements(OpRun):
+class GatherElements(OpRun):  # type: ignore[misc]  # onnx publishes no types
     """That of ONNX, whose own evaluator fails beyond 32 elements."""
 
     op_domain = ""
@@ -82,7 +82,7 @@ class GatherElements(OpRun):
         return (np.take_along_axis(data, indices, axis=axis or 0),)
 
 
-class ScatterND(OpRun):
+class ScatterND(OpRun):  # type: ignore[misc]  # onnx publishes no types
     """That of ONNX at once, where its own evaluator takes index by index."""
 
     op_domain = ""

@@ -20,7 +20,7 @@ PROCESSORS = ("max", "cortex-a76", "cortex-a53")
 
 
 class Comparison(NamedTuple):
-    """kl: mean nats per token. largest: difference of logits. same: greedy tokens up to the first other, of `written`."""
+    """kl: mean nats a token. largest: difference of logits. same: greedy tokens before another, of `written`."""
 
     kl: float
     largest: float

@@ -22,7 +22,7 @@ def main(path: str) -> None:
     for token in tokens[-DECODED:]:
         logits += next(session.prefill(cache, token[None])).tolist()
     generator.end_of_text = None
-    written = generator.generate([tokens], max_new_tokens=WRITTEN)[0].tokens
+    written = generator.generate([tokens.tolist()], max_new_tokens=WRITTEN)[0].tokens
     print(json.dumps({"tokens": written, "logits": logits}))
 
 

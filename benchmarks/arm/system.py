@@ -63,8 +63,10 @@ class System:
         root = Path(__file__).parents[2]
         path = os.pathsep.join([str(root), str(self.directory / "site")])
         environment = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
-        command = [self.qemu, "-L", self.directory / "guest", "-cpu", processor, self.python, *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        places = [self.qemu, "-L", self.directory / "guest", "-cpu", processor, self.python]
+        command = [*map(str, places), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return str(done.stdout)
 
     def make(self) -> None:
         """Download and unpack it all, as no other user than this one.

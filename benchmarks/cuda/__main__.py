@@ -142,12 +142,12 @@ def main(checkpoint: Path, device: str, depths: str, prefill: int, out: Path | N
         plain, *packages = export(checkpoint, Path(directory), [Recipe(), *recipes])
         reference = opened(plain.path, Device())
         expected = logits_of(reference, tokens)
-        greedy = reference.generate([tokens[:32]], max_new_tokens=GENERATED)[0].tokens
+        greedy = reference.generate([tokens[:32].tolist()], max_new_tokens=GENERATED)[0].tokens
         for name, package in zip(PRECISIONS, packages, strict=True):
             before = used_memory()
             generator = opened(package.path, where)
             found = logits_of(generator, tokens)
-            written = generator.generate([tokens[:32]], max_new_tokens=GENERATED)[0].tokens
+            written = generator.generate([tokens[:32].tolist()], max_new_tokens=GENERATED)[0].tokens
             same = next((i for i, pair in enumerate(zip(greedy, written, strict=True)) if len({*pair}) > 1), GENERATED)
             row: dict[str, Any] = {
                 "largest_difference": float(np.abs(found - expected).max()),

@@ -26,6 +26,7 @@ from expe_edge.calibration.windows import Windows, head_windows, measure_windows
 from expe_edge.errors import ExportError, unknown_name
 from expe_edge.export.clients import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
+from expe_edge.export.ort_format import write_ort_format
 from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.export.plan import Plan, oldest_to_export
 from expe_edge.export.portable import require_portable
@@ -302,6 +303,8 @@ class Exporter:
             self.progress(f"{recipe.name}: validating against {self.source.origin}")
             parity = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
             self._require_valid(plan, parity, directory / MODEL_FILE)
+            if recipe.ort_format:
+                write_ort_format(directory, plan.contract, self._parity_tokens)
             # What it is, with the hash of every file.
             manifest = self._manifest(plan, contents, parity, kernels)
             self._fill(directory, manifest)

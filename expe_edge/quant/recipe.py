@@ -74,6 +74,8 @@ class Recipe:
         smoothing: move outliers of activations into weights, as far as that lowers the output error.
         reduce_range: 7-bit weights in the int8 formats.
         portable: standard ONNX operators alone.
+        ort_format: the graph in ORT format too, and a list of its operators, for reduced builds of onnxruntime.
+        target: the place that it is for, `chosen` the options that were left to that; see `chosen_for`.
         device: what it is for. On a GPU (`cuda`) float32 computes in float32, every other precision in float16.
         head_window: tokens that heads with slopes see and keep; None for all. head_window_cost: the most nats per token
             that this may add to the loss.
@@ -90,6 +92,9 @@ class Recipe:
     reduce_range: bool = False
     portable: bool = False
     device: str = "cpu"
+    ort_format: bool = False
+    target: str | None = None
+    chosen: Sequence[str] = ()
     head_window: int | None = None
     head_window_cost: float = HEAD_WINDOW_COST
     budget_kl: float | None = None
@@ -132,6 +137,8 @@ class Recipe:
             )
         if self.portable:
             raise ExportError(f"`portable` is for any device, `device` {self.device} for one; drop one of them")
+        if self.ort_format:
+            raise ExportError("`ort_format` is for builds of onnxruntime without GPUs; drop it, or `device`")
 
     def _check_head_window(self) -> None:
         if self.head_window is None:
