@@ -38,9 +38,8 @@ def compare_command(packages: tuple[Path, ...], processors: str) -> None:
     if system is None:
         raise ConfigError("there is no aarch64 system; run `python -m benchmarks.arm setup`")
     print("| package | processor | mean KL | logits differ by | same tokens |\n|---|---|---|---|---|")
-    for path in packages:
-        for processor in processors.split(","):
-            found = compare(system, path, processor)
+    for processor in processors.split(","):
+        for path, found in zip(packages, compare(system, packages, processor), strict=True):
             same = f"{found.same} of {found.written}"
             print(f"| {path.name} | {processor} | {found.kl:.2g} | {found.largest:.2g} | {same} |")
 

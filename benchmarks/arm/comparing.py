@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,11 +29,15 @@ class Comparison(NamedTuple):
     written: int
 
 
-def compare(system: System, path: Path, processor: str) -> Comparison:
-    """Run a package here and there."""
-    module = [reading.__file__, str(path.absolute())]
+def compare(system: System, paths: Sequence[Path], processor: str) -> list[Comparison]:
+    """Run packages here and there."""
+    module = [reading.__file__, *(str(path.absolute()) for path in paths)]
     here = subprocess.run([sys.executable, *module], env=os.environ, capture_output=True, text=True, check=True).stdout
-    ours, theirs = (json.loads(output.splitlines()[-1]) for output in (here, system.run(module, processor)))
+    outputs = [[line for line in out.splitlines() if line[:1] == "{"] for out in (here, system.run(module, processor))]
+    return [_compared(json.loads(ours), json.loads(theirs)) for ours, theirs in zip(*outputs, strict=True)]
+
+
+def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> Comparison:
     expected, found = (np.array(each["logits"], dtype=np.float32) for each in (ours, theirs))
     pairs = list(zip(ours["tokens"], theirs["tokens"], strict=True))
     same = next((index for index, (one, other) in enumerate(pairs) if one != other), len(pairs))

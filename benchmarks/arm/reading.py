@@ -1,4 +1,4 @@
-"""What a package computes, as one line of JSON: run on either processor by `benchmarks.arm`."""
+"""What packages compute, a line of JSON for each: run on either processor by `benchmarks.arm`."""
 
 from __future__ import annotations
 
@@ -27,4 +27,5 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for package in sys.argv[1:]:
+        main(package)

@@ -25,6 +25,8 @@ WEIGHT_BITS = {"int8-dynamic": 8, "int8-static": 8, "int8-weight": 8, "int4-weig
 BLOCKWISE = ("int8-weight", "int4-weight")
 #: Precisions of packages for GPUs: what onnxruntime's CUDA provider has products for.
 GPU_PRECISIONS = ("float32", "float16", "int8-weight", "int4-weight")
+#: Blocks that its kernels of single rows take; with others a step fails there.
+GPU_BLOCK_SIZES = (16, 32, 64, 128)
 #: Nats per token that windows of heads may cost.
 HEAD_WINDOW_COST = 0.002
 
@@ -134,6 +136,11 @@ class Recipe:
             raise ExportError(
                 f"`precision` {self.precision} is for CPUs: `device` {self.device} has {', '.join(GPU_PRECISIONS)}; "
                 "change one of them"
+            )
+        if self.block_size not in (None, *GPU_BLOCK_SIZES):
+            raise ExportError(
+                f"`block_size` is {self.block_size}; on `device` {self.device} onnxruntime takes "
+                f"{', '.join(map(str, GPU_BLOCK_SIZES))}"
             )
         if self.portable:
             raise ExportError(f"`portable` is for any device, `device` {self.device} for one; drop one of them")

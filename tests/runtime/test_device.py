@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from expe_edge.runtime.session import Step
 from expe_edge.runtime.shared import SharedStorage
 from expe_edge.training.run import train
 from tests.conftest import HAS_INT8_CACHE
+from tests.export.test_clients import genai_tokens
 from tests.small import small_settings
 
 needs_gpu = pytest.mark.skipif(
@@ -185,6 +188,20 @@ def test_nodes_that_run_elsewhere_are_refused(gpu_packages: Path) -> None:
     require_on_device(package, session, Device())
     with pytest.raises(PackageError, match=r"runs MatMul, MultiHeadAttention, Skip\w+ elsewhere than on CUDA"):
         require_on_device(package, session, Device("cuda"))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_genai_takes_the_same_graph(gpu_packages: Path, plain: Generator, tmp_path: Path, name: str) -> None:
+    """On the CPU, where the provider that its config asks for is not: with one buffer, cleared, as on a GPU."""
+    copy = Path(shutil.copytree(gpu_packages / name, tmp_path / name))
+    config = json.loads((copy / "genai_config.json").read_text(encoding="utf-8"))
+    options = config["model"]["decoder"]["session_options"]
+    assert options["provider_options"] == [{"cuda": {"use_tf32": "0"}}]
+    options["provider_options"] = []
+    (copy / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    prompt = plain.encode(PROMPTS[0]).tolist()
+    found = genai_tokens(copy, prompt)
+    assert found == plain.generate([prompt], max_new_tokens=len(found))[0].tokens
 
 
 @needs_gpu
