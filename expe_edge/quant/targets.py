@@ -22,12 +22,15 @@ _PHONE = {
     "block_size": Choice(32, "Arm's fastest 4-bit kernels, KleidiAI's, take multiples of 32"),
     "ort_format": Choice(True, "a runtime with these operators alone takes less of an app, and reads no other format"),
 }
+#: Options that have a meaning for some precisions alone.
+OF_PRECISION = ("block_size", "reduce_range")
 #: Places by name.
 TARGETS: Mapping[str, Mapping[str, Choice]] = {
     "android": _PHONE,
     "ios": _PHONE,
     "web": {
         "precision": Choice("int8-dynamic", "WebAssembly has fast products of 8 bits, and slow ones of 4"),
+        "reduce_range": Choice(True, "weights of 7 bits have the faster kernel there"),
         "cache": Choice("float32", "WebGPU has no buffers of 8 bits for a cache"),
     },
     "server": {
@@ -49,8 +52,5 @@ def chosen_for(target: str, given: Collection[str]) -> dict[str, Choice]:
     """
     if target not in TARGETS:
         raise ExportError(unknown_name("target", target, TARGETS) + "; change `target`")
-    choices = TARGETS[target]
-    other = "precision" in given  # and what goes with it
-    return {
-        name: choice for name, choice in choices.items() if name not in given and not (other and name == "block_size")
-    }
+    settled = {*given, *(OF_PRECISION if "precision" in given else ())}
+    return {name: choice for name, choice in TARGETS[target].items() if name not in settled}

@@ -25,8 +25,9 @@ def test_what_is_given_is_not_chosen(target: str) -> None:
         assert name not in chosen_for(target, (name,))
 
 
-def test_blocks_are_those_of_the_chosen_precision_alone() -> None:
+def test_what_belongs_to_a_precision_is_left_with_it() -> None:
     assert set(chosen_for("android", ("precision",))) == {"ort_format"}
+    assert set(chosen_for("web", ("precision",))) == {"cache"}
 
 
 def test_no_such_place() -> None:
