@@ -101,8 +101,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"device": "gpu"}, "unknown device 'gpu'; did you mean 'cpu'? available: cpu, cuda; change `device`"),
     (
         {"precision": "int8-dynamic", "device": "cuda"},
-        "`precision` int8-dynamic is for CPUs: `device` cuda has float32, float16, int8-weight, int4-weight; change one "
-        "of them",
+        "`precision` int8-dynamic is for CPUs: `device` cuda has float32, float16, int8-weight, int4-weight; change "
+        "one of them",
     ),
     (
         {"precision": "int4-weight", "device": "cuda", "block_size": 256},

@@ -21,7 +21,7 @@ from expe_edge.runtime.session import Step
 from expe_edge.runtime.shared import SharedStorage
 from expe_edge.training.run import train
 from tests.conftest import HAS_INT8_CACHE
-from tests.export.test_clients import genai_tokens
+from tests.export.test_clients import genai_tokens, optimum_model
 from tests.small import small_settings
 
 needs_gpu = pytest.mark.skipif(
@@ -202,6 +202,11 @@ def test_genai_takes_the_same_graph(gpu_packages: Path, plain: Generator, tmp_pa
     prompt = plain.encode(PROMPTS[0]).tolist()
     found = genai_tokens(copy, prompt)
     assert found == plain.generate([prompt], max_new_tokens=len(found))[0].tokens
+
+
+def test_optimum_whose_cache_grows_says_at_once_that_it_cannot(gpu_packages: Path) -> None:
+    with pytest.raises(Exception, match="expe-with-one-buffer-for-expe-edge-or-onnxruntime-genai"):
+        optimum_model(gpu_packages / "float32-cuda")
 
 
 @needs_gpu
