@@ -217,8 +217,9 @@ class Step:
         self.offsets = np.arange(tokens, dtype=np.int64)
         self.binding = self.session.io_binding()
         last = last and session.keeps_last
+        self.one = ort.OrtValue.ortvalue_from_numpy(np.array(1))  # it holds the memory that a binding points to
         if last:
-            self.binding.bind_ortvalue_input(LOGITS_TO_KEEP.name, ort.OrtValue.ortvalue_from_numpy(np.array(1)))
+            self.binding.bind_ortvalue_input(LOGITS_TO_KEEP.name, self.one)
         self.logits = np.zeros((cache.batch, 1 if last else tokens, session.contract.vocab_size), dtype=np.float32)
         self._bind_tokens()
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
@@ -236,7 +237,8 @@ class Step:
         self.input_ids[:] = tokens
         if self.tokens > 1:
             np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
-        self.binding.bind_ortvalue_input("attention_mask", self._mask(longest))
+        mask = self._mask(longest)  # it holds its memory until the run is over
+        self.binding.bind_ortvalue_input("attention_mask", mask)
         if self.bound != cache.version:
             cache.bind(self.binding, self.tokens)
             self.bound = cache.version
