@@ -23,8 +23,9 @@ from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import GraphContract, HeadGroup
 from expe_edge.quant.channels import CacheScales
 
-#: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.
-SINCE_BIAS, SINCE_INT8_CACHE = "1.22", "1.27"
+#: The oldest onnxruntime whose attention takes the bias of positions, and one in a window, and an int8 cache. Before,
+#: GroupQueryAttention with a window and a bias computes something else.
+SINCE_BIAS, SINCE_WINDOWS, SINCE_INT8_CACHE = "1.22", "1.24", "1.27"
 
 
 @dataclass

@@ -55,8 +55,9 @@ class LinearFormat(ABC, Generic[Matrix]):
     #: The embedding's format where nothing else is asked for.
     embedding: ClassVar[str] = "float32"
     #: The oldest onnxruntime with the kernel on CPUs; of a portable package, that runs it, be it by slower kernels, and
-    #: that makes one kernel of its operators, as an export verifies.
+    #: that makes one kernel of its operators, as an export verifies. since_half: with the kernel on float16.
     since: ClassVar[str] = "1.17"
+    since_half: ClassVar[str] = "1.17"
     portable_since: ClassVar[str] = "1.17"
     fused_since: ClassVar[str] = "1.17"
 
@@ -255,6 +256,7 @@ class Int8Weight(BlockWeight):
     name = "int8-weight"
     bits = 8
     since = "1.22"
+    since_half = "1.23"
     portable_since = "1.20"
     fused_since = "1.25"
 
@@ -264,7 +266,7 @@ class Int4Weight(BlockWeight):
 
     name = "int4-weight"
     bits = 4
-    since = "1.20"
+    since = since_half = "1.20"
     portable_since = "1.20"
     fused_since = "1.20"
 

@@ -57,20 +57,13 @@ class Device:
 
 
 class HostBuffer:
-    """Keys or values of all rows, (batch, heads, columns, D), in memory that runs read and write in place."""
+    """Keys or values of all rows, (batch, heads, columns, D), in memory that runs read and write in place.
+
+    shape: its axes. nbytes: its bytes.
+    """
 
     def __init__(self, array: Array) -> None:
-        self.array = array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its axes."""
-        return self.array.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes."""
-        return self.array.nbytes
+        self.array, self.shape, self.nbytes = array, array.shape, array.nbytes
 
     def read(self) -> Array:
         """Return what it holds, valid until the next change."""
@@ -88,35 +81,30 @@ class HostBuffer:
         binding.bind_ortvalue_output(present, value)
 
 
-class DeviceBuffer(HostBuffer):
+class DeviceBuffer:
     """The same in the memory of a device. What is read or changed outside of runs is copied, all rows of it."""
 
     def __init__(self, array: Array, device: Device) -> None:
-        self.device, self.dtype = device, array.dtype
+        self.device, self.dtype, self.shape, self.nbytes = device, array.dtype, array.shape, array.nbytes
         try:
             self.value = ort.OrtValue.ortvalue_from_numpy(array, device.kind, device.index)
         except Exception as error:  # onnxruntime's exceptions share no narrower base
             raise MemoryError(str(error)) from error
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape())
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.value.tensor_size_in_bytes())
-
     def read(self) -> Array:
+        """Return a copy of what it holds."""
         array: Array = self.value.numpy()
         return array
 
     @contextmanager
     def edit(self) -> Iterator[Array]:
+        """Yield a copy of what it holds, which is written back once it has been changed."""
         array = np.array(self.value.numpy())
         yield array
         self.value.update_inplace(array)
 
     def bind(self, binding: ort.IOBinding, past: str, present: str, begin: int, end: int) -> None:
+        """Bind the rows [begin, end), by their address, as the input `past` and the output `present`."""
         shape = (end - begin, *self.shape[1:])
         place = self.value.data_ptr() + begin * (self.nbytes // self.shape[0])
         kind, index = self.device.kind, self.device.index

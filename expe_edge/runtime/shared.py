@@ -32,7 +32,7 @@ class SharedStorage(Storage):
         self._counts += [kept.data for kept in self.kept if kept is not self.lengths]
         self.free = PREFILL_CHUNK  # tokens that a run may append to a window
         self.columns = 0
-        self.buffers = [
+        self.buffers: list[HostBuffer | DeviceBuffer] = [
             HostBuffer(np.zeros((batch, group.heads, 0, contract.head_size), dtype=contract.cache_dtype))
             for group in contract.cache_groups
         ]

@@ -23,7 +23,7 @@ from expe_edge.graph.run import graph_feeds
 from expe_edge.graph.weights import ModelWeights
 from expe_edge.package.contract import GraphContract
 from expe_edge.quant.channels import CacheScales
-from tests.conftest import needs_int8_cache
+from tests.conftest import needs_int8_cache, needs_windows
 from tests.graphs import open_session, random_weights
 from tests.strategies import random_tokens, small_config
 
@@ -35,7 +35,9 @@ SIZE = (CONFIG.num_key_value_heads, CONFIG.head_dim)
 SCALES = [CacheScales(*(np.full(SIZE, 0.05, dtype=np.float32) for _ in range(2)))] * CONFIG.num_hidden_layers
 OPTIONS: dict[str, dict[str, Any]] = {"": {}, "windows": {"windows": (12, 0)}, "int8 cache": {"int8_cache": True}}
 every_kind = pytest.mark.parametrize(
-    "kind", ["", "windows", pytest.param("int8 cache", marks=needs_int8_cache)], ids=lambda kind: kind or "plain"
+    "kind",
+    ["", pytest.param("windows", marks=needs_windows), pytest.param("int8 cache", marks=needs_int8_cache)],
+    ids=lambda kind: kind or "plain",
 )
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from expe_edge.errors import GenerationError, PackageError
 from expe_edge.export.exporter import export
+from expe_edge.graph.linears import Int8Weight
+from expe_edge.package.manifest import release
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession, Sampling, Window
 from expe_edge.runtime.device import Device, DeviceBuffer
@@ -20,7 +22,7 @@ from expe_edge.runtime.opening import require_on_device
 from expe_edge.runtime.session import Step
 from expe_edge.runtime.shared import SharedStorage
 from expe_edge.training.run import train
-from tests.conftest import HAS_INT8_CACHE
+from tests.conftest import HAS_INT8_CACHE, needs_windows
 from tests.export.test_clients import genai_tokens, optimum_model
 from tests.small import small_settings
 
@@ -31,9 +33,10 @@ needs_gpu = pytest.mark.skipif(
 RECIPES = {
     "float32-cuda": Recipe(device="cuda"),
     "float16-cuda": Recipe("float16", device="cuda"),
-    "int8-weight-cuda": Recipe("int8-weight", device="cuda"),
     "int4-weight-cuda": Recipe("int4-weight", device="cuda"),
 }
+if release(ort.__version__) >= release(Int8Weight.since_half):
+    RECIPES["int8-weight-cuda"] = Recipe("int8-weight", device="cuda")
 if HAS_INT8_CACHE:
     RECIPES["float16-int8-cache-cuda"] = Recipe("float16", cache="int8", device="cuda")
 #: Those whose greedy tokens are float32's.
@@ -107,6 +110,7 @@ def test_windows_of_text_drop_its_oldest_tokens(gpu_packages: Path) -> None:
     assert texts[0] == texts[1]
 
 
+@needs_windows
 def test_heads_with_windows(text_folder: Path, tmp_path: Path) -> None:
     recipe = {"softplus": True, "content_heads": 1, "temperature": 0.3}
     settings = small_settings(text_folder, positional_parameters=recipe, num_key_value_heads=4, max_steps=30)
