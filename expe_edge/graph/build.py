@@ -151,12 +151,13 @@ class _Decoder:
             self.run = run = TokensFirst(graph)
             whole = contract.whole_buffer
             columns = columns_of(graph, contract) if whole else [""] * len(contract.groups)
+            groups = list(zip(contract.window_lengths, columns, strict=True))
             keys = [
                 window_keys(graph, run, name, end) if name else Keys("lengths", run.last, end or run.total)
-                for name, end in zip(contract.window_lengths, columns, strict=True)
+                for name, end in groups
             ]
-            spans, unwindowed = self._spans(keys), columns[contract.window_lengths.index("")]
-            self.positions = kind(graph, weights, self.linear, run.positions, spans=spans, columns=unwindowed)
+            spans, whole_text = self._spans(keys), next((end for name, end in groups if not name), "")
+            self.positions = kind(graph, weights, self.linear, run.positions, spans=spans, columns=whole_text)
             attention = BufferedAttention if whole else GroupedAttention
             self.attention = attention(graph, self.config, contract, keys, run, cache)
             self.norms = FusedNorms(graph, self.config)
