@@ -10,7 +10,7 @@ VENV_LOWEST ?= .venv-lowest
 PYTHON_LOWEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
 OUT ?= demo
 
-.PHONY: demo demo-formats demo-cache test test-transformers5 test-lowest lint types fuzz chaos bench docs clean
+.PHONY: demo demo-formats demo-cache test test-transformers5 test-lowest arm lint types fuzz chaos bench docs clean
 
 # Nothing is compiled ahead: most of what the libraries bring is never imported.
 # The demo needs no more than this; what the tests need besides takes minutes to install.
@@ -68,6 +68,11 @@ test-transformers5: $(VENV5)/.installed
 # The same with the oldest of every range in pyproject.toml, and lists what an old onnxruntime has no kernels for.
 test-lowest: $(VENV_LOWEST)/.installed
 	$(VENV_LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -rs
+
+# Packages on an Arm processor, which qemu stands in for: made once, of Debian's packages and wheels, in .arm/.
+arm: $(INSTALLED)
+	test -d .arm/site/onnxruntime || $(BIN)/python -m benchmarks.arm setup
+	$(BIN)/python -m pytest -rs tests/runtime/test_arm.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from expe_edge.export.exporter import export
-from expe_edge.graph.attention import SINCE_INT8_CACHE
+from expe_edge.graph.attention import SINCE_INT8_CACHE, SINCE_WINDOWS
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.package.manifest import release
 from expe_edge.training.run import train
@@ -34,6 +34,9 @@ PORTABLE_PRECISIONS = tuple(
     name for name in PRECISIONS if release(LINEAR_FORMATS[name].fused_since) <= release(ort.__version__)
 )
 HAS_INT8_CACHE = release(ort.__version__) >= release(SINCE_INT8_CACHE)
+HAS_WINDOWS = release(ort.__version__) >= release(SINCE_WINDOWS)
+#: Marks what goes through windows of heads, likewise.
+needs_windows = pytest.mark.skipif(not HAS_WINDOWS, reason=f"onnxruntime has windows with a bias since {SINCE_WINDOWS}")
 #: Marks what goes through an int8 cache, which expe-edge refuses by the same comparison.
 needs_int8_cache = pytest.mark.skipif(
     not HAS_INT8_CACHE, reason=f"onnxruntime has kernels for an int8 cache since {SINCE_INT8_CACHE}"

@@ -154,6 +154,7 @@ class Evidence:
             cache=cache_scales(self.observations.cache) if formats.cache == "int8" else None,
             portable=recipe.portable,
             windows=windows,
+            gpu=recipe.gpu,
         )
         del graph.model.graph.value_info[:]  # calibration's; a tenth of a small package's overhead
         return graph

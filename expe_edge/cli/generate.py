@@ -186,7 +186,9 @@ def print_samples(
 
 
 def machinery(session: PackageSession) -> str:
-    """Say with how many threads a package runs, and with whose kernels."""
+    """Say with how many threads a package runs, and with whose kernels; or on which device."""
+    if session.device is not None:
+        return f"on {session.device.kind}:{session.device.index}"
     whose = "onnxruntime" if session.kernels is None else "expe-edge"
     return f"{session.threads} thread{'s' * (session.threads > 1)}; kernels of {whose}"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from expe_edge.cli.flags import Setting
 from expe_edge.cli.output import PATH, TEXT_FIELD, require_writable, sources, write_json
@@ -17,6 +18,7 @@ from expe_edge.quant.recipe import (
     BLOCK_SIZES,
     CACHES,
     CALIBRATION_WINDOWS,
+    DEVICES,
     EMBEDDINGS,
     HEAD_WINDOW_COST,
     PRECISIONS,
@@ -24,6 +26,7 @@ from expe_edge.quant.recipe import (
     Recipe,
     require_used,
 )
+from expe_edge.quant.targets import TARGETS, chosen_for
 
 if TYPE_CHECKING:
     from expe_edge.export.exporter import ExportedPackage
@@ -53,7 +56,20 @@ _OPTIONS = (
     click.option("--block-size", type=int, help=f"For int*-weight: {', '.join(map(str, BLOCK_SIZES))}."),
     click.option("--smoothing", is_flag=True, help="Move outliers of activations into weights where that helps."),
     click.option("--reduce-range", is_flag=True, help="7-bit weights, for WebAssembly and CPUs without VNNI."),
+    click.option(
+        "--target",
+        metavar="|".join(TARGETS),
+        help="The place it is for, which chooses the options that are not given, and says why.",
+    ),
     click.option("--portable", is_flag=True, help="Standard ONNX operators alone."),
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="|".join(DEVICES),
+        help="What it is for. On cuda float32 computes in float32, all else in float16.",
+    ),
+    click.option("--ort-format", is_flag=True, help="model.ort and its operators too, for reduced builds."),
     click.option(
         "--head-window",
         type=int,
@@ -114,6 +130,7 @@ def make_packages(
     *,
     out: Path,
     precisions: tuple[str, ...],
+    target: str | None,
     max_size: str | None,
     positions: str,
     calibration_data: tuple[str, ...],
@@ -130,6 +147,8 @@ def make_packages(
     """Make the packages and report them."""
     require_writable(json_file)
     size = parse_size(max_size)
+    if target is not None:
+        precisions, formats = completed(target, precisions, formats)
     recipes = [Recipe(precision, max_size=size, **formats) for precision in dict.fromkeys(precisions)]
     require_used(recipes, ranges_from=ranges_from is not None)  # as `export` does, after seconds of imports
     from expe_edge.calibration.observations import Calibration
@@ -151,6 +170,29 @@ def make_packages(
     write_json(json_file, {"packages": [package.to_dict() for package in packages]})
     for package in packages:
         report(package)
+
+
+def completed(
+    target: str, precisions: tuple[str, ...], formats: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the precisions and other options with what a target chooses where they are not given, and say what.
+
+    Raises:
+        ExportError: an unknown target.
+    """
+    context = click.get_current_context()
+    source = context.get_parameter_source
+    given = {name for name in formats if source(name) is not ParameterSource.DEFAULT}
+    if source("precisions") is not ParameterSource.DEFAULT:
+        given.add("precision")
+    choices = chosen_for(target, given)
+    values = {name: choice.value for name, choice in choices.items()}
+    if "precision" in values:
+        precisions = (values.pop("precision"),)
+    for name, choice in choices.items():
+        flag = f"--{name.replace('_', '-')}" + ("" if choice.value is True else f" {choice.value}")
+        click.echo(f"--target {target}: {flag}, since {choice.reason}", err=True)
+    return precisions, formats | values | {"target": target, "chosen": tuple(choices)}
 
 
 def report(package: ExportedPackage) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expe_edge.model.config import ExPEConfig
-from expe_edge.package.contract import GraphContract
+from expe_edge.package.contract import CUDA_OPTIONS, GraphContract
 from expe_edge.package.directory import MODEL_FILE
 from expe_edge.package.manifest import MANIFEST_FILE
 
@@ -17,6 +17,8 @@ CLIENT_MODEL_TYPE = "llama"
 #: Optimum starts with a float cache whatever the graph asks for. A type it does not know makes it say so at once, and
 #: this one says why.
 INT8_CACHE_MODEL_TYPE = "expe-with-int8-cache-for-expe-edge-or-onnxruntime-genai"
+#: Optimum's cache grows with every run, and has no room for what is new.
+BUFFER_MODEL_TYPE = "expe-with-one-buffer-for-expe-edge-or-onnxruntime-genai"
 #: No other client keeps windows.
 WINDOWED_MODEL_TYPE = "expe-with-windows-for-expe-edge-alone"
 
@@ -28,7 +30,7 @@ def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContr
         "generation_config.json": _tokens(config) | {"max_length": context_length, "do_sample": False},
     }
     if not contract.windows:
-        files["genai_config.json"] = _genai_config(config, context_length, share_buffer=not contract.growing_cache)
+        files["genai_config.json"] = _genai_config(config, context_length, contract)
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -36,6 +38,8 @@ def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContr
 def _model_type(contract: GraphContract) -> str:
     if contract.windows:
         return WINDOWED_MODEL_TYPE
+    if contract.whole_buffer:
+        return BUFFER_MODEL_TYPE
     return INT8_CACHE_MODEL_TYPE if contract.cache_dtype == "int8" else CLIENT_MODEL_TYPE
 
 
@@ -61,10 +65,13 @@ def _transformers_config(config: ExPEConfig, context_length: int) -> dict[str, A
     }
 
 
-def _genai_config(config: ExPEConfig, context_length: int, *, share_buffer: bool) -> dict[str, Any]:
+def _genai_config(config: ExPEConfig, context_length: int, contract: GraphContract) -> dict[str, Any]:
     """https://onnxruntime.ai/docs/genai/reference/config.html; unknown keys are refused there."""
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {
+            "log_id": "onnxruntime-genai",
+            "provider_options": [{"cuda": CUDA_OPTIONS}] if contract.whole_buffer else [],
+        },
         "filename": MODEL_FILE,
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,
@@ -92,5 +99,9 @@ def _genai_config(config: ExPEConfig, context_length: int, *, share_buffer: bool
             "vocab_size": config.vocab_size,
             "decoder": decoder,
         },
-        "search": {"do_sample": False, "max_length": context_length, "past_present_share_buffer": share_buffer},
+        "search": {
+            "do_sample": False,
+            "max_length": context_length,
+            "past_present_share_buffer": not contract.growing_cache,
+        },
     }

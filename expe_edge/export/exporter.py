@@ -26,10 +26,12 @@ from expe_edge.calibration.windows import Windows, head_windows, measure_windows
 from expe_edge.errors import ExportError, unknown_name
 from expe_edge.export.clients import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
+from expe_edge.export.ort_format import write_ort_format
 from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.export.plan import Plan, oldest_to_export
 from expe_edge.export.portable import require_portable
 from expe_edge.export.source import Source, open_source
+from expe_edge.graph.build import require_narrow
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.names import name_tensors
 from expe_edge.graph.nodes import every_node
@@ -192,8 +194,10 @@ class Exporter:
 
     def require_possible(self, recipe: Recipe) -> None:
         """Raise `ExportError` for a recipe that cannot be made of this model."""
-        if not recipe.portable and self.config.needs_portable is not None:
+        if not recipe.portable and recipe.gpu is None and self.config.needs_portable is not None:
             raise ExportError(self.config.needs_portable)
+        if recipe.gpu == "float16":
+            require_narrow(self.source.weights)
         if recipe.cache == "int8" and self.source.weights.positioned_values:
             raise ExportError(
                 "the values of this model carry positions (where: query_key_value), which no fixed int8 range holds at "
@@ -299,6 +303,8 @@ class Exporter:
             self.progress(f"{recipe.name}: validating against {self.source.origin}")
             parity = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
             self._require_valid(plan, parity, directory / MODEL_FILE)
+            if recipe.ort_format:
+                write_ort_format(directory, plan.contract, self._parity_tokens)
             # What it is, with the hash of every file.
             manifest = self._manifest(plan, contents, parity, kernels)
             self._fill(directory, manifest)

@@ -9,7 +9,7 @@ from expe_edge.calibration.auto import Choice
 from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import cache_scales
 from expe_edge.calibration.windows import Windows
-from expe_edge.graph.attention import SINCE_BIAS, SINCE_INT8_CACHE
+from expe_edge.graph.attention import SINCE_BIAS, SINCE_INT8_CACHE, SINCE_WINDOWS
 from expe_edge.graph.build import HEAD, BuiltGraph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.package.contract import GraphContract
@@ -58,6 +58,7 @@ class Plan:
             int8_cache=recipe.cache == "int8",
             portable=recipe.portable,
             windows=self.head_windows,
+            gpu=recipe.gpu,
         )
 
     @property
@@ -107,5 +108,9 @@ def oldest_onnxruntime(recipe: Recipe, linears: set[str]) -> str:
     if recipe.portable:
         needed = [kind.portable_since for kind in kinds]
     else:
-        needed = [SINCE_INT8_CACHE if recipe.cache == "int8" else SINCE_BIAS, *(kind.since for kind in kinds)]
+        needed = [SINCE_BIAS, *(kind.since_half if recipe.gpu == "float16" else kind.since for kind in kinds)]
+        if recipe.head_window is not None and recipe.gpu is None:
+            needed.append(SINCE_WINDOWS)
+        if recipe.cache == "int8":
+            needed.append(SINCE_INT8_CACHE)
     return max(needed, key=release)

@@ -23,8 +23,9 @@ from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import GraphContract, HeadGroup
 from expe_edge.quant.channels import CacheScales
 
-#: The oldest onnxruntime whose attention takes the bias of positions, and an int8 cache.
-SINCE_BIAS, SINCE_INT8_CACHE = "1.22", "1.27"
+#: The oldest onnxruntime whose attention takes the bias of positions, and one in a window, and an int8 cache. Before,
+#: GroupQueryAttention with a window and a bias computes something else.
+SINCE_BIAS, SINCE_WINDOWS, SINCE_INT8_CACHE = "1.22", "1.24", "1.27"
 
 
 @dataclass
@@ -43,6 +44,7 @@ class GroupedAttention:
     cache: Sequence[CacheScales] | None = None
 
     def __post_init__(self) -> None:
+        self.operands = [keys.operands(self.graph) for keys in self.keys]
         self.floats = FloatReading(self.graph, self.config, self.contract, self.keys, self.run) if self.cache else None
 
     def emit(self, name: str, layer: int, projection: Projection) -> str:
@@ -50,11 +52,11 @@ class GroupedAttention:
         groups = self.contract.groups
         if len(groups) == 1:
             queries = [projection.query, projection.key, projection.value]
-            return self._group(name, layer, 0, queries, *projection.biases)
+            return self.attend(name, layer, groups[0], queries, *projection.biases)
         parts = self._parts(name, projection.query)
         mixed = [
-            self._group(f"{name}.{index}", layer, index, parts[index :: len(groups)], bias)
-            for index, bias in enumerate(projection.biases)
+            self.attend(f"{name}.{index}", layer, group, parts[index :: len(groups)], bias)
+            for index, (group, bias) in enumerate(zip(groups, projection.biases, strict=True))
         ]
         return self.graph.op("Concat", *mixed, name=name, axis=-1)
 
@@ -65,22 +67,28 @@ class GroupedAttention:
         sizes = self.graph.ints(*(shared * width for width in keys), *keys, *keys)
         return self.graph.multi("Split", [fused, sizes], 3 * len(keys), name=f"{name}.groups", axis=-1)
 
-    def _group(self, name: str, layer: int, index: int, states: Sequence[str], bias: Bias | None) -> str:
+    def cache_of(self, layer: int, index: int) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the names of the keys and values of a group, in the past and in the present."""
+        begin = 2 * (layer * len(self.contract.groups) + index)
+        past, present = self.contract.past_names, self.contract.present_names
+        return past[begin : begin + 2], present[begin : begin + 2]
+
+    def attend(self, name: str, layer: int, group: HeadGroup, states: Sequence[str], bias: Bias | None) -> str:
         """Append the attention of one group of heads."""
-        contract, graph = self.contract, self.graph
-        begin = 2 * (layer * len(contract.groups) + index)
-        past, present = (names[begin : begin + 2] for names in (contract.past_names, contract.present_names))
+        graph, index = self.graph, self.contract.groups.index(group)
+        past, present = self.cache_of(layer, index)
         outputs = [graph.tensor(), *present]
         if self.cache is None or self.floats is None:
             self._operator(graph, name, index, [*states, *past], bias, outputs)
             return outputs[0]
-        scales = self._scales(name, self.cache[layer], contract.groups[index])
+        scales = self.scales(name, self.cache[layer], group)
         few, many = graph.branch(), graph.branch()
         few_results = [graph.tensor() for _ in outputs]
         self._operator(few, name, index, [*states, *past], bias, few_results, scales)
-        group, reading = contract.groups[index], self.floats.readings[index]
+        reading = self.floats.readings[index]
         attention = FloatAttention(many, self.config, name, group, reading, scales, bias)
-        many_results = attention.emit(states, past)
+        cache = [graph.tensor() for _ in past]
+        many_results = [attention.emit(states, past, cache), *cache]
         for branch, results in ((few, few_results), (many, many_results)):
             for tensor, dtype in zip(results, ("float32", "int8", "int8"), strict=True):
                 branch.result(tensor, dtype)
@@ -98,9 +106,9 @@ class GroupedAttention:
         scales: Scales | None = None,
     ) -> None:
         """Append GroupQueryAttention of one group; tensors: what is projected, then its cache."""
-        group, keys = self.contract.groups[index], self.keys[index]
+        group = self.contract.groups[index]
         heads = group.heads * self.config.num_attention_heads // self.config.num_key_value_heads
-        inputs = [*tensors, *keys.operands]
+        inputs = [*tensors, *self.operands[index]]
         attributes: dict[str, Any] = {"local_window_size": group.window} if group.window else {}
         if bias or scales:
             inputs += ["", "", "", bias(graph, 0, heads) if bias else ""]
@@ -119,7 +127,8 @@ class GroupedAttention:
             **attributes,
         )
 
-    def _scales(self, name: str, scales: CacheScales, group: HeadGroup) -> Scales:
+    def scales(self, name: str, scales: CacheScales, group: HeadGroup) -> Scales:
+        """Store what a level is worth in the keys and values of a group."""
         parts = {
             part: np.ascontiguousarray(scale[None, group.begin : group.end, None, :])
             for part, scale in scales._asdict().items()

@@ -11,15 +11,16 @@ import onnx
 from expe_edge import __version__
 from expe_edge.errors import ExportError
 from expe_edge.graph.attention import GroupedAttention, PortableAttention
+from expe_edge.graph.buffer import BufferedAttention, columns_of
 from expe_edge.graph.encoding import PositionNodes, Span
 from expe_edge.graph.encodings import POSITION_NODES
 from expe_edge.graph.linears import Float32, LinearFormat
 from expe_edge.graph.matrices import EMBEDDING_FORMATS, StoredMatrix
-from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.nodes import FLOAT, FLOAT16, GraphBuilder
 from expe_edge.graph.norms import FusedNorms, StandardNorms
 from expe_edge.graph.padding import AsGiven, TokensFirst
 from expe_edge.graph.weights import LayerWeights, ModelWeights
-from expe_edge.graph.windows import Keys, keys_of, window_keys
+from expe_edge.graph.windows import Keys, window_keys
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import LOGITS_TO_KEEP, GraphContract
 from expe_edge.quant.blocks import Float
@@ -30,9 +31,14 @@ HEAD = "head"
 
 
 def graph_contract(
-    config: ExPEConfig, *, int8_cache: bool = False, portable: bool = False, windows: Sequence[int] = ()
+    config: ExPEConfig,
+    *,
+    int8_cache: bool = False,
+    portable: bool = False,
+    windows: Sequence[int] = (),
+    gpu: str | None = None,
 ) -> GraphContract:
-    """Return the contract of the graph of a model with `config`.
+    """Return the contract of the graph of a model with `config`; arguments as of `build_graph`.
 
     Raises:
         ExportError: a model that is larger than a package may be.
@@ -43,9 +49,10 @@ def graph_contract(
             key_value_heads=config.num_key_value_heads,
             head_size=config.head_dim,
             vocab_size=config.vocab_size,
-            cache_dtype="int8" if int8_cache else "float32",
+            cache_dtype="int8" if int8_cache else gpu or "float32",
             growing_cache=portable,
             windows=windows,
+            whole_buffer=gpu is not None,
         )
     except ValueError as error:
         raise ExportError(f"no package holds this model: {error}") from error
@@ -74,6 +81,7 @@ def build_graph(
     cache: Sequence[CacheScales] | None = None,
     portable: bool = False,
     windows: Sequence[int] = (),
+    gpu: str | None = None,
 ) -> BuiltGraph:
     """Return the model as an ONNX graph with the tensors of `graph_contract`.
 
@@ -83,16 +91,32 @@ def build_graph(
         cache: scales of every layer, for an int8 cache.
         portable: standard operators alone, and so a cache that grows. The formats must be made for it too.
         windows: of every key/value head, how many tokens a query sees, 0 for all; empty where all see all.
+        gpu: the type that a graph for GPUs computes in, float32 or float16; None for one for CPUs.
 
     Raises:
-        ExportError: a head size that the attention operator does not take, or slopes that only folded weights have.
+        ExportError: a head size that the attention operator does not take, slopes that only folded weights have, or
+            positions that half precision would round.
     """
-    if not portable and weights.config.needs_portable is not None:
+    if gpu == "float16":
+        require_narrow(weights)
+    if not portable and gpu is None and weights.config.needs_portable is not None:
         raise ExportError(weights.config.needs_portable)
     if not weights.folded and weights.config.needs_folding is not None:
         raise ExportError(weights.config.needs_folding)
-    contract = graph_contract(weights.config, int8_cache=cache is not None, portable=portable, windows=windows)
-    return _Decoder(GraphBuilder(), weights, formats, embedding, cache, contract).build()
+    contract = graph_contract(weights.config, int8_cache=cache is not None, portable=portable, windows=windows, gpu=gpu)
+    builder = GraphBuilder(element=FLOAT16 if gpu == "float16" else FLOAT)
+    return _Decoder(builder, weights, formats, embedding, cache, contract).build()
+
+
+def require_narrow(weights: ModelWeights) -> None:
+    """Raise `ExportError` where half precision would round positions: where any but scores and keys have them."""
+    if weights.config.positional not in ("expe", "exqpe"):
+        return
+    if not weights.folded or any(layer.positions is None or layer.positions.grows for layer in weights.layers):
+        raise ExportError(
+            "half precision would round the positions of this model, which enter more than its keys (`where: key`) or "
+            "are left inline; use `precision` float32"
+        )
 
 
 def linears_of(weights: ModelWeights, *, portable: bool) -> dict[str, Linear]:
@@ -125,12 +149,17 @@ class _Decoder:
             self.norms = StandardNorms(graph, self.config)
         else:
             self.run = run = TokensFirst(graph)
+            whole = contract.whole_buffer
+            columns = columns_of(graph, contract) if whole else [""] * len(contract.groups)
+            groups = list(zip(contract.window_lengths, columns, strict=True))
             keys = [
-                window_keys(graph, run, name) if name else keys_of(graph, run.last, run.total, "lengths")
-                for name in contract.window_lengths
+                window_keys(graph, run, name, end) if name else Keys("lengths", run.last, end or run.total)
+                for name, end in groups
             ]
-            self.positions = kind(graph, weights, self.linear, run.positions, spans=self._spans(keys))
-            self.attention = GroupedAttention(graph, self.config, contract, keys, run, cache)
+            spans, whole_text = self._spans(keys), next((end for name, end in groups if not name), "")
+            self.positions = kind(graph, weights, self.linear, run.positions, spans=spans, columns=whole_text)
+            attention = BufferedAttention if whole else GroupedAttention
+            self.attention = attention(graph, self.config, contract, keys, run, cache)
             self.norms = FusedNorms(graph, self.config)
         self.tied = self._format(HEAD).store(HEAD, weights.head) if self.config.tie_word_embeddings else None
         self.embedding = self.tied or embedding or EMBEDDING_FORMATS["float32"](weights.embedding, None)
@@ -156,7 +185,7 @@ class _Decoder:
             written = self._feed_forward(f"{name}.feed_forward", normed, weights)
             hidden, normed = self.norms.add(f"{name}.feed_forward.residual", hidden, written, *gains[index + 1])
         logits = self.linear(HEAD, self._kept(self.run.restore(normed)), self.weights.head, tied=self.tied)
-        graph.emit("Identity", [logits], ["logits"], name="logits")
+        graph.emit("Identity", [graph.widen(logits, "logits")], ["logits"], name="logits")
         proto = graph.model(self.contract.inputs, self.contract.outputs, f"expe-edge {__version__}")
         return BuiltGraph(proto, self.linears)
 
@@ -204,7 +233,10 @@ class _Decoder:
         """
         graph, config = self.graph, self.config
         spread = np.repeat(np.eye(config.num_attention_heads, dtype=np.float32), config.head_dim, axis=1)
+        if graph.element != FLOAT:
+            spread = spread.astype(np.float16)
         opened = graph.op("Sigmoid", gate, name=f"{name}.gate.opened")
+        opened = graph.narrow(opened, f"{name}.gate")
         opened = graph.op("Transpose", opened, name=f"{name}.gate.tokens", perm=[0, 2, 1])
         opened = graph.op("MatMul", opened, graph.constant(spread), name=f"{name}.gate.spread")
         return graph.op("Mul", mixed, opened, name=f"{name}.mix.gated")

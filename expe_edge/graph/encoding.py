@@ -91,6 +91,8 @@ class PositionNodes:
     growing_cache: bool = False
     #: The groups of heads; empty for one group, which sees all keys.
     spans: Sequence[Span] = ()
+    #: How many keys attention is given, (1,) int64; empty for as many as the mask has.
+    columns: str = ""
     #: Shared tensors by what they are.
     shared: dict[str, str] = field(default_factory=dict)
     parameters: EncodingParameters = field(init=False)
@@ -132,10 +134,11 @@ class PositionNodes:
         return "" if weights.gate is None else self.by_head(f"{layer}.gate.weight", hidden, weights.gate)
 
     def by_head(self, weight: str, hidden: str, columns: Float) -> str:
-        """Append `hidden` (B, T, C) times `columns` (C, n), stored as `weight`: n numbers of each token, (B, n, T).
+        """Append `hidden` (B, T, C) times `columns` (C, n), stored as `weight`: n numbers of each token.
 
-        onnxruntime makes one node of it.
+        They are (B, n, T) float32. onnxruntime makes one node of it.
         """
+        hidden = self.graph.widen(hidden, weight)
         turned = self.graph.op("Transpose", hidden, name=f"{weight}.tokens", perm=[0, 2, 1])
         return self.graph.op("MatMul", self.graph.weight(weight, columns.T), turned, name=weight)
 
@@ -149,8 +152,11 @@ class PositionNodes:
         if self.growing_cache:
             return self.counted_positions()
         zero, one = self.graph.scalar(0, np.int64), self.graph.scalar(1, np.int64)
-        shape = self.graph.op("Shape", "attention_mask", name="keys.shape")
-        total = self.graph.op("Gather", shape, one, name="keys.total")
+        if self.columns:
+            total = self.graph.op("Squeeze", self.columns, name="keys.total")
+        else:
+            shape = self.graph.op("Shape", "attention_mask", name="keys.shape")
+            total = self.graph.op("Gather", shape, one, name="keys.total")
         return self.graph.op("Range", zero, total, one, name="keys.positions")
 
     def counted_positions(self) -> str:

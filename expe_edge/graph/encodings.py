@@ -26,7 +26,7 @@ class SinusoidalNodes(PositionNodes):
         both = self.graph.op("Concat", *waves, name="positions.waves", axis=-1)
         if width % 2:  # the last cosine has no place
             both = self.graph.op("Slice", both, *(self.graph.ints(n) for n in (0, width, 2)), name="positions.kept")
-        return self.graph.op("Add", hidden, both, name="embedding.positioned")
+        return self.graph.op("Add", hidden, self.graph.narrow(both, "positions.waves"), name="embedding.positioned")
 
 
 class RotaryNodes(PositionNodes):
@@ -51,13 +51,15 @@ class RotaryNodes(PositionNodes):
     def rotate(self, name: str, states: str) -> str:
         """Turn (B, T, heads·D) by the shared angles."""
         graph, size = self.graph, self.config.head_dim
+        states = graph.widen(states, name)
         headed = graph.op("Reshape", states, graph.ints(0, 0, -1, size), name=f"{name}.heads")
         first, second = graph.multi("Split", [headed], 2, name=f"{name}.halves", axis=-1, num_outputs=2)
         cos, sin = self.shared["cos"], self.shared["sin"]
         left = graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin))
         right = graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin))
         turned = graph.op("Concat", left, right, name=f"{name}.turned", axis=-1)
-        return graph.op("Reshape", turned, graph.ints(0, 0, -1), name=f"{name}.rotated")
+        rotated = graph.op("Reshape", turned, graph.ints(0, 0, -1), name=f"{name}.rotated")
+        return graph.narrow(rotated, name)
 
 
 class RelativeNodes(PositionNodes):

@@ -22,7 +22,7 @@ class ExPENodes(PositionNodes):
         if not distances_alone:
             self.shared["codes"] = self.codes("queries", self.positions, self.parameters.code.stored)
         if self.parameters.temperature:
-            self.shared["temperature"] = self.temperature()
+            self.shared["temperature"] = self.graph.narrow(self.temperature(), "temperature")
 
     def temperature(self) -> str:
         """What queries that see n keys are multiplied by, (B, T, (H + 2·Hkv)·D): 1 + c·ln(n/N) in content heads.

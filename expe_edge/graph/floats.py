@@ -26,9 +26,9 @@ HIDDEN = float(np.finfo(np.float32).min)
 
 
 class Reading(NamedTuple):
-    """What all layers share of a group of heads in runs of many tokens.
+    """What all layers share of a group of heads.
 
-    total: keys of the longest row, (1,) int64.
+    total: how many keys there are, (1,) int64.
     hidden: 0 where a query sees a key and `HIDDEN` elsewhere, (B, 1, H/Hkv·T, S) float32.
     places: row, head and column of the cache where each new key goes, (B, heads, T, 3) int64.
     """
@@ -64,7 +64,6 @@ class FloatReading:
 
     def __post_init__(self) -> None:
         graph = self.graph
-        self.shared = self.config.num_attention_heads // self.config.num_key_value_heads
         least = graph.optional(FLOATS_FROM, MANY_TOKENS)
         self.many = graph.op("GreaterOrEqual", self.run.length, least, name="floats.many")
         for index, keys in enumerate(self.keys):
@@ -78,7 +77,8 @@ class FloatReading:
         graph, readings = self.graph, []
         many, few = graph.branch(), graph.branch()
         for keys, group in zip(self.keys, self.contract.groups, strict=True):
-            for tensor, dtype in zip(self._layout(many, keys, group), ("float32", "int64"), strict=True):
+            reading = lay_out(many, self.config, self.run, keys, group)
+            for tensor, dtype in zip(reading[1:], ("float32", "int64"), strict=True):
                 many.result(tensor, dtype)
                 nothing = graph.constant(np.zeros((0,) * 4, dtype))
                 few.result(few.op("Identity", nothing, name="floats.unused"), dtype)
@@ -87,35 +87,38 @@ class FloatReading:
         graph.choose(self.many, many, few, outputs, name="floats.prepared")
         return readings
 
-    def _layout(self, graph: GraphBuilder, keys: Keys, group: HeadGroup) -> tuple[str, str]:
-        """Which keys of a group no query sees, and where new ones go."""
-        before = graph.op("Sub", graph.op("Add", keys.last, graph.ints(1)), self.run.length, name="floats.before")
-        before = graph.op("Max", before, graph.ints(0), name="floats.begin")  # rows of a prompt may be padded
-        queries = graph.op("Add", graph.op("Unsqueeze", before, graph.ints(1)), self.run.places, name="floats.queries")
-        zero, one = graph.scalar(0, np.int64), graph.scalar(1, np.int64)
-        columns = graph.op("Range", zero, graph.op("Squeeze", keys.total), one, name="floats.columns")
-        column = graph.op("Unsqueeze", queries, graph.ints(2), name="floats.queries")  # (B, T, 1)
-        visible = graph.op("LessOrEqual", columns, column, name="floats.causal")
-        if group.window:
-            begin = graph.op("Sub", column, graph.ints(group.window), name="floats.window")
-            visible = graph.op("And", visible, graph.op("Greater", columns, begin), name="floats.seen")
-        hidden = graph.op("Where", visible, graph.scalar(0.0), graph.scalar(HIDDEN), name="floats.hidden")
-        hidden = graph.op("Unsqueeze", hidden, graph.ints(1), name="floats.hidden")
-        if self.shared > 1:
-            hidden = graph.op("Tile", hidden, graph.ints(1, 1, self.shared, 1), name="floats.hidden")
-        return hidden, self._places(graph, group, queries)
 
-    def _places(self, graph: GraphBuilder, group: HeadGroup, queries: str) -> str:
-        """Where new keys go, (B, heads, T, 3): ScatterND's indices, of the columns (B, T) of every row."""
-        rows = graph.op("Shape", queries, name="floats.rows", start=0, end=1)
-        shape = graph.op("Concat", rows, graph.ints(group.heads), self.run.length, graph.ints(1), axis=0)
-        zero, one = graph.scalar(0, np.int64), graph.scalar(1, np.int64)
-        row = graph.op("Range", zero, graph.op("Squeeze", rows), one, name="floats.row")
-        row = graph.op("Unsqueeze", row, graph.ints(1, 2, 3), name="floats.row")
-        head = graph.constant(np.arange(group.heads, dtype=np.int64)[:, None, None])
-        column = graph.op("Unsqueeze", queries, graph.ints(1, 3), name="floats.column")
-        parts = [graph.op("Expand", part, shape, name="floats.place") for part in (row, head, column)]
-        return graph.op("Concat", *parts, name="floats.places", axis=-1)
+def lay_out(graph: GraphBuilder, config: ExPEConfig, run: TokensFirst, keys: Keys, group: HeadGroup) -> Reading:
+    """Append which keys of a group no query sees, and where new ones go."""
+    before = graph.op("Sub", graph.op("Add", keys.last, graph.ints(1)), run.length, name="floats.before")
+    before = graph.op("Max", before, graph.ints(0), name="floats.begin")  # rows of a prompt may be padded
+    queries = graph.op("Add", graph.op("Unsqueeze", before, graph.ints(1)), run.places, name="floats.queries")
+    zero, one = graph.scalar(0, np.int64), graph.scalar(1, np.int64)
+    columns = graph.op("Range", zero, graph.op("Squeeze", keys.total), one, name="floats.columns")
+    column = graph.op("Unsqueeze", queries, graph.ints(2), name="floats.queries")  # (B, T, 1)
+    visible = graph.op("LessOrEqual", columns, column, name="floats.causal")
+    if group.window:
+        begin = graph.op("Sub", column, graph.ints(group.window), name="floats.window")
+        visible = graph.op("And", visible, graph.op("Greater", columns, begin), name="floats.seen")
+    hidden = graph.op("Where", visible, graph.scalar(0.0), graph.scalar(HIDDEN), name="floats.hidden")
+    hidden = graph.op("Unsqueeze", hidden, graph.ints(1), name="floats.hidden")
+    shared = config.num_attention_heads // config.num_key_value_heads
+    if shared > 1:
+        hidden = graph.op("Tile", hidden, graph.ints(1, 1, shared, 1), name="floats.hidden")
+    return Reading(keys.total, hidden, _places(graph, group, run, queries))
+
+
+def _places(graph: GraphBuilder, group: HeadGroup, run: TokensFirst, queries: str) -> str:
+    """Where new keys go, (B, heads, T, 3): ScatterND's indices, of the columns (B, T) of every row."""
+    rows = graph.op("Shape", queries, name="floats.rows", start=0, end=1)
+    shape = graph.op("Concat", rows, graph.ints(group.heads), run.length, graph.ints(1), axis=0)
+    zero, one = graph.scalar(0, np.int64), graph.scalar(1, np.int64)
+    row = graph.op("Range", zero, graph.op("Squeeze", rows), one, name="floats.row")
+    row = graph.op("Unsqueeze", row, graph.ints(1, 2, 3), name="floats.row")
+    head = graph.constant(np.arange(group.heads, dtype=np.int64)[:, None, None])
+    column = graph.op("Unsqueeze", queries, graph.ints(1, 3), name="floats.column")
+    parts = [graph.op("Expand", part, shape, name="floats.place") for part in (row, head, column)]
+    return graph.op("Concat", *parts, name="floats.places", axis=-1)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class FloatAttention:
     name: str
     group: HeadGroup
     reading: Reading
-    scales: Scales
+    scales: Scales | None
     bias: Bias | None
 
     @property
@@ -141,37 +144,49 @@ class FloatAttention:
         heads, step = self.group.heads, self.group.heads if self.group.window else FLOAT_HEADS
         return [(begin, min(begin + step, heads)) for begin in range(0, heads, step)]
 
-    def emit(self, states: Sequence[str], past: Sequence[str]) -> list[str]:
-        """Append it; return its result (B, T, H·D), and the cache with what is new.
+    def emit(self, states: Sequence[str], past: Sequence[str], present: Sequence[str]) -> str:
+        """Append it; return its result (B, T, H·D).
 
-        states: queries, keys and values, or, in front of two empty names, all of them side by side.
+        Args:
+            states: queries, keys and values, or, in front of two empty names, all of them side by side.
+            past, present: the cache, and the names that it gets with what is new.
         """
         graph, name, cuts = self.graph, self.name, self.cuts
         query, *new = states if states[1] else split(graph, self.config, name, states[0])
-        present = [self._append(*part) for part in zip(Scales._fields, new, past, self.scales, strict=True)]
-        query = graph.op("Mul", query, self._by_query(self.scales.key), name=f"{name}.query.scaled")
+        for part in zip(Scales._fields, new, past, present, strict=True):
+            self._append(*part)
+        query = self._scaled("key", query, f"{name}.query.scaled")
         widths = graph.ints(*((end - begin) * self.shared * self.config.head_dim for begin, end in cuts))
         queries = graph.multi("Split", [query, widths], len(cuts), name=f"{name}.queries", axis=-1)
         mixed = [self._attend(part, present, *cut) for part, cut in zip(queries, cuts, strict=True)]
         together = graph.op("Concat", *mixed, name=f"{name}.together", axis=-1) if len(mixed) > 1 else mixed[0]
-        return [graph.op("Mul", together, self._by_query(self.scales.value), name=f"{name}.scaled"), *present]
+        return self._scaled("value", together, f"{name}.scaled")
 
-    def _by_query(self, scale: str) -> str:
-        """Scales of the key/value heads for each query head, (1, 1, H·D)."""
+    def _scaled(self, part: str, tensor: str, name: str) -> str:
+        """Multiply (B, T, H·D) by what a level of each head's keys or values is worth."""
+        assert self.scales is not None
+        graph, scale = self.graph, getattr(self.scales, part)
         if self.shared > 1:
-            shape = self.graph.ints(1, self.group.heads, self.shared, self.config.head_dim)
-            scale = self.graph.op("Expand", scale, shape, name=f"{self.name}.scales")
-        return self.graph.op("Reshape", scale, self.graph.ints(1, 1, -1), name=f"{self.name}.scales")
+            shape = graph.ints(1, self.group.heads, self.shared, self.config.head_dim)
+            scale = graph.op("Expand", scale, shape, name=f"{self.name}.scales")
+        scale = graph.op("Reshape", scale, graph.ints(1, 1, -1), name=f"{self.name}.scales")
+        return graph.op("Mul", tensor, graph.narrow(scale, f"{self.name}.scales"), name=name)
 
-    def _append(self, part: str, new: str, past: str, scale: str) -> str:
-        """Round new keys or values (B, T, heads·D) as the operator does, and write them to the cache."""
+    def _append(self, part: str, new: str, past: str, present: str) -> None:
+        """Write new keys or values (B, T, heads·D) to the cache."""
         graph, name = self.graph, f"{self.name}.{part}"
         headed = graph.op("Reshape", new, graph.ints(0, 0, -1, self.config.head_dim), name=f"{name}.split")
         headed = graph.op("Transpose", headed, name=f"{name}.heads", perm=[0, 2, 1, 3])
+        if self.scales is not None:
+            headed = self._rounded(name, headed, getattr(self.scales, part))
+        graph.emit("ScatterND", [past, self.reading.places, headed], [present], name=f"{name}.present")
+
+    def _rounded(self, name: str, headed: str, scale: str) -> str:
+        """Round new keys or values (B, heads, T, D) as the operator does."""
+        graph, headed = self.graph, self.graph.widen(headed, name)
         levels = graph.op("Mul", headed, graph.op("Reciprocal", scale, name=f"{name}.inverse"), name=f"{name}.levels")
         step, zero = graph.scalar(1.0), graph.scalar(0, np.int8)
-        rounded = graph.op("QuantizeLinear", levels, step, zero, name=f"{name}.rounded")
-        return graph.op("ScatterND", past, self.reading.places, rounded, name=f"{name}.present")
+        return graph.op("QuantizeLinear", levels, step, zero, name=f"{name}.rounded")
 
     def _restore(self, part: str, present: str, begin: int, end: int) -> str:
         """What heads hold as floats, still in levels, (B, heads, S, D)."""
@@ -190,12 +205,15 @@ class FloatAttention:
             query = graph.op("Transpose", query, name=f"{name}.query.grouped", perm=[0, 3, 1, 2, 4])
             query = graph.op("Reshape", query, graph.ints(0, -1, heads * size), name=f"{name}.query.rows")
             scores = scores and graph.op("Reshape", scores, graph.ints(0, heads, -1, 0), name=f"{name}.bias.rows")
-        hidden = self.reading.hidden
-        added = graph.op("Add", scores, hidden, name=f"{name}.masked") if scores else hidden
-        inputs = [query, *held, "", "", added]
+        inputs = [query, *held, "", "", self._masked(scores)]
         mixed = graph.op("MultiHeadAttention", *inputs, name=f"{name}.mixed", domain=MICROSOFT, num_heads=heads)
         if shared > 1:
             mixed = graph.op("Reshape", mixed, graph.ints(0, shared, -1, heads, size), name=f"{name}.rows")
             mixed = graph.op("Transpose", mixed, name=f"{name}.tokens", perm=[0, 2, 3, 1, 4])
             mixed = graph.op("Reshape", mixed, graph.ints(0, 0, -1), name=f"{name}.joined")
         return mixed
+
+    def _masked(self, scores: str) -> str:
+        """What is added to scores, (B, heads, H/Hkv·T, S), of that and of what is hidden; the name may be empty."""
+        hidden = self.reading.hidden
+        return self.graph.op("Add", scores, hidden, name=f"{self.name}.masked") if scores else hidden

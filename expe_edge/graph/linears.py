@@ -11,8 +11,8 @@ import numpy as np
 from onnx import TensorProto
 
 from expe_edge.errors import ConfigError, ExportError, unknown_name
-from expe_edge.graph.matrices import FLOAT, BlockMatrix, ChannelMatrix, FloatMatrix, StoredMatrix
-from expe_edge.graph.nodes import MICROSOFT, GraphBuilder
+from expe_edge.graph.matrices import BlockMatrix, ChannelMatrix, FloatMatrix, StoredMatrix
+from expe_edge.graph.nodes import FLOAT, FLOAT16, MICROSOFT, GraphBuilder
 from expe_edge.quant.blocks import Float
 from expe_edge.quant.channels import REDUCED_BITS, Range, activation_scale, channel_codes, round_activations
 from expe_edge.quant.recipe import WEIGHT_BITS
@@ -55,8 +55,9 @@ class LinearFormat(ABC, Generic[Matrix]):
     #: The embedding's format where nothing else is asked for.
     embedding: ClassVar[str] = "float32"
     #: The oldest onnxruntime with the kernel on CPUs; of a portable package, that runs it, be it by slower kernels, and
-    #: that makes one kernel of its operators, as an export verifies.
+    #: that makes one kernel of its operators, as an export verifies. since_half: with the kernel on float16.
     since: ClassVar[str] = "1.17"
+    since_half: ClassVar[str] = "1.17"
     portable_since: ClassVar[str] = "1.17"
     fused_since: ClassVar[str] = "1.17"
 
@@ -84,7 +85,7 @@ class LinearFormat(ABC, Generic[Matrix]):
         bias: Float | None = None,
         peaked: bool = False,
     ) -> str:
-        """Append the nodes of linear `linear` on tensor `hidden`; return the name of its float32 output.
+        """Append the nodes of linear `linear` on tensor `hidden`; return the name of its output.
 
         Args:
             matrix: of this format's `store`; an embedding, where the head is tied to it.
@@ -94,7 +95,7 @@ class LinearFormat(ABC, Generic[Matrix]):
                 one token's peak does not coarsen the others.
         """
         if bias is not None:
-            return self.biased(graph, linear, hidden, matrix, graph.weight(f"{linear}.bias", bias))
+            return self.biased(graph, linear, hidden, matrix, graph.parameter(f"{linear}.bias", bias))
         if not (peaked and self.rounds_activations):
             return self.product(graph, linear, hidden, matrix)
         magnitudes = graph.op("Abs", hidden, name=f"{linear}.magnitudes")
@@ -127,10 +128,10 @@ class Float32(LinearFormat[FloatMatrix]):
 
 
 class Float16(Float32):
-    """Stored in half precision, computed in float32: CPUs have no product of their own for it."""
+    """Stored in half precision, computed in float32 on CPUs, which have no product of their own for it."""
 
     name = embedding = "float16"
-    element = int(TensorProto.FLOAT16)
+    element = FLOAT16
 
 
 class BFloat16(Float32):
@@ -204,8 +205,8 @@ class StaticInt8(ChannelInt8):
 
 
 #: MatMulNBits' accuracy level: activations in int8 with a scale for each block, as other runtimes have it. With float
-#: activations decoding is many times slower.
-INT8_ACTIVATIONS = 4
+#: activations decoding is many times slower. GPUs leave activations as they are.
+INT8_ACTIVATIONS, HALF_ACTIVATIONS = 4, 2
 
 
 class BlockWeight(LinearFormat[BlockMatrix]):
@@ -244,7 +245,7 @@ class BlockWeight(LinearFormat[BlockMatrix]):
             *optional,
             name=linear,
             domain=MICROSOFT,
-            accuracy_level=INT8_ACTIVATIONS,
+            accuracy_level=INT8_ACTIVATIONS if graph.element == FLOAT else HALF_ACTIVATIONS,
             **sizes,
         )
 
@@ -255,6 +256,7 @@ class Int8Weight(BlockWeight):
     name = "int8-weight"
     bits = 8
     since = "1.22"
+    since_half = "1.23"
     portable_since = "1.20"
     fused_since = "1.25"
 
@@ -264,7 +266,7 @@ class Int4Weight(BlockWeight):
 
     name = "int4-weight"
     bits = 4
-    since = "1.20"
+    since = since_half = "1.20"
     portable_since = "1.20"
     fused_since = "1.20"
 

@@ -13,11 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from onnx import TensorProto
 
-from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.nodes import FLOAT, GraphBuilder
 from expe_edge.quant.blocks import BLOCK_SIZE, BlockCodes, Float, midpoint, round_to_nearest
 from expe_edge.quant.channels import ChannelCodes, quantize_channels
-
-FLOAT = int(TensorProto.FLOAT)
 
 
 class Table(NamedTuple):
@@ -34,11 +32,11 @@ class StoredMatrix(ABC):
 
     @abstractmethod
     def lookup(self, graph: GraphBuilder, ids: str) -> str:
-        """Store the matrix as an embedding; append the nodes that turn `ids` (B, T) into rows (B, T, C) float32."""
+        """Store the matrix as an embedding; append the nodes that turn `ids` (B, T) into rows (B, T, C)."""
 
     @abstractmethod
     def floats(self, graph: GraphBuilder, linear: str) -> str:
-        """Append the nodes of the restored matrix (C_in, C_out) float32, stored for `linear` unless it is a table."""
+        """Append the nodes of the restored matrix (C_in, C_out), stored for `linear` unless it is a table."""
 
     @abstractmethod
     def restored(self) -> Float:
@@ -54,14 +52,18 @@ class FloatMatrix(StoredMatrix):
     def lookup(self, graph: GraphBuilder, ids: str) -> str:
         self.table = Table(graph.floats("embedding.weight", self.weight.T, self.element))
         rows = graph.op("Gather", self.table.weight, ids, name="embedding")
-        return rows if self.element == FLOAT else graph.op("Cast", rows, name="embedding.float", to=FLOAT)
+        return self._computed(graph, rows, "embedding.float")
 
     def floats(self, graph: GraphBuilder, linear: str) -> str:
         if self.table is not None:
             matrix = graph.op("Transpose", self.table.weight, name=f"{linear}.tied", perm=[1, 0])
         else:
             matrix = graph.floats(f"{linear}.weight", self.weight, self.element)
-        return matrix if self.element == FLOAT else graph.op("Cast", matrix, name=f"{linear}.float", to=FLOAT)
+        return self._computed(graph, matrix, f"{linear}.float")
+
+    def _computed(self, graph: GraphBuilder, tensor: str, name: str) -> str:
+        """Append what takes it to the type that is computed in."""
+        return tensor if self.element == graph.element else graph.op("Cast", tensor, name=name, to=graph.element)
 
     def restored(self) -> Float:
         return GraphBuilder.rounded(self.weight, self.element)
@@ -118,8 +120,9 @@ class BlockMatrix(StoredMatrix):
     def packed(self, graph: GraphBuilder, linear: str) -> tuple[str, str]:
         """Return the tensors of codes (C_out, blocks, bytes) and scales (C_out, blocks), as MatMulNBits has them."""
         if self.table is not None:
-            return self.table.weight, self.table.scale
-        return self._store_packed(graph, linear), graph.scales(f"{linear}.scale", self.codes.scale)
+            return self.table.weight, graph.narrow(self.table.scale, f"{linear}.scale")
+        scale = graph.scales(f"{linear}.scale", self.codes.scale)
+        return self._store_packed(graph, linear), graph.narrow(scale, f"{linear}.scale")
 
     def _store_packed(self, graph: GraphBuilder, linear: str) -> str:
         """Store packed codes without the padding of the last block, which is made at load."""
@@ -176,7 +179,7 @@ def _dequantize(graph: GraphBuilder, table: Table, codes: str, ids: str, zero_po
     levels = graph.op("Sub", levels, graph.scalar(zero_point), name="embedding.levels")
     steps = graph.op("Gather", table.scale, ids, name="embedding.steps")
     steps = graph.op("Unsqueeze", steps, graph.ints(-1), name="embedding.steps")
-    return graph.op("Mul", levels, steps, name=name)
+    return graph.narrow(graph.op("Mul", levels, steps, name=name), name)
 
 
 def _unpack(graph: GraphBuilder, codes: str, *shape: int) -> str:

@@ -25,6 +25,8 @@ OPSET_BLOCKS, IR_VERSION_BLOCKS = 21, 10
 #: Domain of onnxruntime's contributed operators.
 MICROSOFT = "com.microsoft"
 
+FLOAT, FLOAT16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
+
 Array = npt.NDArray[Any]
 
 
@@ -32,10 +34,12 @@ class GraphBuilder:
     """Collects the nodes and constants of one graph. Every method returns the name of the tensor it makes.
 
     weights: whether to keep them; False where the nodes are all that is wanted.
+    element: the onnx type that the model computes in, FLOAT or FLOAT16. Positions and what they are multiplied by are
+        float32 in any graph: `narrow` and `widen` lead from one to the other.
     """
 
-    def __init__(self, *, weights: bool = True) -> None:
-        self._weights = weights
+    def __init__(self, *, weights: bool = True, element: int = FLOAT) -> None:
+        self._weights, self.element = weights, element
         self._model = onnx.ModelProto()  # grows in place: weights copied from list to graph to model are held thrice
         self.graph = self._model.graph
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -112,6 +116,18 @@ class GraphBuilder:
         """Store a float32 array rounded to the onnx type `element`."""
         return self._store(_float_tensor(name, value, element))
 
+    def parameter(self, name: str, value: npt.NDArray[np.float32]) -> str:
+        """Store a float32 array in the type that is computed in."""
+        return self.floats(name, value, self.element)
+
+    def narrow(self, tensor: str, name: str) -> str:
+        """Append what takes a float32 tensor to the type that is computed in."""
+        return tensor if self.element == FLOAT else self.op("Cast", tensor, name=f"{name}.narrow", to=self.element)
+
+    def widen(self, tensor: str, name: str) -> str:
+        """Append what takes a tensor of the type that is computed in to float32."""
+        return tensor if self.element == FLOAT else self.op("Cast", tensor, name=f"{name}.wide", to=FLOAT)
+
     @staticmethod
     def rounded(value: npt.NDArray[np.float32], element: int) -> npt.NDArray[np.float32]:
         """Return a float32 array as `floats` stores it."""
@@ -119,11 +135,11 @@ class GraphBuilder:
         return stored
 
     def scales(self, name: str, value: npt.NDArray[np.float32]) -> str:
-        """Store scales, in half precision where that is exact, and return them as float32: folded at load."""
+        """Store scales, in half precision where that is exact, and return them in float32: folded at load."""
         half = value.astype(np.float16)
         if not np.array_equal(half, value):
             return self.weight(name, value)
-        return self.op("Cast", self.weight(name, half), name=f"{name}.float", to=int(TensorProto.FLOAT))
+        return self.op("Cast", self.weight(name, half), name=f"{name}.float", to=FLOAT)
 
     def four_bits(self, name: str, value: npt.NDArray[np.int8]) -> str:
         """Store integers from −8 to 7 as INT4, two to a byte, the earlier in the low half."""
@@ -157,8 +173,8 @@ class GraphBuilder:
         return self.constant(np.array(value, dtype=dtype))
 
     def describe(self, name: str, width: int) -> None:
-        """Record that tensor `name` is float32 (batch, tokens, width): shape inference stops at custom operators."""
-        described = helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, None, width])
+        """Record that tensor `name` is (batch, tokens, width): shape inference stops at custom operators."""
+        described = helper.make_tensor_value_info(name, self.element, [BATCH, None, width])
         self.graph.value_info.append(described)
 
     def model(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:

@@ -18,13 +18,13 @@ class StandardNorms:
 
     def norm(self, name: str, gain: Float, hidden: str) -> str:
         """Append the RMSNorm of `hidden` (B, T, C) in the form that onnxruntime fuses into one kernel."""
-        graph = self.graph
+        graph, hidden = self.graph, self.graph.widen(hidden, name)
         squares = graph.op("Pow", hidden, graph.scalar(2.0), name=f"{name}.square")
         mean = graph.op("ReduceMean", squares, graph.ints(-1), name=f"{name}.mean", keepdims=1)
         shifted = graph.op("Add", mean, graph.scalar(self.config.rms_norm_eps), name=f"{name}.shifted")
         root = graph.op("Sqrt", shifted, name=f"{name}.root")
         scaled = graph.op("Div", hidden, root, name=f"{name}.scaled")
-        return graph.op("Mul", scaled, graph.weight(f"{name}.gain", gain), name=name)
+        return graph.narrow(graph.op("Mul", scaled, graph.weight(f"{name}.gain", gain), name=name), name)
 
     def add(self, name: str, hidden: str, written: str, norm: str, gain: Float) -> tuple[str, str]:
         """Append the sum of `hidden` and `written` (B, T, C), and its RMSNorm; return both."""
@@ -45,7 +45,7 @@ class FusedNorms(StandardNorms):
         normed, total = graph.tensor(), graph.tensor()
         graph.emit(
             "SkipSimplifiedLayerNormalization",
-            [hidden, written, graph.weight(f"{norm}.gain", gain)],
+            [hidden, written, graph.parameter(f"{norm}.gain", gain)],
             [normed, "", "", total],
             name=norm,
             domain=MICROSOFT,

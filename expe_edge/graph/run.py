@@ -29,7 +29,8 @@ def graph_feeds(
     """Return the inputs for `tokens` (B, T) after `cache`, in the order of `contract.past_names`; None for empty.
 
     Some heads of the contract see all tokens: by them those before are counted. An int8 cache has room for what is new,
-    as one of a single buffer has: without it, runs of many tokens would not take the way that they take there.
+    as one of a single buffer has: without it, runs of many tokens would not take the way that they take there. So has
+    one whose attention reads the whole buffer.
     """
     batch, length = tokens.shape
     groups = contract.cache_groups
@@ -37,6 +38,7 @@ def graph_feeds(
         sizes = [(batch, group.heads, 0, contract.head_size) for group in groups]
         cache = [np.zeros(size, dtype=contract.cache_dtype) for size in sizes]
     past = max(part.shape[2] for part in cache)
+    room = length if contract.whole_buffer or contract.cache_dtype == "int8" else 0
     kept = [_kept(part, group) for part, group in zip(cache, groups, strict=True)]
     lengths = {
         name: np.full(batch, part.shape[2], dtype=np.int64)
@@ -48,13 +50,13 @@ def graph_feeds(
         "attention_mask": np.ones((batch, past + length), dtype=np.int64),
         "position_ids": np.arange(past, past + length, dtype=np.int64)[None].repeat(batch, axis=0),
         **lengths,
-        **dict(zip(contract.past_names, (_with_room(part, contract, length) for part in kept), strict=True)),
+        **dict(zip(contract.past_names, (_with_room(part, room) for part in kept), strict=True)),
     }
 
 
-def _with_room(part: npt.NDArray[Any], contract: GraphContract, tokens: int) -> npt.NDArray[Any]:
-    """Return a part of an int8 cache (B, heads, past, D) with columns for so many tokens more."""
-    return np.pad(part, ((0, 0), (0, 0), (0, tokens), (0, 0))) if contract.cache_dtype == "int8" else part
+def _with_room(part: npt.NDArray[Any], tokens: int) -> npt.NDArray[Any]:
+    """Return a part of the cache (B, heads, past, D) with columns for so many tokens more."""
+    return np.pad(part, ((0, 0), (0, 0), (0, tokens), (0, 0))) if tokens else part
 
 
 def _kept(part: npt.NDArray[Any], group: HeadGroup) -> npt.NDArray[Any]:

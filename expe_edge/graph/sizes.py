@@ -20,23 +20,24 @@ def measure_parts(model: onnx.ModelProto, linears: Mapping[str, str], embedding:
     """
     sizes: dict[tuple[str, str], int] = {}
     for tensor in model.graph.initializer:
-        part = _part(tensor.name, linears, embedding)
+        part = _part(tensor, linears, embedding)
         sizes[part] = sizes.get(part, 0) + len(tensor.raw_data)
     sizes["graph", "protobuf"] = model.ByteSize() - sum(sizes.values())
     return [{"part": part, "format": kind, "bytes": size} for (part, kind), size in sizes.items()]
 
 
-def _part(tensor: str, linears: Mapping[str, str], embedding: str) -> tuple[str, str]:
+def _part(tensor: onnx.TensorProto, linears: Mapping[str, str], embedding: str) -> tuple[str, str]:
     """Name the part that a tensor belongs to, and the part's format."""
-    owner = tensor.rpartition(".")[0]
+    name = tensor.name
+    owner = name.rpartition(".")[0]
     if owner == "embedding":
         return "embedding", embedding
     if owner in linears:
         return owner, linears[owner]
-    if POSITION_TENSOR.search(tensor):
+    if POSITION_TENSOR.search(name):
         return "positions", "float32"
-    if tensor.endswith(".gain"):
-        return "norms", "float32"
-    if tensor.endswith((".key.scale", ".value.scale")):
+    if name.endswith(".gain"):
+        return "norms", "float16" if tensor.data_type == onnx.TensorProto.FLOAT16 else "float32"
+    if name.endswith((".key.scale", ".value.scale")):
         return "cache scales", "float32"
     return "constants", "mixed"

@@ -39,6 +39,11 @@ class FoldedPositions:
     slope_start: Float
     slope_limbs: Float | None
 
+    @property
+    def grows(self) -> bool:
+        """Whether anything but scores grows with the position."""
+        return self.query_limbs is not None or self.value_start is not None
+
     def start(self, keys: int) -> Float:
         """What is added to queries, keys and values at every position, (H·D + 2·keys,); `keys` is Hkv·D."""
         zeros = np.zeros(keys, dtype=np.float32)

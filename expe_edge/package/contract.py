@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from expe_edge.package.checks import BOOLEAN, Check, list_of, one_of, whole
 
 #: Bytes of a number in the cache, by dtype.
-CACHE_ITEM_BYTES = {"float32": 4, "int8": 1}
+CACHE_ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 #: The widest tensor, vocabulary included, and the longest text: positions beyond it are not exact in float32.
 WIDEST, LONGEST = 2**20, 2**24
 #: Bounds of a contract, far above the models of this project: a package that asks for more is not opened.
@@ -20,12 +20,17 @@ BOUNDS: dict[str, Check] = {
     "vocab_size": whole(1, WIDEST),
     "cache_dtype": one_of(*CACHE_ITEM_BYTES),
     "growing_cache": BOOLEAN,
+    "whole_buffer": BOOLEAN,
     "windows": list_of(whole(0, LONGEST)),
 }
 #: The most bytes of one token's keys and values: several times what the largest published models take.
 LARGEST_TOKEN = 2**26
 #: Dtypes as NumPy names them, and as onnxruntime does.
-ORT_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "int8": "tensor(int8)"}
+ORT_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+
+#: What onnxruntime's CUDA provider is opened with: products of float32 in float32, where its default rounds what they
+#: multiply to 10 bits, slopes among it.
+CUDA_OPTIONS = {"use_tf32": "0"}
 
 #: Key/value heads of an int8 cache that a run of many tokens holds as floats at once; all of a group with a window.
 FLOAT_HEADS = 4
@@ -93,6 +98,8 @@ class GraphContract:
     growing_cache: false where past and present are one buffer, written in place: cached keys stand at 0, 1, 2, …, and
         rows of a batch are padded on the right. True where present is past with all new keys appended, those of
         padding too: the mask says which are tokens, and padding may stand anywhere.
+    whole_buffer: whether attention reads all columns of that buffer. It must have room for what is new, and finite
+        numbers where it holds nothing yet.
     windows: of every key/value head, as `HeadGroup.window`; empty where all see all. A client keeps of a windowed group
         the last `window` − 1 tokens at least, says in `window_lengths` how many it keeps, and pads no run on the left.
     """
@@ -104,6 +111,7 @@ class GraphContract:
     cache_dtype: str = "float32"
     growing_cache: bool = False
     windows: Sequence[int] = ()
+    whole_buffer: bool = False
 
     def __post_init__(self) -> None:
         for name, check in BOUNDS.items():
@@ -111,6 +119,8 @@ class GraphContract:
         object.__setattr__(self, "windows", tuple(self.windows))  # JSON has lists
         if self.windows and (len(self.windows) != self.key_value_heads or self.growing_cache):
             raise ValueError(f"windows are given for {len(self.windows)} heads of {self.key_value_heads}")
+        if self.whole_buffer and self.growing_cache:
+            raise ValueError("a cache that grows is no buffer")
         token = self._bytes(self.key_value_heads)
         if token > LARGEST_TOKEN:
             raise ValueError(f"a token takes {token} bytes of cache, more than {LARGEST_TOKEN}")

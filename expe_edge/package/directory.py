@@ -19,6 +19,7 @@ from pathlib import Path
 from expe_edge.errors import ExportError, PackageError
 from expe_edge.package.manifest import LARGEST_MANIFEST, MANIFEST_FILE, Manifest
 
+ORT_FILE, OPERATORS_FILE = "model.ort", "required_operators.config"
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

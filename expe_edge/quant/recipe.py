@@ -12,6 +12,7 @@ from expe_edge.errors import ConfigError, ExportError, unknown_name
 PRECISIONS = ("float32", "float16", "bfloat16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight", "auto")
 EMBEDDINGS = ("float32", "float16", "bfloat16", "int8", "int4")
 CACHES = ("float32", "int8")
+DEVICES = ("cpu", "cuda")
 SOLVERS = ("rtn", "gptq")
 DEFAULT_SOLVER = "gptq"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -22,6 +23,10 @@ PER_CHANNEL = ("int8-dynamic", "int8-static")
 #: Bits of the weights of the precisions that store integers, and those of them that have a scale for each block.
 WEIGHT_BITS = {"int8-dynamic": 8, "int8-static": 8, "int8-weight": 8, "int4-weight": 4}
 BLOCKWISE = ("int8-weight", "int4-weight")
+#: Precisions of packages for GPUs: what onnxruntime's CUDA provider has products for.
+GPU_PRECISIONS = ("float32", "float16", "int8-weight", "int4-weight")
+#: Blocks that its kernels of single rows take; with others a step fails there.
+GPU_BLOCK_SIZES = (16, 32, 64, 128)
 #: Nats per token that windows of heads may cost.
 HEAD_WINDOW_COST = 0.002
 
@@ -71,6 +76,9 @@ class Recipe:
         smoothing: move outliers of activations into weights, as far as that lowers the output error.
         reduce_range: 7-bit weights in the int8 formats.
         portable: standard ONNX operators alone.
+        ort_format: the graph in ORT format too, and a list of its operators, for reduced builds of onnxruntime.
+        target: the place that it is for, `chosen` the options that were left to that; see `chosen_for`.
+        device: what it is for. On a GPU (`cuda`) float32 computes in float32, every other precision in float16.
         head_window: tokens that heads with slopes see and keep; None for all. head_window_cost: the most nats per token
             that this may add to the loss.
         budget_kl: for `auto`, the most KL divergence to float32, nats per token; the loss on text may rise by
@@ -85,6 +93,10 @@ class Recipe:
     smoothing: bool = False
     reduce_range: bool = False
     portable: bool = False
+    device: str = "cpu"
+    ort_format: bool = False
+    target: str | None = None
+    chosen: Sequence[str] = ()
     head_window: int | None = None
     head_window_cost: float = HEAD_WINDOW_COST
     budget_kl: float | None = None
@@ -94,6 +106,7 @@ class Recipe:
         require_known("precision", self.precision, PRECISIONS)
         require_known("embedding", self.embedding or "float32", EMBEDDINGS)
         require_known("cache", self.cache, CACHES)
+        require_known("device", self.device, DEVICES)
         require_known("solver", self.solver or DEFAULT_SOLVER, SOLVERS)
         require_block_size(self.block_size)
         if self.reduce_range and self.precision not in PER_CHANNEL:
@@ -105,8 +118,34 @@ class Recipe:
                 f"`portable` has a float32 cache: no standard operator appends to one of {self.cache}; drop `cache` "
                 f"{self.cache}, or `portable`"
             )
+        self._check_device()
         self._check_head_window()
         self._check_budget()
+
+    @property
+    def gpu(self) -> str | None:
+        """The type that a graph for GPUs computes in; None for one for CPUs."""
+        if self.device == "cpu":
+            return None
+        return "float32" if self.precision == "float32" else "float16"
+
+    def _check_device(self) -> None:
+        if self.device == "cpu":
+            return
+        if self.precision not in GPU_PRECISIONS:
+            raise ExportError(
+                f"`precision` {self.precision} is for CPUs: `device` {self.device} has {', '.join(GPU_PRECISIONS)}; "
+                "change one of them"
+            )
+        if self.block_size not in (None, *GPU_BLOCK_SIZES):
+            raise ExportError(
+                f"`block_size` is {self.block_size}; on `device` {self.device} onnxruntime takes "
+                f"{', '.join(map(str, GPU_BLOCK_SIZES))}"
+            )
+        if self.portable:
+            raise ExportError(f"`portable` is for any device, `device` {self.device} for one; drop one of them")
+        if self.ort_format:
+            raise ExportError("`ort_format` is for builds of onnxruntime without GPUs; drop it, or `device`")
 
     def _check_head_window(self) -> None:
         if self.head_window is None:
@@ -141,6 +180,7 @@ class Recipe:
             "int8-cache": self.cache == "int8",
             "windowed": self.head_window is not None,
             "portable": self.portable,
+            self.device: self.device != "cpu",
         }
         return "-".join([self.precision, *(mark for mark, given in marks.items() if given)])
 

@@ -8,6 +8,7 @@ import onnxruntime as ort
 
 from expe_edge.errors import GenerationError
 from expe_edge.package.contract import GraphContract
+from expe_edge.runtime.device import Device
 from expe_edge.runtime.growing import GrowingStorage
 from expe_edge.runtime.history import History
 from expe_edge.runtime.shared import SharedStorage
@@ -20,6 +21,7 @@ class Cache:
 
     window: lets rows drop what is oldest where there is no more room. Where keys carry no positions, those that stay
         are counted anew, so that a row with a window is a shorter text.
+    device: in whose memory it is; None for the process's own.
 
     Attributes:
         lengths: tokens held by each row, (batch,) int64. histories: which they are, one for each row.
@@ -28,9 +30,16 @@ class Cache:
         GenerationError: memory has no room for it.
     """
 
-    def __init__(self, contract: GraphContract, batch: int, capacity: int, window: Window | None = None) -> None:
+    def __init__(
+        self,
+        contract: GraphContract,
+        batch: int,
+        capacity: int,
+        window: Window | None = None,
+        device: Device | None = None,
+    ) -> None:
         self.contract, self.capacity, self.window = contract, capacity, window
-        self.storage = make_storage(contract, batch, capacity)
+        self.storage = make_storage(contract, batch, capacity, device)
         self.lengths: Ids = self.storage.lengths
         self.histories = [History() for _ in range(batch)]
         self.begin, self.batch = 0, batch
@@ -84,6 +93,10 @@ class Cache:
     def bind(self, binding: ort.IOBinding, tokens: int) -> None:
         """Bind past and present for that run."""
         self.storage.bind(binding, self.begin, self.end, tokens)
+
+    def bind_lengths(self, binding: ort.IOBinding) -> None:
+        """Bind anew what the graph is told of the rows besides, for sessions that take copies."""
+        self.storage.bind_lengths(binding, self.begin, self.end)
 
     def advance(self, tokens: Ids) -> None:
         """Note that the run has appended `tokens` (batch, T)."""
@@ -211,10 +224,12 @@ class Cache:
         self.restore([tensor[:, : tensor.shape[1] - surplus] for tensor in other.tensors()], history)
 
 
-def make_storage(contract: GraphContract, batch: int, capacity: int) -> Storage:
-    """Return memory of the kind that the graph wants, holding nothing.
+def make_storage(contract: GraphContract, batch: int, capacity: int, device: Device | None = None) -> Storage:
+    """Return memory of the kind that the graph wants, holding nothing. device: whose; None for the process's own.
 
     Raises:
         GenerationError: memory has no room for it.
     """
-    return (GrowingStorage if contract.growing_cache else SharedStorage)(contract, batch, capacity)
+    if contract.growing_cache:
+        return GrowingStorage(contract, batch, capacity)
+    return SharedStorage(contract, batch, capacity, device)

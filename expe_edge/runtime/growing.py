@@ -102,6 +102,9 @@ class GrowingStorage(Storage):
             binding.bind_ortvalue_input(past, ort.OrtValue.ortvalue_from_numpy(old))
             binding.bind_ortvalue_output(present, ort.OrtValue.ortvalue_from_numpy(new))
 
+    def bind_lengths(self, binding: ort.IOBinding, begin: int, end: int) -> None:
+        """Nothing to do: the mask says it all."""
+
     def advance(self, begin: int, end: int, tokens: int) -> None:
         super().advance(begin, end, tokens)
         pair = self._pair(begin, end)

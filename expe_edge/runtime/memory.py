@@ -16,6 +16,8 @@ PREFILL_CHUNK = 256
 #: The most numbers in a step's (H, T, S) position bias, which makes it shorter, in multiples of the least tokens: fewer
 #: are slower at any depth (python -m benchmarks.prefill_chunks).
 LEAST_CHUNK, MOST_SCORES = 64, 2**24
+#: The same on a GPU, which has the memory, and starts a kernel for every node of a step.
+DEVICE_CHUNK, DEVICE_SCORES = 1024, 2**28
 #: Tokens beyond its window that a head keeps, so that as many can be taken back.
 SPARE = 64
 #: What Python, the libraries and a session take beside weights, and bytes of memory for a byte of `tokenizer.json`.
@@ -37,7 +39,7 @@ GROUP_FILES = {
 
 def reads_floats(manifest: Manifest) -> bool:
     """Say whether prefill reads an int8 cache as floats, a few heads at a time; graphs of earlier releases do not."""
-    return "MultiHeadAttention" in manifest.operators
+    return "MultiHeadAttention" in manifest.operators and not manifest.contract.whole_buffer
 
 
 def far_heads(manifest: Manifest) -> int:
@@ -57,10 +59,11 @@ def near_tokens(contract: GraphContract) -> int:
     return max(contract.windows) + SPARE + PREFILL_CHUNK if contract.windows else 0
 
 
-def bounded_chunk(heads: int, depth: int) -> int:
+def bounded_chunk(heads: int, depth: int, on_device: bool = False) -> int:
     """Return how many tokens to read at once behind `depth` others, so that the scores of `heads` stay bounded."""
-    most = MOST_SCORES // (heads * (depth + PREFILL_CHUNK)) // LEAST_CHUNK * LEAST_CHUNK
-    return min(PREFILL_CHUNK, max(LEAST_CHUNK, most))
+    chunk, scores = (DEVICE_CHUNK, DEVICE_SCORES) if on_device else (PREFILL_CHUNK, MOST_SCORES)
+    most = scores // (heads * (depth + chunk)) // LEAST_CHUNK * LEAST_CHUNK
+    return min(chunk, max(LEAST_CHUNK, most))
 
 
 @dataclass(frozen=True)

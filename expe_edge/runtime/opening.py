@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import onnxruntime as ort
@@ -13,6 +15,7 @@ import onnxruntime as ort
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.directory import MODEL_FILE, Package, verify_files
 from expe_edge.package.manifest import release
+from expe_edge.runtime.device import Device
 from expe_edge.runtime.graph_cache import GraphCache
 from expe_edge.runtime.kernels import Kernels
 from expe_edge.runtime.threads import default_threads
@@ -23,25 +26,10 @@ MOST_THREADS = 1024
 #: The first onnxruntime that refuses graphs whose weights are outside their directory; before, hashes come first.
 SINCE_OWN_FILES = "1.24"
 
-#: `--device` to the execution provider it stands for.
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-def provider_of(device: str) -> str:
-    """Return the execution provider that a device stands for.
-
-    Raises:
-        GenerationError: an unknown device, or one that this onnxruntime cannot run on.
-    """
-    if device not in PROVIDERS:
-        raise GenerationError(f"unknown device {device!r}; available: {', '.join(PROVIDERS)}; change `device`")
-    provider = PROVIDERS[device]
-    if provider not in ort.get_available_providers():
-        raise GenerationError(
-            f"`device` {device}: this onnxruntime has no {provider}; install onnxruntime-gpu on a machine with a GPU, "
-            "or use `device` cpu"
-        )
-    return provider
+#: Severities of what onnxruntime logs.
+WARNINGS, ERRORS = 2, 3
+#: Operators that a step spends its time in, all of which a device must have kernels for.
+HEAVY = ("MultiHeadAttention", "MatMul", "MatMulNBits", "SkipSimplifiedLayerNormalization")
 
 
 def session_options(threads: int | None, library: Path | None = None) -> ort.SessionOptions:
@@ -73,7 +61,7 @@ def checked_threads(threads: int | None) -> int:
 
 def _options(threads: int, library: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = ERRORS
     options.enable_mem_pattern = False  # every step has other shapes than the last, and would be planned anew
     options.intra_op_num_threads = threads
     if library is not None:
@@ -87,7 +75,7 @@ def _options(threads: int, library: Path | None) -> ort.SessionOptions:
 def open_session(
     package: Package,
     threads: int | None,
-    device: str,
+    device: Device,
     cache: GraphCache | None = None,
     kernels: Kernels | None = None,
 ) -> tuple[ort.InferenceSession, Path | None]:
@@ -98,14 +86,23 @@ def open_session(
     Returns:
         the session, and the library of kernels that it runs.
     """
-    provider_of(device)
+    if device.kind != "cpu" and package.manifest.recipe.get("device", "cpu") != device.kind:
+        raise GenerationError(
+            f"`device` {device.kind}: {package.path} is for CPUs, whose attention {device.provider} has no kernel for; "
+            f"export it with `device` {device.kind}"
+        )
     needed = package.manifest.requires_onnxruntime
     if release(ort.__version__) < release(needed):
         raise PackageError(f"{package.path} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it")
     threads = checked_threads(threads)
     verify_files(package, but=MODEL_FILE)
-    if device != "cpu":
-        return _open_graph(package, _options(threads, None), device), None
+    if device.kind != "cpu":
+        options = _options(threads, None)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        with _quiet_provider():
+            session = _open_graph(package, options, device)
+        require_on_device(package, session, device)
+        return session, None
     library = kernels.library(package.manifest) if kernels is not None else None
     if library is not None:
         with suppress(PackageError):  # kernels that refuse a node are left away, and what else is wrong is said below
@@ -116,7 +113,7 @@ def open_session(
 def open_on_cpu(package: Package, threads: int, cache: GraphCache | None, library: Path | None) -> ort.InferenceSession:
     """Open the graph of a package, or what a cache has of it, with a library of kernels or without."""
     if cache is None:
-        return _open_graph(package, _options(threads, library), "cpu")
+        return _open_graph(package, _options(threads, library), Device())
     session = cache.open(package, _options(threads, library), library)
     return _open_and_keep(package, threads, cache, library) if session is None else session
 
@@ -128,22 +125,52 @@ def _open_and_keep(package: Package, threads: int, cache: GraphCache, library: P
             options = _options(threads, library)
             draft.write_with(options)
             with suppress(PackageError):  # it cannot be written, or else it is said below
-                session = _open_graph(package, options, "cpu")
+                session = _open_graph(package, options, Device())
                 draft.keep()
                 return session
-    return _open_graph(package, _options(threads, library), "cpu")
+    return _open_graph(package, _options(threads, library), Device())
 
 
-def _open_graph(package: Package, options: ort.SessionOptions, device: str) -> ort.InferenceSession:
+@contextmanager
+def _quiet_provider() -> Iterator[None]:
+    """Load NVIDIA's libraries where pip has put them, and leave away what onnxruntime remarks on while it opens.
+
+    It prints which libraries are missing, and logs that ScatterND must not be told one place twice, which it never is.
+    """
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+    ort.set_default_logger_severity(ERRORS)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
+
+
+def require_on_device(package: Package, session: ort.InferenceSession, device: Device) -> None:
+    """Raise `PackageError` where onnxruntime runs attention, products or norms elsewhere.
+
+    Releases that do not say where nodes run are believed.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != device.provider]
+    elsewhere = sorted({node.op_type for part in parts for node in part.get_nodes()} & set(HEAVY))
+    if elsewhere:
+        raise PackageError(
+            f"{package.model_path}: onnxruntime {ort.__version__} runs {', '.join(elsewhere)} elsewhere than on "
+            f"{device.provider}; use another onnxruntime-gpu, or `device` cpu"
+        )
+
+
+def _open_graph(package: Package, options: ort.SessionOptions, device: Device) -> ort.InferenceSession:
     """Open the package's own graph, and verify it while onnxruntime reads it."""
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(verify_files, package, only=MODEL_FILE)
         if release(ort.__version__) < release(SINCE_OWN_FILES):
             verified.result()
-        provider = PROVIDERS[device]
-        providers = list(dict.fromkeys((provider, PROVIDERS["cpu"])))
         try:
-            session = ort.InferenceSession(str(package.model_path), options, providers=providers)
+            session = ort.InferenceSession(str(package.model_path), options, providers=device.providers)
         except Exception as error:  # onnxruntime's exceptions share no narrower base
             verified.result()  # damage is the better reason
             reason = reason_of(error)
@@ -152,8 +179,10 @@ def _open_graph(package: Package, options: ort.SessionOptions, device: str) -> o
             ) from error
         verified.result()
     give_back()
-    if session.get_providers()[0] != provider:
-        raise GenerationError(f"`device` {device}: {provider} found no device; use `device` cpu")
+    if session.get_providers()[0] != device.provider:
+        raise GenerationError(
+            f"`device` {device.kind}: {device.provider} found no device, or not its libraries; use `device` cpu"
+        )
     return session
 
 

@@ -14,6 +14,7 @@ from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.contract import FLOATS_FROM, LOGITS_TO_KEEP, NEVER, GraphContract
 from expe_edge.package.directory import Package, open_manifest
 from expe_edge.runtime.cache import Cache
+from expe_edge.runtime.device import Device
 from expe_edge.runtime.graph_cache import GraphCache
 from expe_edge.runtime.kernels import kernels_at
 from expe_edge.runtime.memory import LEAST_CHUNK, bounded_chunk, far_heads, memory_shortage, near_tokens
@@ -36,10 +37,17 @@ class PackageSession:
         reads_levels: whether runs of many tokens read an int8 cache as it is, which kernels built here do faster than
             floats.
         kernels: the library of kernels that it runs in place of onnxruntime's own, or None.
+        device: in whose memory caches are; None for the process's own.
     """
 
-    def __init__(self, package: Package, session: ort.InferenceSession, kernels: Path | None = None) -> None:
-        self.package, self.session, self.kernels = package, session, kernels
+    def __init__(
+        self,
+        package: Package,
+        session: ort.InferenceSession,
+        kernels: Path | None = None,
+        device: Device | None = None,
+    ) -> None:
+        self.package, self.session, self.kernels, self.device = package, session, kernels, device
         self.contract: GraphContract = package.manifest.contract
         difference = self.contract.difference(self.session.get_inputs(), self.session.get_outputs())
         if difference is not None:
@@ -62,7 +70,7 @@ class PackageSession:
 
         Args:
             threads: threads within an operator; None for `default_threads`.
-            device: `cpu` or `cuda`.
+            device: `cpu`, or `cuda` for a package exported for it; `cuda:1` is the second GPU.
             cache: of optimised graphs, from which it is opened sooner and with weights in mapped files; see
                 `Generator.load`.
             kernels: the directory of what `expe-edge build-kernels` has compiled, or `off`; None for what
@@ -70,10 +78,13 @@ class PackageSession:
                 package, onnxruntime's own run.
 
         Raises:
-            PackageError: a missing, damaged or newer package. GenerationError: a device that is not there.
+            PackageError: a missing, damaged or newer package. GenerationError: a device that is not there, or that the
+                package is not for.
         """
         package = open_manifest(Path(path))
-        return cls(package, *open_session(package, threads, device, cache, kernels_at(kernels)))
+        where = Device.parse(device)
+        opened = open_session(package, threads, where, cache, kernels_at(kernels))
+        return cls(package, *opened, None if where.kind == "cpu" else where)
 
     @property
     def threads(self) -> int:
@@ -101,7 +112,7 @@ class PackageSession:
             self._require_wide(window)
             capacity = window.capacity
         self.require_within_reach(capacity)
-        return Cache(self.contract, batch, capacity, window)
+        return Cache(self.contract, batch, capacity, window, self.device)
 
     def _require_wide(self, window: Window) -> None:
         """Raise `GenerationError` for a window that drops what heads with windows of their own still keep."""
@@ -130,14 +141,17 @@ class PackageSession:
 
     def chunk_at(self, depth: int) -> int:
         """Return how many tokens to read at once behind `depth` others, so that the position bias stays bounded."""
-        return bounded_chunk(far_heads(self.package.manifest), depth)
+        return bounded_chunk(far_heads(self.package.manifest), depth, self.device is not None)
 
     def require_memory(self, tokens: int, *, rows: int = 1, chunk: int | None = None, held: int = 0) -> None:
         """Refuse what cannot fit: a cache of `rows` × `tokens` and the steps that fill it. held: bytes of it there are.
 
         Raises:
             GenerationError: it needs more than the machine, or a control group, has left. The message says what fits.
+                Of a device it is known when its memory is taken.
         """
+        if self.device is not None:
+            return
         shortage = memory_shortage(self.package, tokens, rows=rows, chunk=chunk, held=held)
         if shortage is None:
             return
@@ -173,7 +187,8 @@ class PackageSession:
         feeds |= {name: np.zeros(len(rows), dtype=np.int64) for name in contract.window_lengths if name}
         if self.reads_levels:
             feeds[FLOATS_FROM.name] = np.array(NEVER)
-        room = longest if contract.cache_dtype == "int8" else 0  # with room for them, keys are read as floats
+        # Keys of a cache that has room for them are read as floats.
+        room = longest if contract.whole_buffer or contract.cache_dtype == "int8" else 0
         for name, group in zip(contract.past_names, contract.cache_groups, strict=True):
             feeds[name] = np.zeros((len(rows), group.heads, room, contract.head_size), dtype=contract.cache_dtype)
         try:
@@ -191,25 +206,28 @@ class Step:
     """One forward pass of fixed shape (B, T) over a cache, bound once and run as often as wanted.
 
     last: compute the logits of the last token alone, where the graph can.
-    Only the attention mask, which grows by T with every run, is bound anew, and a cache that has moved.
+    Only the attention mask, which grows by T with every run, is bound anew, and a cache that has moved; for a device,
+    which copies inputs when they are bound, all but the cache.
     """
 
     def __init__(self, session: PackageSession, cache: Cache, tokens: int, *, last: bool = False) -> None:
         self.session, self.cache, self.tokens = session.session, cache, tokens
+        self.copied = session.device is not None
         self.path = session.package.model_path
         self.input_ids = np.zeros((cache.batch, tokens), dtype=np.int64)
         # One token stands at its row's length, whose memory is bound; of several, positions are written every time.
         self.position_ids = cache.lengths[:, None] if tokens == 1 else np.zeros((cache.batch, tokens), dtype=np.int64)
         self.offsets = np.arange(tokens, dtype=np.int64)
         self.binding = self.session.io_binding()
-        if session.reads_levels:
-            self.binding.bind_ortvalue_input(FLOATS_FROM.name, ort.OrtValue.ortvalue_from_numpy(np.array(NEVER)))
         last = last and session.keeps_last
+        # They hold the memory that a binding points to.
+        self.one, self.never = (ort.OrtValue.ortvalue_from_numpy(np.array(value)) for value in (1, NEVER))
+        if session.reads_levels:
+            self.binding.bind_ortvalue_input(FLOATS_FROM.name, self.never)
         if last:
-            self.binding.bind_ortvalue_input(LOGITS_TO_KEEP.name, ort.OrtValue.ortvalue_from_numpy(np.array(1)))
+            self.binding.bind_ortvalue_input(LOGITS_TO_KEEP.name, self.one)
         self.logits = np.zeros((cache.batch, 1 if last else tokens, session.contract.vocab_size), dtype=np.float32)
-        for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
-            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._bind_tokens()
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
         self.bound = -1  # the cache's version
         self.masks: dict[int, ort.OrtValue] = {}
@@ -225,16 +243,24 @@ class Step:
         self.input_ids[:] = tokens
         if self.tokens > 1:
             np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
-        self.binding.bind_ortvalue_input("attention_mask", self._mask(longest))
+        mask = self._mask(longest)  # it holds its memory until the run is over
+        self.binding.bind_ortvalue_input("attention_mask", mask)
         if self.bound != cache.version:
             cache.bind(self.binding, self.tokens)
             self.bound = cache.version
+        if self.copied:
+            self._bind_tokens()
+            cache.bind_lengths(self.binding)
         try:
             self.session.run_with_iobinding(self.binding)
         except Exception as error:  # onnxruntime's exceptions share no narrower base
             raise _run_failed(self.path, error) from error
         cache.advance(self.input_ids)
         return self.logits
+
+    def _bind_tokens(self) -> None:
+        for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
+            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
     def _mask(self, longest: int) -> ort.OrtValue:
         """Return the attention mask of a run after which the longest row has so many tokens, (B, total_sequence).

@@ -90,6 +90,10 @@ class Storage(ABC):
     def bind(self, binding: ort.IOBinding, begin: int, end: int, tokens: int) -> None:
         """Bind past and present of the rows for a run that appends `tokens` to each."""
 
+    @abstractmethod
+    def bind_lengths(self, binding: ort.IOBinding, begin: int, end: int) -> None:
+        """Bind what the graph is told of the rows besides. `bind` does it too; from then on it changes in place."""
+
     def advance(self, begin: int, end: int, tokens: int) -> None:
         """Note that such a run has been made.
 

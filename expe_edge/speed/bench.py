@@ -13,8 +13,9 @@ from expe_edge.errors import ConfigError, GenerationError
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import Package, read_package
 from expe_edge.results import Result
+from expe_edge.runtime.device import Device
 from expe_edge.runtime.memory import memory_shortage
-from expe_edge.runtime.opening import checked_threads, provider_of
+from expe_edge.runtime.opening import checked_threads
 from expe_edge.runtime.threads import default_threads
 from expe_edge.speed.apart import Apart
 from expe_edge.speed.bandwidth import read_bandwidth, weight_bytes
@@ -59,7 +60,7 @@ class BenchSettings:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}; at least 1")
         for threads in self.threads:
             checked_threads(threads)
-        provider_of(self.device)
+        Device.parse(self.device)
         if min(self.depths) < 0:
             raise ConfigError(f"`depths` has {min(self.depths)}; at least 0")
         for name in ("depths", "threads"):

@@ -19,8 +19,8 @@ from expe_edge.errors import ExportError
 from expe_edge.export.kernels import require_kernels
 from expe_edge.graph.build import BuiltGraph, build_graph
 from expe_edge.graph.linears import LINEAR_FORMATS, DynamicInt8, LinearFormat, StaticInt8
-from expe_edge.graph.matrices import FLOAT, ChannelMatrix
-from expe_edge.graph.nodes import GraphBuilder, every_node
+from expe_edge.graph.matrices import ChannelMatrix
+from expe_edge.graph.nodes import FLOAT, GraphBuilder, every_node
 from expe_edge.quant.channels import Range
 from expe_edge.quant.formats import Formats
 from expe_edge.quant.recipe import CACHES, EMBEDDINGS, Recipe

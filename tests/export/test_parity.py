@@ -31,7 +31,7 @@ from expe_edge.export.fold import extract_weights
 from expe_edge.export.parity import Parity, measure_parity, require_parity
 from expe_edge.graph.build import BuiltGraph, build_graph, graph_contract
 from expe_edge.graph.encodings import POSITION_NODES
-from expe_edge.graph.linears import LINEAR_FORMATS, Float32
+from expe_edge.graph.linears import LINEAR_FORMATS, Float16, Float32
 from expe_edge.graph.run import check_contract, graph_feeds, parts_of
 from expe_edge.model.encodings import POSITIONAL_ENCODINGS
 from expe_edge.positions.expe import HOW, WHERE
@@ -162,11 +162,17 @@ class Subject:
         weights = extract_weights(self.model, folded=folded)
         return Evidence(weights, calibration, lambda: sample_windows(stream, N, calibration))
 
-    def run(self, session: ort.InferenceSession, parts: Sequence[int]) -> np.ndarray:
-        """Logits (T, V) of the text in consecutive parts, the cache handed on."""
+    @functools.cache  # noqa: B019
+    def gpu_session(self, element: str) -> ort.InferenceSession:
+        linears = Float16() if element == "float16" else Float32()
+        return open_session(build_graph(extract_weights(self.model, folded=True), linears, gpu=element).model)
+
+    def run(self, session: ort.InferenceSession, parts: Sequence[int], gpu: str | None = None) -> np.ndarray:
+        """Logits (T, V) of the text in consecutive parts, the cache handed on. gpu: what the graph is for."""
         cache, logits = None, []
+        contract = graph_contract(self.config, gpu=gpu)
         for part in np.split(self.tokens, np.cumsum(parts)[:-1], axis=1):
-            outputs = session.run(None, graph_feeds(self.contract, part, cache))
+            outputs = session.run(None, graph_feeds(contract, part, cache))
             logits.append(outputs[0][0])
             cache = outputs[1:]
         return np.concatenate(logits)
@@ -297,6 +303,28 @@ def test_the_float32_graph_equals_torch_in_one_pass_and_in_chunks_and_single_ste
     rung = "onnx" if folded or not case.foldable else "inline"
     assert_close(case.run(session, [case.length]), case.logits, rung)
     assert_close(case.run(session, parts(case.length)), case.logits, rung)
+
+
+@every_variant
+def test_the_graph_for_gpus_equals_torch_in_one_pass_and_in_chunks_and_single_steps(name: str) -> None:
+    case = subject(name)
+    session = case.gpu_session("float32")
+    check_contract(session, graph_contract(case.config, gpu="float32"))
+    assert_close(case.run(session, [case.length], "float32"), case.logits, "onnx")
+    assert_close(case.run(session, parts(case.length), "float32"), case.logits, "onnx")
+
+
+@every_variant
+def test_the_graph_for_gpus_in_half_precision_stays_close_or_is_refused(name: str) -> None:
+    case, tolerance = subject(name), TOLERANCES["half"]
+    where = case.config.positional_parameters.get("where")
+    if where not in ("key", None):
+        with pytest.raises(ExportError, match="half precision would round the positions"):
+            case.gpu_session("float16")
+        return
+    for split in ([case.length], parts(case.length)):
+        distance = divergence(case.logits, case.run(case.gpu_session("float16"), split, "float16")).mean()
+        assert tolerance.least < distance < tolerance.limit, tolerance.why
 
 
 @pytest.mark.parametrize("positional", ["expe", "exqpe"])

@@ -21,7 +21,7 @@ from expe_edge.graph.linears import Float32
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.padding import TokensFirst
 from expe_edge.graph.run import graph_feeds
-from expe_edge.graph.windows import keys_of
+from expe_edge.graph.windows import Keys
 from expe_edge.package.contract import FLOAT_HEADS, MANY_TOKENS, TensorSpec
 from expe_edge.package.directory import read_package
 from expe_edge.quant.channels import CacheScales
@@ -73,7 +73,7 @@ def run_attention(scales: CacheScales, room: int, **inputs: np.ndarray) -> list[
         inputs[part] = np.pad(inputs[part], ((0, 0), (0, 0), (0, room), (0, 0)), constant_values=77)
     builder = GraphBuilder()
     run, contract = TokensFirst(builder), graph_contract(ONE_LAYER, int8_cache=True)
-    keys = keys_of(builder, run.last, run.total, "lengths")
+    keys = Keys("lengths", run.last, run.total)
     emitter = GroupedAttention(builder, ONE_LAYER, contract, [keys], run, [scales])
     mixed = emitter.emit("mixed", 0, Projection("query", "key", "value", (bias_of("bias", HEADS),)))
     builder.emit("Identity", [mixed], ["mixed"], name="result")

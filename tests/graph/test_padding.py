@@ -23,14 +23,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 #: Tokens of every row at first; the operator takes longer runs of several rows with nothing before them alone.
 LENGTHS = (5, 9, 1)
+#: Of graphs: positions folded or not, and for GPUs.
+KINDS = ["folded", "inline", "buffer"]
 STEPS = 3
 
 
 class Batch:
     """Rows of tokens through one session, run by run as transformers does it."""
 
-    def __init__(self, session: ort.InferenceSession, config: ExPEConfig) -> None:
-        self.session, self.contract = session, graph_contract(config)
+    def __init__(self, session: ort.InferenceSession, config: ExPEConfig, gpu: str | None = None) -> None:
+        self.session, self.contract = session, graph_contract(config, gpu=gpu)
         self.cache: list[np.ndarray] | None = None
         self.mask = np.zeros((len(LENGTHS), 0), dtype=np.int64)
 
@@ -49,18 +51,18 @@ class Batch:
         return [logits[row, place] for row, place in enumerate(places)]
 
 
-@pytest.mark.parametrize("folded", [True, False], ids=["folded", "inline"])
+@pytest.mark.parametrize(("folded", "gpu"), [(True, None), (False, None), (True, "float32")], ids=KINDS)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-def test_a_padded_batch_is_its_rows_alone(name: str, left: bool, folded: bool) -> None:
+def test_a_padded_batch_is_its_rows_alone(name: str, left: bool, folded: bool, gpu: str | None) -> None:
     config = small_config(**CONFIGS[name])
-    session = open_session(build_graph(random_weights(config, folded=folded), Float32()).model)
-    batch = Batch(session, config)
+    session = open_session(build_graph(random_weights(config, folded=folded), Float32(), gpu=gpu).model)
+    batch = Batch(session, config, gpu)
     texts = [random_tokens(config, length + STEPS, seed=row)[0] for row, length in enumerate(LENGTHS)]
     parts = [np.split(text, range(length, length + STEPS)) for text, length in zip(texts, LENGTHS, strict=True)]
 
     rows = zip(*(batch.run(list(tokens), left=left) for tokens in zip(*parts, strict=True)), strict=True)
 
     for text, found in zip(texts, rows, strict=True):
-        alone = session.run(None, graph_feeds(graph_contract(config), text[None]))[0][0]
+        alone = session.run(None, graph_feeds(graph_contract(config, gpu=gpu), text[None]))[0][0]
         np.testing.assert_allclose(np.concatenate(found), alone, rtol=0, atol=1e-4)

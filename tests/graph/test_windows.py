@@ -19,8 +19,10 @@ from expe_edge.graph.run import graph_feeds, open_graph
 from expe_edge.package.contract import GraphContract, HeadGroup
 from expe_edge.quant.channels import CacheScales
 from tests import reference
+from tests.conftest import needs_windows
 from tests.strategies import random_model, random_tokens, small_config
 
+pytestmark = needs_windows
 RECIPE = {"slopes": "alibi", "softplus": True, "content_heads": 1, "temperature": 0.36}
 CONFIG = small_config(
     training_length=16, num_key_value_heads=4, positional_parameters=RECIPE, output_gate=True, hidden_size=32

@@ -24,8 +24,8 @@ CONTRACTS: list[tuple[dict[str, Any], str]] = [
     ({"key_value_heads": -2}, "key_value_heads is -2, not a whole number from 1 to 1024"),
     ({"head_size": 10**6}, "head_size is 1000000, not a whole number from 1 to 4096"),
     ({"vocab_size": 2**40}, "vocab_size is 1099511627776, not a whole number from 1 to 1048576"),
-    ({"cache_dtype": "float64"}, "cache_dtype is 'float64', not one of float32, int8"),
-    ({"cache_dtype": None}, "cache_dtype is None, not one of float32, int8"),
+    ({"cache_dtype": "float64"}, "cache_dtype is 'float64', not one of float32, float16, int8"),
+    ({"cache_dtype": None}, "cache_dtype is None, not one of float32, float16, int8"),
     ({"growing_cache": 1}, "growing_cache is 1, not true or false"),
     (
         {"layers": 1024, "key_value_heads": 1024, "head_size": 4096},

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import numpy_helper
 
-from expe_edge.graph.matrices import FLOAT, BlockMatrix
-from expe_edge.graph.nodes import GraphBuilder
+from expe_edge.graph.matrices import BlockMatrix
+from expe_edge.graph.nodes import FLOAT, GraphBuilder
 from expe_edge.quant.blocks import LARGEST_HALF, SMALLEST_HALF, BlockCodes, encode, midpoint, round_to_nearest, storable
 from tests.graphs import normal, run_nodes
 from tests.strategies import seeds

@@ -47,6 +47,8 @@ def test_the_names_of_the_command_line_are_those_of_the_registries() -> None:
         ({"precision": "int8-static", "reduce_range": True, "cache": "int8"}, "int8-static-7bit-int8-cache"),
         ({"precision": "int8-dynamic", "portable": True}, "int8-dynamic-portable"),
         ({"precision": "auto", "max_size": 1000, "cache": "int8"}, "auto-int8-cache"),
+        ({"precision": "float16", "cache": "int8", "device": "cuda"}, "float16-int8-cache-cuda"),
+        ({"ort_format": True, "target": "ios"}, "float32"),
     ],
 )
 def test_a_package_is_named_by_what_a_client_must_be_able_to_do(options: dict[str, Any], name: str) -> None:
@@ -95,6 +97,24 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"precision": "auto", "max_size": 9, "embedding": "int8"},
         "`embedding` does not go with `precision` auto, which chooses for itself; drop it",
+    ),
+    ({"device": "gpu"}, "unknown device 'gpu'; did you mean 'cpu'? available: cpu, cuda; change `device`"),
+    (
+        {"precision": "int8-dynamic", "device": "cuda"},
+        "`precision` int8-dynamic is for CPUs: `device` cuda has float32, float16, int8-weight, int4-weight; change "
+        "one of them",
+    ),
+    (
+        {"precision": "int4-weight", "device": "cuda", "block_size": 256},
+        "`block_size` is 256; on `device` cuda onnxruntime takes 16, 32, 64, 128",
+    ),
+    (
+        {"portable": True, "device": "cuda"},
+        "`portable` is for any device, `device` cuda for one; drop one of them",
+    ),
+    (
+        {"ort_format": True, "device": "cuda"},
+        "`ort_format` is for builds of onnxruntime without GPUs; drop it, or `device`",
     ),
 ]
 

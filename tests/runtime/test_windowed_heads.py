@@ -21,8 +21,10 @@ from expe_edge.runtime.memory import PREFILL_CHUNK, SPARE, bounded_chunk, far_he
 from expe_edge.runtime.shared import SharedStorage
 from expe_edge.runtime.window import Window
 from expe_edge.training.run import train
+from tests.conftest import needs_windows
 from tests.small import command_runner, small_settings
 
+pytestmark = needs_windows
 WINDOW = 16
 #: More than a window's buffers hold, so that they are moved several times.
 LENGTH = 3 * (WINDOW + SPARE + PREFILL_CHUNK)

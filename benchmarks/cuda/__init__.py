@@ -1,0 +1,1 @@
+"""Packages for GPUs: what onnxruntime's CUDA provider takes of them, and how they run on one."""
