@@ -32,6 +32,7 @@ HEAVY = {
     "lm_eval",
     "joblib",
     "jinja2",
+    "huggingface_hub",
     "llguidance",
 }
 SOURCES = sorted(ROOT.rglob("*.py"))
@@ -57,10 +58,25 @@ MAY_IMPORT = {
         *("runtime", "text", "package", "training.checkpoint"),
         *("model.attention", "model.decoder", "model.encoding"),
     ),
-    "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
+    "hub": ("package",),
+    "export": ("hub", "calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
     "speed": ("runtime", "package"),
     "study": ("export", "quality", "runtime", "speed", "training", "positions", "package"),
-    "cli": ("study", "speed", "calibration", "export", "quality", "runtime", "training", "package", "quant", "text"),
+    "cli": (
+        *(
+            "study",
+            "speed",
+            "calibration",
+            "export",
+            "hub",
+            "quality",
+            "runtime",
+            "training",
+            "package",
+            "quant",
+            "text",
+        ),
+    ),
     "__main__": ("cli",),
 }
 #: Folders that the base install must be able to run, or that must stay arithmetic; what they may import of others.
@@ -73,6 +89,7 @@ LIGHT = {
     "quant": {"numpy"},
     "runtime": {"numpy", "onnxruntime", "tokenizers", "llguidance"},  # the last imported where a constraint is used
     "speed": {"numpy", "onnxruntime"},
+    "hub": {"huggingface_hub"},
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from expe_edge.divergence import log_softmax
 from expe_edge.errors import CorpusError
 from expe_edge.runtime import Generator
 
@@ -121,14 +122,6 @@ class Truth:
             ]
             kept = sorted(longer, reverse=True)[:BEAMS]
         return kept[0][1]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return log probabilities (…, V) float64 of logits (…, V)."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    probabilities: np.ndarray = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return probabilities
 
 
 def choose_texts(truth: Truth, documents: Sequence[str], new: int) -> Texts:

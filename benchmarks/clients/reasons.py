@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from benchmarks.clients.cases import Completed, Task, Truth, log_softmax
+from benchmarks.clients.cases import Completed, Task, Truth
 from benchmarks.clients.environments import python_command
 from benchmarks.clients.running import Case, Program, ask
+from expe_edge.divergence import log_softmax
 from expe_edge.graph.nodes import every_node
 from expe_edge.graph.run import logits_of, open_model
 from expe_edge.package.directory import MODEL_FILE

@@ -44,7 +44,7 @@ def clients_table(outcomes: Sequence[Outcome], usual: Sequence[str], headings: M
     grids = [_grid(common, lambda outcome: headings[outcome.client], notes)]
     if special:
         grids.append(_grid(special, lambda outcome: f"{outcome.client}, {outcome.task}", notes))
-    return "\n\n".join(["", *grids, notes.lines(), ""])
+    return "\n" + "\n\n".join([*grids, notes.lines()]) + "\n"
 
 
 def _grid(outcomes: Sequence[Outcome], column_of: Callable[[Outcome], str], notes: Notes) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from expe_edge.calibration.windows import Windows, head_windows, measure_windows
 from expe_edge.errors import ExportError, unknown_name
 from expe_edge.export.clients import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
-from expe_edge.export.parity import Parity, measure_parity, require_parity
+from expe_edge.export.parity import ByToken, Parity, measure_parity, require_parity
 from expe_edge.export.plan import Plan, oldest_to_export
 from expe_edge.export.portable import require_portable
 from expe_edge.export.source import Source, open_source
@@ -35,6 +36,7 @@ from expe_edge.graph.names import name_tensors
 from expe_edge.graph.nodes import every_node
 from expe_edge.graph.run import DECODED
 from expe_edge.graph.sizes import measure_parts
+from expe_edge.hub.card import CardOptions, LengthQuality, Quality, write_card
 from expe_edge.package.directory import (
     MODEL_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -57,6 +59,8 @@ from expe_edge.text.corpus import load_corpus
 POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.
 PARITY_LENGTHS = 16
+#: Ends of the lengths that a card tells apart, in training lengths.
+CARD_LENGTHS = (1, 2, 4, 8, 16)
 CONTEXT_LENGTHS = 64
 #: Tokens that `auto` measures single weights on, in texts of one training length, and the whole model, in texts as many
 #: training lengths long as there are.
@@ -96,6 +100,7 @@ def export(
     text_field: str = "text",
     ranges_from: Path | None = None,
     names: bool = False,
+    card: CardOptions | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[ExportedPackage]:
@@ -107,6 +112,7 @@ def export(
         calibration_data: sources of text for calibration and for the validation; the training text by default.
         ranges_from: a package of the same model whose static ranges are used again.
         names: call the graphs' tensors after what they are, see `name_tensors`, not by numbers, which take fewer bytes.
+        card: what the model cards say that a model does not tell.
         progress: called with a line before each stage.
 
     Raises:
@@ -130,7 +136,7 @@ def export(
     asked = [recipe.resolved(exporter.source.rounding) for recipe in asked]
     for recipe in asked:
         exporter.require_possible(recipe)  # before anything is written
-    return [exporter.write(recipe, out / recipe.name, names=names, force=force) for recipe in asked]
+    return [exporter.write(recipe, out / recipe.name, names=names, card=card, force=force) for recipe in asked]
 
 
 def open_exporter(
@@ -284,7 +290,9 @@ class Exporter:
         count = tokens // (lengths[0] * self.config.training_length)
         return self.text.beginnings(lengths, max(count, LEAST_TEXTS))
 
-    def write(self, recipe: Recipe, path: Path, *, names: bool = False, force: bool) -> ExportedPackage:
+    def write(
+        self, recipe: Recipe, path: Path, *, names: bool = False, card: CardOptions | None = None, force: bool
+    ) -> ExportedPackage:
         """Choose formats, build, verify, validate and write one package; it appears at `path` when all is well."""
         plan = self.plan(recipe)  # a format for every weight, by what calibration shows
         expected = self._expected  # what the source computes
@@ -297,11 +305,12 @@ class Exporter:
             require_kernels(kernels, plan.linears)
             # What it computes, token by token, against the source.
             self.progress(f"{recipe.name}: validating against {self.source.origin}")
-            parity = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
+            parity, by_token = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
             self._require_valid(plan, parity, directory / MODEL_FILE)
             # What it is, with the hash of every file.
             manifest = self._manifest(plan, contents, parity, kernels)
             self._fill(directory, manifest)
+            write_card(directory, path.name, manifest, self._quality(by_token), card or CardOptions())
         size = Package(path, manifest).size
         return ExportedPackage(path, recipe.name, size, parity, self.source.origin, plan.linears, plan.choice)
 
@@ -320,6 +329,19 @@ class Exporter:
         require_parity(parity, plan.recipe.name, folded=folded, exact=plan.exact)
         if plan.recipe.portable:
             require_portable(onnx.load(model), plan.contract, self._parity_tokens, plan.linears, folded=folded)
+
+    def _quality(self, by_token: ByToken) -> Quality:
+        """The graph's quality by length on the text that it was validated on, as far as nothing of it is repeated."""
+        n, tokens = self.config.training_length, min(1 + len(by_token.kl), len(self.text.longest_document))
+        ends = [*(end for end in (n * length for length in CARD_LENGTHS) if end < tokens), tokens]
+        rows = []
+        for start, end in pairwise([0, *ends]):
+            at = slice(max(start - 1, 0), end - 1)  # nothing predicts the first token
+            rows.append(
+                LengthQuality(start, end, float(np.exp(by_token.nats[at].mean())), float(by_token.kl[at].mean()))
+            )
+        document = "held-out document" if self.text.corpus.held_out else "document of the training text"
+        return Quality(f"one {document}", self.source.origin, rows)
 
     def _manifest(self, plan: Plan, contents: Contents, parity: Parity, kernels: Counter[str]) -> Manifest:
         code = self.config.encoding_parameters.code
