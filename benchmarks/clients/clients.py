@@ -31,7 +31,7 @@ CLIENTS = (
     Client("our generator, onnxruntime", partial(this_python, "ours", "onnxruntime")),
     Client("onnxruntime-oldest", lambda: other_python("onnxruntime_loop", oldest_onnxruntime())),
     Client("onnxruntime", partial(this_python, "onnxruntime_loop", "onnxruntime")),
-    Client("onnxruntime-genai", partial(this_python, "genai", "onnxruntime-genai"), ("append twice",)),
+    Client("onnxruntime-genai", partial(this_python, "genai", "onnxruntime-genai"), ("append twice", "left padding")),
     Client("Optimum", partial(this_python, "optimum_model", "optimum-onnx"), ("beams", "prompt lookup", "assisted")),
     Client(
         "lm-evaluation-harness",
@@ -49,6 +49,7 @@ def special_tasks(texts: Texts, training_length: int, new: int) -> dict[str, Tas
     usual = {task.name: task for task in tasks(texts, training_length, new)}
     greedy = usual["greedy"].arguments
     return {
+        "left padding": Task("left padding", "complete", {**usual["batch"].arguments, "left": True}, doubtful=True),
         "append twice": Task("append twice", "append_twice", usual["continue"].arguments, doubtful=True),
         "beams": Task("beams", "complete", {**greedy, "num_beams": BEAMS}),
         "prompt lookup": Task("prompt lookup", "complete", {**greedy, "prompt_lookup_num_tokens": 4}),

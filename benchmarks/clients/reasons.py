@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +143,20 @@ def _empty_place(difference: Difference) -> Measured | None:
     return _same(difference, difference.truth.package, "go_on_behind_zeros")
 
 
+def _padding_is_text(difference: Difference) -> Measured | None:
+    """Whether the tokens are those behind prompts that begin with as many end-of-text tokens as padding had."""
+    if difference.task.name != "left padding":
+        return None
+    prompts = difference.task.arguments["prompts"]
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    task = Task("batch", "complete", {"prompts": padded, "new": difference.task.arguments["new"]})
+    as_text = replace(difference, task=task)
+    if difference.truth.answer(task) == difference.tokens:
+        return {}
+    return _shared_range(as_text) or _rounded_activations(as_text)
+
+
 def _same(difference: Difference, package: Path, call: str) -> Measured | None:
     """{} where the loop gives the same tokens with another package or by another call, else None."""
     (answer,) = ask(LOOP, [Case(package, call, difference.task.arguments)])
@@ -156,6 +170,12 @@ REASONS = (
         "the token that was generated last is not in the cache when more is appended, and its place stays zero: rewind "
         "first, as below. Tokens may agree by luck. Checked: they are those behind a cache with zeros there",
         _empty_place,
+    ),
+    Reason(
+        "padding is text",
+        "it reads padding on the left as text, and says nothing: pad on the right, as its tokenizer does. Checked: the "
+        "tokens are those behind prompts that begin so",
+        _padding_is_text,
     ),
     Reason(
         "range",

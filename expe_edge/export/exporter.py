@@ -43,6 +43,7 @@ from expe_edge.package.directory import (
     TOKENIZER_FILE,
     Package,
     clear_leftovers,
+    is_package,
     read_package,
     require_absent,
     seal_package,
@@ -137,6 +138,16 @@ def export(
     for recipe in asked:
         exporter.require_possible(recipe)  # before anything is written
     return [exporter.write(recipe, out / recipe.name, names=names, card=card, force=force) for recipe in asked]
+
+
+def export_one(source: Path, path: Path, recipe: Recipe) -> ExportedPackage:
+    """Export `source`, a checkpoint or a float32 package, to the directory `path` itself; errors as for `export`."""
+    require_used([recipe])
+    require_absent(path, force=False)
+    exporter = open_exporter(source)
+    recipe = recipe.resolved(exporter.source.rounding)
+    exporter.require_possible(recipe)
+    return exporter.write(recipe, path, force=False)
 
 
 def open_exporter(
@@ -341,7 +352,8 @@ class Exporter:
                 LengthQuality(start, end, float(np.exp(by_token.nats[at].mean())), float(by_token.kl[at].mean()))
             )
         document = "held-out document" if self.text.corpus.held_out else "document of the training text"
-        return Quality(f"one {document}", self.source.origin, rows)
+        reference = "the float32 package" if is_package(self.source.path) else self.source.origin
+        return Quality(f"one {document}", reference, rows)
 
     def _manifest(self, plan: Plan, contents: Contents, parity: Parity, kernels: Counter[str]) -> Manifest:
         code = self.config.encoding_parameters.code

@@ -144,8 +144,9 @@ def _new_card(name: str, manifest: Manifest, options: CardOptions) -> ModelCard:
 
 
 def _is_data_set(source: str) -> bool:
-    """Tell whether text came from a data set of the Hub, as far as its name and this machine's files tell."""
-    return REPOSITORY.fullmatch(source.partition(":")[0]) is not None and not Path(source).exists()
+    """Tell whether text came from a data set of the Hub: paths are absolute where they are recorded, or name a file."""
+    name = source.partition(":")[0]
+    return REPOSITORY.fullmatch(name) is not None and not Path(name).suffix
 
 
 def _text(manifest: Manifest, options: CardOptions) -> str:

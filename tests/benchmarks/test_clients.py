@@ -17,12 +17,13 @@ from benchmarks.clients.kinds import kinds
 from benchmarks.clients.running import Case, Program, ask
 from benchmarks.clients.table import clients_table
 from expe_edge.quant.recipe import Recipe
+from tests.conftest import PRECISIONS
 
 #: Training length of the fixtures, and tokens that are generated at a time.
 N, NEW = 32, 24
 LONG = "The old tree grows under the bright river and the stone runs over, but a tree is old. " * 3
 SHORT, MORE = "A river", " and the tree."
-RECIPES = [Recipe(precision) for precision in ("float32", "int8-dynamic", "int4-weight")]
+RECIPES = [Recipe(precision) for precision in PRECISIONS]
 BY_NAME = {client.name: client for client in CLIENTS}
 #: Those of node only as they are installed; nothing is fetched for a test.
 TRIED = [

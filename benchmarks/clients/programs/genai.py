@@ -16,10 +16,11 @@ class GenAI:
     def __init__(self, package: str) -> None:
         self.model = og.Model(package)
 
-    def complete(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
-        """Complete prompts of any lengths together, padded on the right, as its tokenizer pads."""
+    def complete(self, prompts: list[list[int]], new: int, *, left: bool = False) -> dict[str, Any]:
+        """Complete prompts of any lengths together, padded on the right, as its tokenizer pads, or on the left."""
         longest = max(map(len, prompts))
-        rows = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+        padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+        rows = [before + prompt if left else prompt + before for before, prompt in zip(padding, prompts, strict=True)]
         generator = self._generator(longest + new, len(rows))
         generator.append_tokens(np.array(rows, dtype=np.int32))
         self._generate(generator, new)
