@@ -49,7 +49,8 @@ def main(checkpoint: Path, names: tuple[str, ...], new: int, packages: Path | No
         truth = Truth(folder / recipes[0].name)
         corpus = load_corpus(**truth.generator.session.package.manifest.corpus)
         texts = choose_texts(truth, [document.text for document in corpus.held_out], new)
-        bench = Bench(folder, recipes, tasks(texts, length, new), special_tasks(texts, length, new))
+        asked = tasks(texts, length, new), special_tasks(texts, length, new)
+        bench = Bench(folder, Path(temporary, "altered"), recipes, *asked)
         outcomes = []
         for client in CLIENTS:
             if not names or client.name in names:

@@ -47,12 +47,15 @@ REFUSALS = (
         "the token that was generated last; rewind first, as below",
     ),
 )
-RESULTS = ("equal", "differs", "refused", "no call", "not run", "wrong")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one task. result: of `RESULTS`. note: why, where it is not equal; measured: by its check."""
+    """What became of one task.
+
+    result: equal, differs, refused, no call, not run, or wrong, which is all that has no reason. note: why, where it is
+    not equal. measured: by the check of the reason.
+    """
 
     client: str
     kind: str
@@ -64,9 +67,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bench:
-    """Packages by their recipes, in `folder`, and what every client is asked of each."""
+    """Packages by their recipes, in `folder`, and what every client is asked of each. altered: for `Difference`."""
 
     folder: Path
+    altered: Path
     recipes: Sequence[Recipe]
     tasks: Sequence[Task]
     special: Mapping[str, Task]
@@ -92,7 +96,7 @@ class Bench:
     def _judged(self, name: str, program: Program, pairs: Sequence[tuple[Recipe, Task]]) -> Iterator[Outcome]:
         cases = [self._case(program, self.truths[recipe.name], task) for recipe, task in pairs]
         for (recipe, task), answer in zip(pairs, ask(program, cases), strict=True):
-            result, note, measured = judge(answer, recipe, task, self.truths[recipe.name], self.folder / "altered")
+            result, note, measured = judge(answer, recipe, task, self.truths[recipe.name], self.altered)
             yield Outcome(name, recipe.name, task.name, result, note, measured)
 
     @staticmethod

@@ -42,7 +42,6 @@ Measured = Mapping[str, float]
 class Reason:
     """A difference explained. holds: returns None where the explanation is not that of the difference."""
 
-    name: str
     text: str
     holds: Callable[[Difference], Measured | None]
 
@@ -166,33 +165,28 @@ def _same(difference: Difference, package: Path, call: str) -> Measured | None:
 #: In the order in which they are tried.
 REASONS = (
     Reason(
-        "empty place",
         "the token that was generated last is not in the cache when more is appended, and its place stays zero: rewind "
         "first, as below. Tokens may agree by luck. Checked: they are those behind a cache with zeros there",
         _empty_place,
     ),
     Reason(
-        "padding is text",
         "it reads padding on the left as text, and says nothing: pad on the right, as its tokenizer does. Checked: the "
         "tokens are those behind prompts that begin so",
         _padding_is_text,
     ),
     Reason(
-        "range",
         "int8-dynamic has one range of activations for all that a run holds, other rows and padding included, so "
         "tokens depend on how text is cut into runs; int8-static has fixed ranges. Checked: every token is the "
         "likeliest within twice what another cut does to our own logits",
         _shared_range,
     ),
     Reason(
-        "float activations",
         "this onnxruntime has no kernel for products of int8 activations with weights in blocks, or not for so many "
         "rows; it computes in float32, which is nearer to the float model. Checked: the tokens are those of the same "
         "graph at accuracy level 0",
         _float_activations,
     ),
     Reason(
-        "rounded activations",
         "activations that meet weights in blocks are rounded to int8, and a value midway between two levels goes "
         "either way with its last bit, which depends on the rows of a run. Checked: every token is the likeliest "
         "within twice what rounding activations does to our own logits",

@@ -51,7 +51,7 @@ def texts(packages: Path) -> Texts:
 def bench(packages: Path, texts: Texts, tmp_path: Path) -> Bench:
     for recipe in RECIPES:
         (tmp_path / recipe.name).symlink_to(packages / recipe.name)
-    return Bench(tmp_path, RECIPES, tasks(texts, N, NEW), special_tasks(texts, N, NEW))
+    return Bench(tmp_path, tmp_path / "altered", RECIPES, tasks(texts, N, NEW), special_tasks(texts, N, NEW))
 
 
 @pytest.fixture
