@@ -26,6 +26,8 @@ from tests.command_line import refused
 from tests.conftest import needs_int8_cache
 from tests.small import command_runner
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 N = 32
 
 
@@ -108,7 +110,7 @@ def test_what_is_no_identifier_is_refused(options: dict[str, str], message: str)
 
 
 def test_the_command_names_the_flag(checkpoint: Path, tmp_path: Path) -> None:
-    line = refused(["export", str(checkpoint), "--out", str(tmp_path / "out"), "--license", "My licence"])
+    line = refused("export", checkpoint, "--out", tmp_path / "out", "--license", "My licence")
     assert "--license is 'My licence'" in line
 
 
@@ -149,12 +151,12 @@ def test_compare_brings_cards_up_to_date_and_leaves_all_else(packages: Path, own
 
 def test_a_card_that_is_damaged_is_refused_before_the_work(own: Path) -> None:
     (own / CARD_FILE).write_text("---\n- no mapping\n---\n")
-    assert "its metadata cannot be read" in refused(["compare", str(own), "--card"])
+    assert "its metadata cannot be read" in refused("compare", own, "--card")
 
 
 def test_cards_are_for_packages_that_are_named(checkpoint: Path) -> None:
-    for models in ([], [str(checkpoint)]):
-        assert "name one among the models" in refused(["compare", *models, "--card"])
+    for models in ([], [checkpoint]):
+        assert "name one among the models" in refused("compare", *models, "--card")
 
 
 def test_a_snapshot_of_the_hub_generates_as_the_package_does(packages: Path, snapshot: Path) -> None:
@@ -170,17 +172,17 @@ def test_a_snapshot_of_the_hub_generates_as_the_package_does(packages: Path, sna
 
 def test_a_snapshot_whose_file_was_changed_is_refused(snapshot: Path) -> None:
     (snapshot / "model.onnx").resolve().write_bytes(b"something else")
-    assert "model.onnx differs from its hash" in refused(["generate", str(snapshot), "--prompt", "The"])
+    assert "model.onnx differs from its hash" in refused("generate", snapshot, "--prompt", "The")
 
 
 def test_a_snapshot_whose_link_leads_nowhere_is_refused(snapshot: Path) -> None:
     (snapshot / "model.onnx").resolve().unlink()
-    assert "model.onnx is missing" in refused(["generate", str(snapshot), "--prompt", "The"])
+    assert "model.onnx is missing" in refused("generate", snapshot, "--prompt", "The")
 
 
 def test_no_card_is_written_into_the_hubs_cache(snapshot: Path) -> None:
     before = (snapshot / CARD_FILE).read_bytes()
-    assert "is a link into a cache" in refused(["compare", str(snapshot), "--card"])
+    assert "is a link into a cache" in refused("compare", snapshot, "--card")
     assert (snapshot / CARD_FILE).read_bytes() == before
 
 
