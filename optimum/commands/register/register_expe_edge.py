@@ -37,11 +37,12 @@ class ExPEEdgeExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opt
         """Export; bad input ends in one line and code 2, with nothing written."""
         from expe_edge.cli.recipe import report
         from expe_edge.errors import ExPEEdgeError
-        from expe_edge.export.exporter import export_one
         from expe_edge.quant.recipe import Recipe
 
         try:
             recipe = Recipe(self.args.precision, cache=self.args.cache, portable=self.args.portable)
+            from expe_edge.export.exporter import export_one  # which takes seconds
+
             report(export_one(self.args.model, self.args.output, recipe))
         except ExPEEdgeError as error:
             print(f"Error: {error}", file=sys.stderr)  # as the command line has it
