@@ -10,7 +10,7 @@ VENV_LOWEST ?= .venv-lowest
 PYTHON_LOWEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
 OUT ?= demo
 
-.PHONY: demo demo-formats demo-cache test test-transformers5 test-lowest arm lint types fuzz chaos bench docs clean
+.PHONY: demo demo-formats demo-cache test test-transformers5 test-lowest arm lint types fuzz chaos clients bench docs clean
 
 # Nothing is compiled ahead: most of what the libraries bring is never imported.
 # The demo needs no more than this; what the tests need besides takes minutes to install.
@@ -88,6 +88,13 @@ fuzz: $(INSTALLED)
 
 chaos: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(if $(SECONDS),--seconds $(SECONDS))
+
+# Every client with every kind of package: the table of docs/clients.md. What of node and pip it needs goes to the user's caches.
+clients: $(INSTALLED) $(OUT)/checkpoint/training.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.clients $(OUT)/checkpoint
+
+$(OUT)/checkpoint/training.json: | $(DEMO_INSTALLED)
+	$(BIN)/expe-edge train --preset tiny --out $(OUT)/checkpoint --force
 
 # Long experiments; see the head of each file in studies/ and benchmarks/.
 bench: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Measures the reference model: its figures and samples, into docs/reference.md and docs/reference.json.
+"""Measures the reference model: figures and samples, into docs/reference.md and .json, and its packages' model cards.
 
     python -m reference.card
 
@@ -20,6 +20,7 @@ import click
 
 from docs.tables import fill, row
 from expe_edge.cli.reference import introduce_reference
+from expe_edge.hub.card import CardOptions, LengthQuality, Quality, write_card
 from expe_edge.package.directory import MODEL_FILE, read_package
 from expe_edge.package.reference import REFERENCE_PRECISIONS, reference_package
 from expe_edge.quality import ProbeSettings, Scorer, compare_by_length, probe
@@ -49,6 +50,8 @@ SAMPLING = Sampling(temperature=0.7, min_p=0.05, seed=0)
 #: Ends of the buckets, in N, and most documents that they are measured on; the probes, as small as tells something.
 LENGTHS, DOCUMENTS = (1, 2, 4, 8, 16), 4
 PROBED = ProbeSettings((1, 2, 4), 2, ("passkey", "keys"), (0.0, 0.5, 1.0), cases=2)
+#: What the packages' cards say of licence and language: the licence is this repository's.
+OF_PACKAGES = CardOptions(license="apache-2.0", language="code")
 #: Tokens of the prompts that are timed, how often each is, and tokens decoded behind it.
 TIMED = {1024: 5, 8192: 1}
 DECODED = 65
@@ -197,6 +200,25 @@ PARTS: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], 
 }
 
 
+def write_package_cards(figures: dict[str, Any]) -> None:
+    """Write the model card of every package from the figures of `quality`."""
+    found = figures["quality"]
+    first, *_ = found["models"]
+    for precision in REFERENCE_PRECISIONS:
+        package = read_package(reference_package(precision))
+        rows = [
+            LengthQuality(
+                row["bucket_start"], row["bucket_end"], row["perplexity"], None if precision == first else row["kl"]
+            )
+            for row in found["results"]
+            if row["model"] == precision
+        ]
+        count = found["results"][0]["documents"]
+        text = f"{count} documents of the standard library of Python, held out"
+        quality_of = Quality(text, None if precision == first else first, rows)
+        write_card(package.path, f"expe-edge-reference-{precision}", package.manifest, quality_of, OF_PACKAGES)
+
+
 def graphs() -> dict[str, str]:
     """Tell the packages from others: the hash of each one's graph."""
     packages = [read_package(reference_package(precision)) for precision in REFERENCE_PRECISIONS]
@@ -221,6 +243,8 @@ def main(parts: tuple[str, ...]) -> None:
         click.echo(f"{show(figures[part])}\n")
     for part, text in shown(figures).items():
         fill(PAGE, part, text)
+    if "quality" in figures:
+        write_package_cards(figures)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ HEAVY = {
     "lm_eval",
     "joblib",
     "jinja2",
+    "huggingface_hub",
     "llguidance",
     "starlette",
     "uvicorn",
@@ -61,7 +62,8 @@ MAY_IMPORT = {
         *("runtime", "text", "package", "training.checkpoint"),
         *("model.attention", "model.decoder", "model.encoding"),
     ),
-    "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
+    "hub": ("package",),
+    "export": ("hub", "calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
     "speed": ("runtime", "package"),
     "study": ("export", "quality", "runtime", "speed", "training", "positions", "package"),
     "cli": (
@@ -70,6 +72,7 @@ MAY_IMPORT = {
         "speed",
         "calibration",
         "export",
+        "hub",
         "quality",
         "runtime",
         "training",
@@ -90,6 +93,7 @@ LIGHT = {
     "runtime": {"numpy", "onnxruntime", "tokenizers", "llguidance"},  # the last imported where a constraint is used
     "speed": {"numpy", "onnxruntime"},
     "serve": {"numpy", "starlette", "uvicorn", "prometheus_client"},
+    "hub": {"huggingface_hub"},
 }
 
 

@@ -76,8 +76,13 @@ class CalibrationText:
             if len(ids) >= tokens:
                 yield ids[:tokens].astype(np.int64)
 
-    def longest(self, tokens: int) -> Ids:
-        """Return the longest document, held-out if there is one, cut or repeated to `tokens` tokens."""
+    @cached_property
+    def longest_document(self) -> Ids:
+        """The longest document, held-out if there is one, (T,)."""
         document = max(self.corpus.held_out or self.corpus.training, key=lambda document: len(document.text))
         (ids,) = encode_documents(self.tokenizer, [document])
-        return np.resize(ids[:tokens], tokens).astype(np.int64)
+        return ids.astype(np.int64)
+
+    def longest(self, tokens: int) -> Ids:
+        """Return the longest document, cut or repeated to `tokens` tokens."""
+        return np.resize(self.longest_document[:tokens], tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +20,11 @@ from expe_edge.cli.output import (
 )
 from expe_edge.cli.reference import introduce_reference
 from expe_edge.errors import ConfigError
+from expe_edge.hub.card import LengthQuality, Quality, require_editable_card, update_quality
+from expe_edge.package.directory import CARD_FILE, is_package, open_manifest
+
+if TYPE_CHECKING:
+    from expe_edge.quality.comparison import Comparison
 
 
 @click.command(short_help="Measure quality by length.")
@@ -30,6 +36,7 @@ from expe_edge.errors import ConfigError
 @THREADS
 @click.option("--json", "json_file", type=PATH, help="Write all figures there.")
 @click.option("--plot", "plot_file", type=PATH, help="Draw perplexity and KL divergence by length there (.png, .svg).")
+@click.option("--card", is_flag=True, help="Put the figures into the model cards of the packages that are named.")
 def compare(
     models: tuple[Path, ...],
     data: tuple[str, ...],
@@ -39,6 +46,7 @@ def compare(
     threads: int | None,
     json_file: Path | None,
     plot_file: Path | None,
+    card: bool,
 ) -> None:
     """Score the same long documents with every model, bucket by bucket of length.
 
@@ -48,6 +56,11 @@ def compare(
     """
     require_writable(json_file)
     require_plot(plot_file)
+    carded = [path for path in models if is_package(path)] if card else []
+    if card and not carded:
+        raise ConfigError("--card writes into packages; name one among the models")
+    for path in carded:
+        require_editable_card(path)
     from rich.console import Console
 
     from expe_edge.cli.plots import plot_comparison
@@ -72,7 +85,19 @@ def compare(
     write_json(json_file, result.to_dict())
     if plot_file is not None:
         plot_comparison(result, plot_file)
-    report_written(json_file, plot_file)
+    for path in carded:
+        update_quality(open_manifest(path), card_quality(result, result.models[models.index(path)]))
+    report_written(json_file, plot_file, *(path / CARD_FILE for path in carded))
+
+
+def card_quality(result: Comparison, model: str) -> Quality:
+    """Return what a comparison measured of a model, as its card has it."""
+    reference = None if model == result.models[0] else result.models[0]
+    rows = [
+        LengthQuality(row.bucket_start, row.bucket_end, row.perplexity, None if reference is None else row.kl)
+        for row in result.of(model)
+    ]
+    return Quality(f"{result.results[0].documents} held-out documents", reference, rows)
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from expe_edge.cli.flags import Setting
 from expe_edge.cli.output import PATH, TEXT_FIELD, require_writable, sources, write_json
 from expe_edge.errors import ExportError
+from expe_edge.hub.card import CardOptions
 from expe_edge.quant.recipe import (
     BLOCK_SIZES,
     CACHES,
@@ -113,6 +114,15 @@ _OPTIONS = (
     TEXT_FIELD,
     click.option("--seed", default=0, show_default=True, help="Which windows calibrate."),
     click.option("--names", is_flag=True, help="Readable names of tensors, for graph viewers; some kilobytes."),
+    click.option(
+        "--license",
+        "license_id",
+        cls=Setting,
+        setting="license",
+        metavar="ID",
+        help="Of the weights, for the card: apache-2.0, mit, other, ….  [default: none is stated]",
+    ),
+    click.option("--base-model", metavar="OWNER/NAME", help="What it was made from on the Hub, for the card."),
     click.option("--force", is_flag=True, help="Replace packages that exist."),
     click.option("--json", "json_file", type=PATH, help="Write sizes and parity figures there."),
 )
@@ -140,6 +150,8 @@ def make_packages(
     text_field: str,
     seed: int,
     names: bool,
+    license_id: str | None,
+    base_model: str | None,
     force: bool,
     json_file: Path | None,
     **formats: Any,
@@ -151,6 +163,7 @@ def make_packages(
         precisions, formats = completed(target, precisions, formats)
     recipes = [Recipe(precision, max_size=size, **formats) for precision in dict.fromkeys(precisions)]
     require_used(recipes, ranges_from=ranges_from is not None)  # as `export` does, after seconds of imports
+    card = CardOptions(license=license_id, base_model=base_model)
     from expe_edge.calibration.observations import Calibration
     from expe_edge.export.exporter import export
 
@@ -164,6 +177,7 @@ def make_packages(
         text_field=text_field,
         ranges_from=ranges_from,
         names=names,
+        card=card,
         force=force,
         progress=lambda line: click.echo(line, err=True),
     )

@@ -24,13 +24,15 @@ WINDOWED_MODEL_TYPE = "expe-with-windows-for-expe-edge-alone"
 
 
 def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContract, context_length: int) -> None:
-    """Write `config.json`, `generation_config.json` and, where it can run there, `genai_config.json`."""
+    """Write `config.json`, `generation_config.json` and `genai_config.json`.
+
+    Where a client cannot run the graph, its file names a type of model that it does not know, and that says why.
+    """
     files = {
         "config.json": _transformers_config(config, context_length) | {"model_type": _model_type(contract)},
         "generation_config.json": _tokens(config) | {"max_length": context_length, "do_sample": False},
+        "genai_config.json": _genai_config(config, contract, context_length),
     }
-    if not contract.windows:
-        files["genai_config.json"] = _genai_config(config, context_length, contract)
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -65,7 +67,7 @@ def _transformers_config(config: ExPEConfig, context_length: int) -> dict[str, A
     }
 
 
-def _genai_config(config: ExPEConfig, context_length: int, contract: GraphContract) -> dict[str, Any]:
+def _genai_config(config: ExPEConfig, contract: GraphContract, context_length: int) -> dict[str, Any]:
     """https://onnxruntime.ai/docs/genai/reference/config.html; unknown keys are refused there."""
     decoder = {
         "session_options": {
@@ -94,7 +96,7 @@ def _genai_config(config: ExPEConfig, context_length: int, contract: GraphContra
     return {
         "model": {
             **_tokens(config),
-            "type": "decoder",
+            "type": WINDOWED_MODEL_TYPE if contract.windows else "decoder",
             "context_length": context_length,
             "vocab_size": config.vocab_size,
             "decoder": decoder,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from expe_edge.errors import ExportError, unknown_name
 from expe_edge.export.clients import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
 from expe_edge.export.ort_format import write_ort_format
-from expe_edge.export.parity import Parity, measure_parity, require_parity
+from expe_edge.export.parity import ByToken, Parity, measure_parity, require_parity
 from expe_edge.export.plan import Plan, oldest_to_export
 from expe_edge.export.portable import require_portable
 from expe_edge.export.source import Source, open_source
@@ -37,12 +38,14 @@ from expe_edge.graph.names import name_tensors
 from expe_edge.graph.nodes import every_node
 from expe_edge.graph.run import DECODED
 from expe_edge.graph.sizes import measure_parts
+from expe_edge.hub.card import CardOptions, LengthQuality, Quality, write_card
 from expe_edge.package.directory import (
     MODEL_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Package,
     clear_leftovers,
+    is_package,
     read_package,
     require_absent,
     seal_package,
@@ -59,6 +62,8 @@ from expe_edge.text.corpus import load_corpus
 POSITIONS = ("folded", "inline")
 #: The validation's sequence, and what a client reserves a cache for, in training lengths.
 PARITY_LENGTHS = 16
+#: Ends of the lengths that a card tells apart, in training lengths.
+CARD_LENGTHS = (1, 2, 4, 8, 16)
 CONTEXT_LENGTHS = 64
 #: Tokens that `auto` measures single weights on, in texts of one training length, and the whole model, in texts as many
 #: training lengths long as there are.
@@ -98,6 +103,7 @@ def export(
     text_field: str = "text",
     ranges_from: Path | None = None,
     names: bool = False,
+    card: CardOptions | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[ExportedPackage]:
@@ -109,6 +115,7 @@ def export(
         calibration_data: sources of text for calibration and for the validation; the training text by default.
         ranges_from: a package of the same model whose static ranges are used again.
         names: call the graphs' tensors after what they are, see `name_tensors`, not by numbers, which take fewer bytes.
+        card: what the model cards say that a model does not tell.
         progress: called with a line before each stage.
 
     Raises:
@@ -132,7 +139,17 @@ def export(
     asked = [recipe.resolved(exporter.source.rounding) for recipe in asked]
     for recipe in asked:
         exporter.require_possible(recipe)  # before anything is written
-    return [exporter.write(recipe, out / recipe.name, names=names, force=force) for recipe in asked]
+    return [exporter.write(recipe, out / recipe.name, names=names, card=card, force=force) for recipe in asked]
+
+
+def export_one(source: Path, path: Path, recipe: Recipe) -> ExportedPackage:
+    """Export `source`, a checkpoint or a float32 package, to the directory `path` itself; errors as for `export`."""
+    require_used([recipe])
+    require_absent(path, force=False)
+    exporter = open_exporter(source)
+    recipe = recipe.resolved(exporter.source.rounding)
+    exporter.require_possible(recipe)
+    return exporter.write(recipe, path, force=False)
 
 
 def open_exporter(
@@ -288,7 +305,9 @@ class Exporter:
         count = tokens // (lengths[0] * self.config.training_length)
         return self.text.beginnings(lengths, max(count, LEAST_TEXTS))
 
-    def write(self, recipe: Recipe, path: Path, *, names: bool = False, force: bool) -> ExportedPackage:
+    def write(
+        self, recipe: Recipe, path: Path, *, names: bool = False, card: CardOptions | None = None, force: bool
+    ) -> ExportedPackage:
         """Choose formats, build, verify, validate and write one package; it appears at `path` when all is well."""
         plan = self.plan(recipe)  # a format for every weight, by what calibration shows
         expected = self._expected  # what the source computes
@@ -301,13 +320,14 @@ class Exporter:
             require_kernels(kernels, plan.linears)
             # What it computes, token by token, against the source.
             self.progress(f"{recipe.name}: validating against {self.source.origin}")
-            parity = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
+            parity, by_token = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
             self._require_valid(plan, parity, directory / MODEL_FILE)
             if recipe.ort_format:
                 write_ort_format(directory, plan.contract, self._parity_tokens)
             # What it is, with the hash of every file.
             manifest = self._manifest(plan, contents, parity, kernels)
             self._fill(directory, manifest)
+            write_card(directory, path.name, manifest, self._quality(by_token), card or CardOptions())
         size = Package(path, manifest).size
         return ExportedPackage(path, recipe.name, size, parity, self.source.origin, plan.linears, plan.choice)
 
@@ -326,6 +346,20 @@ class Exporter:
         require_parity(parity, plan.recipe.name, folded=folded, exact=plan.exact)
         if plan.recipe.portable:
             require_portable(onnx.load(model), plan.contract, self._parity_tokens, plan.linears, folded=folded)
+
+    def _quality(self, by_token: ByToken) -> Quality:
+        """The graph's quality by length on the text that it was validated on, as far as nothing of it is repeated."""
+        n, tokens = self.config.training_length, min(1 + len(by_token.kl), len(self.text.longest_document))
+        ends = [*(end for end in (n * length for length in CARD_LENGTHS) if end < tokens), tokens]
+        rows = []
+        for start, end in pairwise([0, *ends]):
+            at = slice(max(start - 1, 0), end - 1)  # nothing predicts the first token
+            rows.append(
+                LengthQuality(start, end, float(np.exp(by_token.nats[at].mean())), float(by_token.kl[at].mean()))
+            )
+        document = "held-out document" if self.text.corpus.held_out else "document of the training text"
+        reference = "the float32 package" if is_package(self.source.path) else self.source.origin
+        return Quality(f"one {document}", reference, rows)
 
     def _manifest(self, plan: Plan, contents: Contents, parity: Parity, kernels: Counter[str]) -> Manifest:
         code = self.config.encoding_parameters.code

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from expe_edge.divergence import divergence
+from expe_edge.divergence import log_divergence, log_softmax
 from expe_edge.errors import ExportError
 from expe_edge.graph.run import DECODED, check_contract, logits_of, open_model
 from expe_edge.package.contract import GraphContract
@@ -46,9 +47,16 @@ class Parity:
         return asdict(self)
 
 
+class ByToken(NamedTuple):
+    """Of every token of the sequence but the first, (T − 1,): the graph's loss and its divergence there, in nats."""
+
+    nats: npt.NDArray[np.float64]
+    kl: npt.NDArray[np.float64]
+
+
 def measure_parity(
     expected: Iterable[Float], model: Path, contract: GraphContract, tokens: npt.NDArray[np.int64]
-) -> Parity:
+) -> tuple[Parity, ByToken]:
     """Run `tokens` (T,), more than `DECODED`, through the graph in a file; compare with logits of `parts_of` them.
 
     Raises:
@@ -56,18 +64,24 @@ def measure_parity(
     """
     session = open_model(model)
     check_contract(session, contract)
-    differences, largest, divergences = [], [], []
+    differences, largest, divergences, nats = [], [], [], []
+    targets = iter(np.append(tokens[1:], 0))  # what the last one predicts is left out below
     for reference, found in zip(expected, logits_of(session, contract, tokens), strict=True):
         differences.append(np.abs(found - reference).max())
         largest.append(np.abs(reference).max())
-        divergences += [divergence(reference[at], found[at]) for at in _rows(len(found))]
-    return Parity(
+        for at in _rows(len(found)):
+            wanted, predicted = log_softmax(reference[at]), log_softmax(found[at])
+            divergences.append(log_divergence(wanted, predicted))
+            nats += [-row[target] for row, target in zip(predicted, targets, strict=False)]
+    kl = np.concatenate(divergences)
+    parity = Parity(
         tokens=len(tokens),
         prefill_max=float(np.max(differences[:-DECODED])),
         decode_max=float(np.max(differences[-DECODED:])),
         largest_logit=float(np.max(largest)),
-        mean_kl=float(np.concatenate(divergences).mean()),
+        mean_kl=float(kl.mean()),
     )
+    return parity, ByToken(np.array(nats)[:-1], kl[:-1])
 
 
 def _rows(count: int) -> list[slice]:

@@ -23,6 +23,8 @@ ORT_FILE, OPERATORS_FILE = "model.ort", "required_operators.config"
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+#: The model card, which people edit: no part of what is hashed.
+CARD_FILE = "README.md"
 #: Ends the name of a package that is moved aside for the one that replaces it.
 OLD = "-old"
 #: The word by which a graph of ONNX says that a weight is in another file.
@@ -253,8 +255,8 @@ def why_unwritable(directory: Path) -> str | None:
 
 
 def seal_package(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest with the hash of every file in `directory`."""
-    files = {file.name: file_hash(file) for file in sorted(directory.iterdir())}
+    """Write the manifest with the hash of every file in `directory` but the model card."""
+    files = {file.name: file_hash(file) for file in sorted(directory.iterdir()) if file.name != CARD_FILE}
     text = dataclasses.replace(manifest, files=files).to_json()
     (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
 

@@ -494,7 +494,7 @@ def test_a_rounded_graph_may_differ_as_much_as_its_format_does_but_not_be_nan() 
 def test_a_graph_with_one_wrong_weight_is_refused(tmp_path: Path) -> None:
     def parity_of(graph: BuiltGraph) -> Parity:
         onnx.save(graph.model, tmp_path / "model.onnx")
-        return measure_parity(expected, tmp_path / "model.onnx", contract, tokens)
+        return measure_parity(expected, tmp_path / "model.onnx", contract, tokens)[0]
 
     config = small_config(training_length=N)
     model, tokens = random_model(config), random_tokens(config, 3 * N)[0]

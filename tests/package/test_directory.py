@@ -15,7 +15,15 @@ import pytest
 
 from expe_edge.errors import PackageError
 from expe_edge.package.contract import ORT_TYPES, GraphContract, TensorSpec
-from expe_edge.package.directory import MODEL_FILE, Package, file_hash, is_package, read_package, seal_package
+from expe_edge.package.directory import (
+    CARD_FILE,
+    MODEL_FILE,
+    Package,
+    file_hash,
+    is_package,
+    read_package,
+    seal_package,
+)
 from expe_edge.package.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
 from expe_edge.runtime import PackageSession
 from tests.conftest import PRECISIONS
@@ -49,7 +57,9 @@ def test_package_is_complete_and_verified(packages: Path, precision: str) -> Non
 
     assert is_package(package.path)
     assert package.manifest.precision == precision
-    assert set(package.manifest.files) == {file.name for file in package.path.iterdir()} - {MANIFEST_FILE}
+    written = {file.name for file in package.path.iterdir()}
+    assert set(package.manifest.files) == written - {MANIFEST_FILE, CARD_FILE}
+    assert CARD_FILE in written
     assert {"model.onnx", "config.json", "generation_config.json", "genai_config.json", "tokenizer.json"} <= set(
         package.manifest.files
     )

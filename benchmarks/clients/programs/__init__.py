@@ -1,0 +1,1 @@
+"""Clients as programs: each answers a job in a process of its own (`protocol`)."""

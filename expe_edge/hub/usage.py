@@ -1,0 +1,82 @@
+"""What a card says of loading a package: what it takes, and the commands for the clients that run such a package."""
+
+from __future__ import annotations
+
+from expe_edge.package.manifest import Manifest
+
+OURS = """This project's generator, which needs no torch:
+
+    pip install expe-edge huggingface-hub
+    hf download OWNER/NAME --local-dir model
+    expe-edge generate model --prompt 'Once upon a time'"""
+OPTIMUM = """Optimum:
+
+```python
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("model", padding_side="left")
+model = ORTModelForCausalLM.from_pretrained("model")
+inputs = tokenizer(["Once upon a time"], return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=32, max_length=None, do_sample=False)))
+```"""
+GENAI = """onnxruntime-genai, whose tokenizer leaves the opening token to you:
+
+```python
+import numpy as np
+import onnxruntime_genai as og
+
+model = og.Model("model")
+tokenizer = og.Tokenizer(model)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(do_sample=False, max_length=64)
+generator = og.Generator(model, parameters)
+generator.append_tokens(np.array([[tokenizer.bos_token_id, *tokenizer.encode("Once upon a time")]], dtype=np.int32))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```"""
+TRANSFORMERS_JS = """transformers.js:
+
+```js
+import { env, pipeline } from "@huggingface/transformers";
+
+env.localModelPath = ".";
+const options = { local_files_only: true, subfolder: "", model_file_name: "model", dtype: "fp32" };
+const generator = await pipeline("text-generation", "model", options);
+console.log(await generator("Once upon a time", { max_new_tokens: 32, do_sample: false }));
+```"""
+
+
+def usage(manifest: Manifest) -> str:
+    """Return the sections on what loading takes and on the clients that run the package."""
+    return "\n\n".join(["## What it needs", _needs(manifest), "## Use", *_commands(manifest)])
+
+
+def _needs(manifest: Manifest) -> str:
+    operators = (
+        "operators of the ONNX standard alone"
+        if manifest.recipe.get("portable")
+        else "operators of ONNX and of onnxruntime (`com.microsoft`)"
+    )
+    return (
+        f"No code of this repository is run: `model.onnx` has {operators}, and onnxruntime "
+        f"{manifest.requires_onnxruntime} or newer runs it. {_other_clients(manifest)} Every text is opened by the "
+        "end-of-text token, as `tokenizer.json` does by itself."
+    )
+
+
+def _other_clients(manifest: Manifest) -> str:
+    if manifest.contract.windows:
+        return "Its heads keep windows of their keys and values, which the generator of `expe-edge` alone does."
+    if manifest.contract.cache_dtype == "int8":
+        return "Its key/value cache is int8, which Optimum and transformers.js have not; they refuse it."
+    return "`config.json` names the type `llama` for the shape of the cache, which Optimum and transformers.js look up."
+
+
+def _commands(manifest: Manifest) -> list[str]:
+    if manifest.contract.windows:
+        return [OURS]
+    if manifest.contract.cache_dtype == "int8":
+        return [OURS, GENAI]
+    return [OURS, OPTIMUM, GENAI, TRANSFORMERS_JS]
