@@ -16,7 +16,18 @@ SPEED = {
     "int8-weight": 0.28,
     "int4-weight": 0.19,
 }
-#: The same of an int8 cache, to that of a float cache.
+#: Formats in the words of who has not read about them.
+WORDS = {
+    "float32": "32-bit floats",
+    "float16": "16-bit floats",
+    "bfloat16": "16-bit floats",
+    "int8-dynamic": "8-bit integers",
+    "int8-static": "8-bit integers, fixed ranges",
+    "int8-weight": "8-bit weights",
+    "int4-weight": "4-bit weights",
+    "auto": "a format for each weight",
+}
+#: Speed with an int8 cache, to that with a float cache.
 INT8_CACHE = 0.62
 #: Formats below this are called slow.
 SLOW = 0.5
@@ -42,7 +53,7 @@ def order_of(sizes: Sequence[int], speeds: Sequence[float]) -> list[int]:
 
 def note_of(manifest: Manifest) -> str:
     """Say in a few words what the choice of a package means."""
-    notes = [manifest.precision]
+    notes = [WORDS.get(manifest.precision, manifest.precision)]
     if _linears_speed(manifest) < SLOW:
         notes.append("slow in browsers, which restore its weights at every token")
     if manifest.contract.cache_dtype == "int8":

@@ -50,7 +50,13 @@ async function load(info: PackageInfo, device: Device, threads: number): Promise
   const text = new Text(tokenizer as ConstructorParameters<typeof Text>[0]);
   const { model, tested, refused } = await openTested(info, bytes, device, threads);
   loaded = { info, text, model, generator: new Generator(model), tokens: [] };
-  tell({ type: "loaded", device: model.device, refused, tested, prompt: text.decode(info.selfTest?.prompt ?? []) });
+  tell({ type: "loaded", device: model.device, refused, tested, prompt: beginning(text, info) });
+}
+
+/** A prompt to begin with: the self-test's, but for what may be half a word. */
+function beginning(text: Text, info: PackageInfo): string {
+  const prompt = text.decode(info.selfTest?.prompt ?? []);
+  return prompt.replace(/\s*\S+\s*$/, "") || prompt;
 }
 
 /** Open a graph where it is asked for, or in WebAssembly where its self-test fails there, and say why. */
