@@ -63,6 +63,7 @@ MAY_IMPORT = {
     ),
     "export": ("calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
     "speed": ("runtime", "package"),
+    "web": ("runtime", "package"),
     "study": ("export", "quality", "runtime", "speed", "training", "positions", "package"),
     "cli": (
         "study",
@@ -75,6 +76,7 @@ MAY_IMPORT = {
         "training",
         "package",
         "quant",
+        *("study", "web", "speed", "calibration", "export", "quality", "runtime", "training", "package", "quant"),
         "text",
     ),
     "__main__": ("cli",),
@@ -90,6 +92,7 @@ LIGHT = {
     "runtime": {"numpy", "onnxruntime", "tokenizers", "llguidance"},  # the last imported where a constraint is used
     "speed": {"numpy", "onnxruntime"},
     "serve": {"numpy", "starlette", "uvicorn", "prometheus_client"},
+    "web": set[str](),
 }
 
 

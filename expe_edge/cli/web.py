@@ -17,7 +17,11 @@ from expe_edge.errors import ConfigError
 @click.argument("packages", metavar="PACKAGE...", nargs=-1, type=PATH)
 @click.option("--out", type=PATH, help="Directory of the site; with --serve it may be left away.")
 @click.option("--title", default="expe-edge", show_default=True, help="What the page is called.")
-@click.option("--webgpu/--no-webgpu", default=None, help="Bring onnxruntime's WebGPU build, 27 MB; by default for portable packages.")
+@click.option(
+    "--webgpu/--no-webgpu",
+    default=None,
+    help="Bring onnxruntime's WebGPU build, 27 MB; by default for portable packages alone, which it runs.",
+)
 @click.option("--serve", is_flag=True, help="Serve the site on this machine until Ctrl-C.")
 @click.option("--port", default=8000, show_default=True, help="Where; 0 takes one that is free.")
 @click.option("--force", is_flag=True, help="Replace an earlier site.")
@@ -32,8 +36,8 @@ def web(
 ) -> None:
     """Write a static site that runs PACKAGEs, or the reference model's, in the browser: any web server can host it.
 
-    Node.js and npm build the page, the first time from the npm registry; it is kept among the user's caches. Threads need
-    the headers that --serve sends, or a second visit, when the page's own service worker has set them.
+    Node.js and npm build the page, the first time from the npm registry; it is kept among the user's caches. Threads
+    need the headers that --serve sends, or a second visit, when the page's own service worker has set them.
     """
     from expe_edge.package.reference import REFERENCE_PRECISIONS, reference_package
     from expe_edge.quality.comparison import unique_names

@@ -21,6 +21,8 @@ INT8_CACHE_MODEL_TYPE = "expe-with-int8-cache-for-expe-edge-or-onnxruntime-genai
 BUFFER_MODEL_TYPE = "expe-with-one-buffer-for-expe-edge-or-onnxruntime-genai"
 #: transformers.js looks for a file whose name says its format, by default `model_quantized.onnx` in browsers; `fp32` is its
 #: word for a name without one.
+#: transformers.js looks for a file whose name says its format, by default `model_quantized.onnx` in browsers; `fp32`
+#: is its word for a name that says none.
 TRANSFORMERS_JS = {"transformers.js_config": {"dtype": "fp32"}}
 #: Its pipeline opens no text with the end-of-text token unless it is told, whatever `tokenizer.json` says.
 OPENED = {"add_bos_token": True}

@@ -90,9 +90,7 @@ ENTRIES: dict[str, Check] = {
     "files": mapping_of(TEXT),
 }
 _ROUNDING = optional(record({"precision": TEXT, "block_size": optional(_COUNT)}, closed=True))
-_SELF_TEST = optional(
-    record({"prompt": list_of(_ID), "tokens": list_of(_ID), "logits": list_of(NUMBER)}, closed=True)
-)
+_SELF_TEST = optional(record({"prompt": list_of(_ID), "tokens": list_of(_ID), "logits": list_of(NUMBER)}, closed=True))
 _MANIFEST = record(ENTRIES, sometimes={"rounding": _ROUNDING, "self_test": _SELF_TEST})
 
 

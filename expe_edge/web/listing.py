@@ -73,7 +73,7 @@ def _files(package: Package) -> dict[str, dict[str, Any]]:
 
 
 def _self_test(manifest: Manifest, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A quantized graph may round an activation to the next level elsewhere; it stays nearer than it is to its source."""
+    """A quantized graph may round an activation to another level elsewhere; it stays as near as it is to its source."""
     largest = max(map(abs, recorded["logits"]))
     from_source = max(manifest.parity["prefill_max"], manifest.parity["decode_max"])
     return {**recorded, "tolerance": max(FLOAT_TOLERANCE * max(1.0, largest / 16), from_source)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,13 +45,22 @@ class SiteHandler(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-def site_server(directory: Path, port: int, *, isolated: bool = True) -> ThreadingHTTPServer:
+class SiteServer(ThreadingHTTPServer):
+    """Takes it that browsers go away in the middle of a file."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report what is not that."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def site_server(directory: Path, port: int, *, isolated: bool = True) -> SiteServer:
     """Return a server of `directory` on this machine's own address; port 0 takes one that is free.
 
     Raises:
         ConfigError: the port is taken, or out of range.
     """
     try:
-        return ThreadingHTTPServer((HOST, port), partial(SiteHandler, directory=str(directory), isolated=isolated))
+        return SiteServer((HOST, port), partial(SiteHandler, directory=str(directory), isolated=isolated))
     except (OSError, OverflowError) as error:
         raise ConfigError(f"`port` {port} cannot be served on ({error}); choose another") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from expe_edge.package.directory import open_manifest, write_directory
+from expe_edge.package.directory import clear_leftovers, open_manifest, require_absent, write_directory
 from expe_edge.web.building import PAGE, built_page
 from expe_edge.web.choice import note_of, order_of, speed_of
 from expe_edge.web.listing import FILES, package_info
@@ -49,6 +49,8 @@ def write_site(
     Raises:
         ConfigError: the page cannot be built. PackageError: a package at fault. ExportError: `out` cannot be written.
     """
+    clear_leftovers(out)
+    require_absent(out, force=force, kind=KIND, is_own=is_site)
     listed = _listed(packages, names)
     if webgpu is None:
         webgpu = any(info["contract"]["growing"] for _, info in listed)

@@ -80,6 +80,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "compare": (("{package}",), ("--json", "--plot")),
     "bench": (("{package}",), ("--json", "--plot")),
     "build-kernels": ((), ()),
+    "web": (("{package}",), ("--out",)),
     "plan": (("{package}",), ("--json",)),
     "probe": (("{package}",), ("--json", "--plot")),
     "analyze": (("{checkpoint}",), ("--json", "--plot")),

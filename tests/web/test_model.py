@@ -41,7 +41,7 @@ def is_tie(generator: Generator, tokens: list[int], others: list[int], prompt: l
 
 
 @pytest.mark.parametrize("kind", [*KINDS, pytest.param("int8-static-int8-cache", marks=needs_int8_cache)])
-def test_the_page_writes_what_our_generator_writes_and_agrees_with_the_exporter(every_package: dict[str, Path], kind: str) -> None:
+def test_the_page_writes_our_tokens_and_agrees_with_the_exporter(every_package: dict[str, Path], kind: str) -> None:
     package = every_package[kind]
     answer = page_answer(package, PROMPTS)
     generator = Generator.load(package, threads=1)

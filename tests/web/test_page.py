@@ -120,5 +120,3 @@ def test_webgpu_is_taken_where_it_agrees_alone(every_package: dict[str, Path], s
     assert ordinary["test"].startswith("Yes: ")
     for name in names:
         assert found["said"][name]["text"] == our_text(every_package[name], new_tokens=4)
-
-

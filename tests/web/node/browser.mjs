@@ -178,22 +178,20 @@ const scenarios = {
     return { first, second: await visit() };
   },
 
-  /** Milliseconds to the first token and tokens a second, of every package, the last of a few rounds. */
+  /** Milliseconds to the first token and from there to the last, of every package and round. */
   async speed(context) {
     const page = await open(context, `?threads=${order.threads}`);
-    const speeds = {};
+    const number = async (id) => Number.parseFloat((await page.textContent(id)).replaceAll(",", ""));
+    const times = {};
     for (const name of order.packages) {
       await load(page, name);
-      const first = [];
-      const speed = [];
+      times[name] = [];
       for (let round = 0; round < order.rounds; round++) {
         await generate(page, order);
-        first.push(await page.textContent("#first"));
-        speed.push(await page.textContent("#speed"));
+        times[name].push([await number("#first"), (1000 * (order.maxNewTokens - 1)) / (await number("#speed"))]);
       }
-      speeds[name] = { first, speed };
     }
-    return { speeds };
+    return { times };
   },
 
   /** A picture of the page with some text. */

@@ -3,7 +3,7 @@
  *
  *     { "directory": "…", "prompts": [[0, 1, …], …], "maxNewTokens": 32, "threads": 1, "rounds": 1 }
  *
- * The last of the rounds is reported.
+ * The completions of the last round are reported, and the times of all.
  */
 import { readFileSync } from "node:fs";
 import ort from "onnxruntime-node";
@@ -12,6 +12,8 @@ import { answer, readOrder } from "./order.mjs";
 const order = await readOrder();
 const manifest = JSON.parse(readFileSync(`${order.directory}/expe_edge.json`, "utf-8"));
 const { layers, key_value_heads: heads, head_size: size, vocab_size: vocabulary, cache_dtype: type } = manifest.contract;
+/** null: texts end at no token. */
+const endOfText = "endOfText" in order ? order.endOfText : manifest.model.eos_token_id;
 const session = await ort.InferenceSession.create(`${order.directory}/model.onnx`, {
   intraOpNumThreads: order.threads ?? 1,
   logSeverityLevel: 3,
@@ -26,6 +28,8 @@ function best(scores) {
   for (let other = 1; other < scores.length; other++) if (scores[other] > scores[index]) index = other;
   return index;
 }
+
+const times = [];
 
 async function generate(prompt) {
   const began = performance.now();
@@ -45,9 +49,10 @@ async function generate(prompt) {
     run = [best(outputs.logits.data.subarray(-vocabulary))];
     if (tokens.length === 0) first = performance.now();
     tokens.push(run[0]);
-    if (run[0] === manifest.model.eos_token_id) break;
+    if (run[0] === endOfText) break;
   }
-  return { tokens, firstMs: first - began, decodeMs: performance.now() - first };
+  times.push([first - began, performance.now() - first]);
+  return { tokens };
 }
 
 let completions = [];
@@ -55,4 +60,4 @@ for (let round = 0; round < (order.rounds ?? 1); round++) {
   completions = [];
   for (const prompt of order.prompts) completions.push(await generate(prompt));
 }
-answer({ completions });
+answer({ completions, times });

@@ -20,7 +20,7 @@ interface Order {
   threads?: number;
   prompts: (string | number[])[];
   maxNewTokens: number;
-  /** How often all is done, the last time reported. */
+  /** How often all is done; the last completions are reported, and the times of all. */
   rounds?: number;
 }
 
@@ -33,6 +33,7 @@ const runtime = await Runtime.load(factory, order.threads ?? 1);
 const model = await WasmModel.open(runtime, readFileSync(`${directory}/model.onnx`), info.contract);
 const result = info.selfTest && (await selfTest(model, info.selfTest));
 const completions = [];
+const times = [];
 for (let round = 0; round < (order.rounds ?? 1); round++) {
   completions.length = 0;
   for (const prompt of order.prompts) {
@@ -44,7 +45,9 @@ for (let round = 0; round < (order.rounds ?? 1); round++) {
       endOfText: info.endOfText,
       stopped: () => false,
     });
+    times.push([completion.firstMs, completion.decodeMs]);
     completions.push({ prompt: ids, ...completion, text: text.decode(completion.tokens) });
   }
 }
-process.stdout.write(JSON.stringify({ completions, selfTest: result, memory: model.memory() }), () => process.exit(0));
+const answer = { completions, times, selfTest: result, memory: model.memory() };
+process.stdout.write(JSON.stringify(answer), () => process.exit(0));
