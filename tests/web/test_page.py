@@ -13,6 +13,7 @@ import pytest
 from expe_edge.runtime import Generator
 from expe_edge.web.site import LIST, PACKAGES
 from tests.web.conftest import Scenario
+from tests.web.test_model import RESTORED, page_answer
 
 PROMPT = "The old tree grows"
 NEW_TOKENS = 32
@@ -26,7 +27,8 @@ def test_every_package_writes_our_text(every_package: dict[str, Path], scenario:
     found = scenario("texts", packages=list(every_package), prompt=PROMPT, maxNewTokens=NEW_TOKENS)
     for name, package in every_package.items():
         assert found["texts"][name]["test"].startswith("Yes: 24 of 24 tokens, logits within ")
-        assert found["texts"][name]["text"] == our_text(package), name
+        in_node = page_answer(package, [PROMPT], NEW_TOKENS)["completions"][0]["text"]
+        assert found["texts"][name]["text"] == (in_node if name in RESTORED else our_text(package)), name
     assert found["errors"] == []
     assert found["figures"]["title"] == "Every package"
     assert " N; N = 32" in found["figures"]["position-text"]
@@ -74,7 +76,7 @@ def test_it_is_used_by_keys_alone(scenario: Scenario) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda info: info["selfTest"]["logits"].__setitem__(3, 99.0), "No: 24 of 24 tokens, logits within 9"),
+        (lambda info: info["selfTest"]["logits"].__setitem__(3, 1000.0), "No: 24 of 24 tokens, logits within 9"),
         (lambda info: info["selfTest"]["tokens"].__setitem__(0, 5), "No: "),
         (lambda info: info.__setitem__("selfTest", None), "This package holds no tokens to compare with"),
     ],

@@ -43,7 +43,7 @@ function shellList(): Plugin {
         const worker = bundle["sw.js"];
         if (worker?.type !== "chunk") throw new Error("no service worker was built");
         const shell = JSON.stringify({ version: hash.digest("hex").slice(0, 12), files });
-        worker.code = worker.code.replace("__SHELL__", () => shell);
+        worker.code = worker.code.replaceAll("__SHELL__", () => `(${shell})`);
       },
     },
   };

@@ -96,7 +96,6 @@ const scenarios = {
     await load(page, order.package);
     const before = await generate(page, order);
     await context.setOffline(true);
-    await order.down?.();
     await page.reload();
     await page.waitForSelector(".card");
     await load(page, order.package);
