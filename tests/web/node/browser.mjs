@@ -21,8 +21,10 @@ async function open(context, query = "") {
   return page;
 }
 
+const choose = (page, name) => page.locator(".card", { has: page.getByText(name, { exact: true }) }).first().click();
+
 async function load(page, name) {
-  if (name) await page.locator(".card", { has: page.getByText(name, { exact: true }) }).first().click();
+  if (name) await choose(page, name);
   await page.click("#load");
   await page.waitForFunction(READY, null, { timeout: 120_000 });
 }
@@ -51,6 +53,22 @@ const scenarios = {
       texts[name] = { test: await page.textContent("#test-result"), text: await generate(page, order) };
     }
     return { texts, figures: await figures(page), errors: page.errors };
+  },
+
+  /** What is said of every package, which may be refused. */
+  async loads(context) {
+    const loads = {};
+    for (const name of order.packages) {
+      const page = await open(context);
+      await choose(page, name);
+      await page.click("#load");
+      await page.waitForFunction(
+        () => !document.getElementById("generate").disabled || document.querySelector("#status.bad"),
+      );
+      loads[name] = { status: await page.textContent("#status"), test: await page.textContent("#test-result") };
+      await page.close();
+    }
+    return { loads };
   },
 
   /** Stopped by key while it writes, gone on, then the same text again. */
