@@ -3,8 +3,8 @@
     python -m benchmarks.web package/float32 package/int8-dynamic --json web.json
     python -m benchmarks.web --json web.json --write    # the table of docs/web.md
 
-Every pass runs every package in every client, one after the other. Those of earlier runs with the same `--json` count
-too, so that they can be spread over quiet moments. A prompt of 200 tokens, 128 new ones; of a few rounds the last three
+Every pass runs every package in every client, one after the other, float32 among them. Those of earlier runs with the
+same `--json` count too, so that they can be spread over quiet moments. A prompt of 200 tokens, 128 new ones; of a few rounds the last three
 count, and the first apart: there the browser's compiler is still at work.
 """
 
@@ -89,14 +89,14 @@ def endless_site(packages: Sequence[Path], place: Path) -> Path:
 
 def table(report: dict[str, Any]) -> str:
     """A row for each package: medians over passes, with the ratios' lowest and highest."""
-    passes = report["passes"]
     rows = [
         "| package | MB | tokens/s in Chromium | in Node.js | onnxruntime-node | Chromium to onnxruntime-node "
         "| to float32 | first token, ms | the very first |",
         "|---" * 9 + "|",
     ]
-    float32 = np.array([speed(one["float32"]["chromium"]) for one in passes])
-    for name, size in report["sizes"].items():
+    for name, size in sorted(report["sizes"].items(), key=lambda item: -item[1]):
+        passes = [one for one in report["passes"] if name in one]
+        float32 = np.array([speed(one["float32"]["chromium"]) for one in passes])
         speeds = {client: np.array([speed(one[name][client]) for one in passes]) for client in CLIENTS}
         ratio = speeds["chromium"] / speeds["onnxruntime-node"]
         first = np.median([[round_[0] for round_ in one[name]["chromium"]] for one in passes], axis=0)
@@ -132,7 +132,7 @@ def main(packages: tuple[Path, ...], passes: int, json_file: Path, write: bool) 
     """Time PACKAGES, which share a tokenizer and hold one in float32."""
     report = json.loads(json_file.read_text()) if json_file.exists() else {"passes": [], "sizes": {}}
     if packages:
-        report["sizes"] = {package.name: size_of(package) for package in packages}
+        report["sizes"] |= {package.name: size_of(package) for package in packages}
         report["processor"] = processor()
         with tempfile.TemporaryDirectory() as directory:
             site = endless_site(packages, Path(directory, "site"))
