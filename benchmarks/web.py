@@ -4,8 +4,8 @@
     python -m benchmarks.web --json web.json --write    # the table of docs/web.md
 
 Every pass runs every package in every client, one after the other, float32 among them. Those of earlier runs with the
-same `--json` count too, so that they can be spread over quiet moments. A prompt of 200 tokens, 128 new ones; of a few rounds the last three
-count, and the first apart: there the browser's compiler is still at work.
+same `--json` count too, so that they can be spread over quiet moments. A prompt of 200 tokens, 128 new ones; of a few
+rounds the last six count, and the first apart: there the browser's compiler is still at work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests import node
 from tests.web.conftest import serving
 
 PAGE = Path(__file__).parents[1] / "docs" / "web.md"
-PROMPT, NEW_TOKENS, ROUNDS, COUNTED = 200, 128, 6, 3
+PROMPT, NEW_TOKENS, ROUNDS, COUNTED = 200, 128, 16, 6
 THREADS = 1
 #: Clients in the order in which they run.
 CLIENTS = ("onnxruntime-node", "node", "chromium")

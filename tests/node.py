@@ -21,24 +21,43 @@ import pytest
 
 SOURCES = Path(__file__).parent / "web" / "node"
 PLACE = Path(os.environ.get("EXPE_EDGE_NODE_TESTS") or Path(tempfile.gettempdir(), f"expe-edge-node-{os.getuid()}"))
+INSTALL = (
+    "npm",
+    "ci",
+    "--ignore-scripts",
+    "--no-audit",
+    "--no-fund",
+    "--fetch-retries",
+    "1",
+    "--fetch-timeout",
+    "30000",
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 
 
-@cache
 def node_scripts() -> Path:
     """The scripts of `SOURCES`, beside the npm packages that they import."""
+    found = _scripts()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@cache
+def _scripts() -> Path | str:
+    """The same, or why there are none."""
     if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("Node.js and npm are not installed")
+        return "Node.js and npm are not installed"
     lock = (SOURCES / "package-lock.json").read_bytes()
     place = PLACE / hashlib.sha256(lock).hexdigest()[:16]
     with locked(place):
         if not (place / "installed").exists():
             for name in ("package.json", "package-lock.json"):
                 shutil.copyfile(SOURCES / name, place / name)
-            command = ("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund")
-            done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=240, check=False)
-            if done.returncode != 0:
-                pytest.skip(f"npm packages cannot be installed: {done.stderr[:200]}")
+            try:
+                subprocess.run(INSTALL, cwd=place, capture_output=True, text=True, timeout=240, check=True)
+            except subprocess.SubprocessError as error:
+                return f"npm packages cannot be installed: {error}"
             (place / "installed").touch()
         scripts = sorted(SOURCES.glob("*.mjs"))
         version = hashlib.sha256(b"".join(script.read_bytes() for script in scripts)).hexdigest()[:16]
@@ -94,6 +113,7 @@ def browser() -> str:
 @cache
 def page() -> Path:
     """The directory of the built page, as `built_page` returns it."""
+    node_scripts()  # without npm there is none
     from expe_edge.errors import ConfigError
     from expe_edge.web.building import CACHE, built_page
 

@@ -191,6 +191,10 @@ class Manifest:
         for name, size in agreed.items():
             if model[name] != size:
                 raise ValueError(f"model.{name} is {model[name]}, but {size} by what else it says")
+        if self.self_test is not None:
+            prompt, tokens, logits = (self.self_test[name] for name in ("prompt", "tokens", "logits"))
+            if not prompt or not tokens or len(tokens) != len(logits) or max(*prompt, *tokens) >= contract.vocab_size:
+                raise ValueError("self_test is no prompt and as many tokens of the vocabulary as logits")
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import re
 import shutil
@@ -12,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from expe_edge.errors import ConfigError, reason_of
-from expe_edge.runtime.user_caches import kept_in
+from expe_edge.runtime.user_caches import kept_in, require_private
 
 SOURCES = Path(__file__).parent / "page"
 #: What is kept of a build: the static page, and the page's model for Node.js.
@@ -32,14 +33,19 @@ def built_page(progress: Callable[[str], None] = lambda _: None) -> Path:
         ConfigError: there is no Node.js, or too old a one, or npm cannot install or build.
     """
     cache = kept_in(None, CACHE, "web")
-    place = Path(tempfile.mkdtemp(prefix="expe-edge-web-")) if cache is None else cache
+    place = _passing() if cache is None else cache
     target = place / _version()
+    if place.exists():
+        try:
+            require_private(place)
+        except OSError as error:
+            raise ConfigError(f"{error}; {CACHE} names another place for the page") from error
     if not (target / PAGE).is_dir():
-        node = _tools()
-        place.mkdir(parents=True, exist_ok=True)
+        npm = _npm()
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
         progress("building the page: npm installs onnxruntime-web and Vite, some 200 MB, for this once")
         with tempfile.TemporaryDirectory(dir=place, prefix=".building-") as directory:
-            _build(Path(directory), node)
+            _build(Path(directory), npm)
             made = Path(directory, "made")
             made.mkdir()
             for part in (PAGE, NODE):
@@ -58,7 +64,14 @@ def _version() -> str:
     return digest.hexdigest()[:16]
 
 
-def _tools() -> str:
+def _passing() -> Path:
+    """Return a directory that goes when the process ends."""
+    place = Path(tempfile.mkdtemp(prefix="expe-edge-web-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+def _npm() -> str:
     """Return npm's place, once Node.js is known to be new enough."""
     node, npm = shutil.which("node"), shutil.which("npm")
     wanted = f"the page is built by Node.js {'.'.join(map(str, OLDEST_NODE))} or newer and npm"

@@ -101,6 +101,18 @@ def test_without_node_it_says_so(
     assert not list((tmp_path / "cache").glob("*"))
 
 
+def test_a_build_that_others_may_change_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packages: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv(CACHE, str(shared))
+    monkeypatch.chdir(tmp_path)
+    said = refused("web", packages / "float32", "--out", "site")
+    assert said == f"{shared} can be written to by others; {CACHE} names another place for the page"
+
+
 def test_a_build_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the sources' hash: without them changed, nothing is run."""
     monkeypatch.setenv(CACHE, str(tmp_path))
