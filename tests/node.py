@@ -21,17 +21,8 @@ import pytest
 
 SOURCES = Path(__file__).parent / "web" / "node"
 PLACE = Path(os.environ.get("EXPE_EDGE_NODE_TESTS") or Path(tempfile.gettempdir(), f"expe-edge-node-{os.getuid()}"))
-INSTALL = (
-    "npm",
-    "ci",
-    "--ignore-scripts",
-    "--no-audit",
-    "--no-fund",
-    "--fetch-retries",
-    "1",
-    "--fetch-timeout",
-    "30000",
-)
+#: Where the registry cannot be reached, it says so soon.
+INSTALL = ("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=30000")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 
 

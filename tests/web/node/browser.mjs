@@ -217,6 +217,7 @@ const scenarios = {
     await page.setViewportSize({ width: 900, height: 700 });
     await load(page, order.package);
     await generate(page, order);
+    await page.locator("details").evaluate((element) => (element.open = false));
     await page.screenshot({ path: order.path, fullPage: true });
     return {};
   },
