@@ -13,8 +13,8 @@ SPEED = {
     "bfloat16": 1.0,
     "int8-dynamic": 0.76,
     "int8-static": 0.77,
-    "int8-weight": 0.24,
-    "int4-weight": 0.16,
+    "int8-weight": 0.23,
+    "int4-weight": 0.15,
 }
 #: Formats in the words of who has not read about them.
 WORDS = {
@@ -28,7 +28,7 @@ WORDS = {
     "auto": "a format for each weight",
 }
 #: Speed with an int8 cache, to that with a float cache.
-INT8_CACHE = 0.74
+INT8_CACHE = 0.7
 #: Formats below this are called slow.
 SLOW = 0.5
 
