@@ -95,7 +95,7 @@ async function wasmRuntime(threads: number): Promise<Runtime> {
   return Runtime.load(module.default as Factory, threads);
 }
 
-async function openWebGpu(info: PackageInfo, bytes: Uint8Array): Promise<Model> {
+async function openWebGpu(info: PackageInfo, bytes: Uint8Array): Promise<WebGpuModel> {
   const folder = `${SITE}ort-webgpu-${__ONNXRUNTIME__}/`;
   const library = await import(/* @vite-ignore */ `${folder}ort.webgpu.min.mjs`);
   library.env.wasm.wasmPaths = folder;

@@ -15,5 +15,4 @@ export interface Model {
   reserve(capacity: number): void;
   /** Read tokens; return the logits (V) of the last, which hold until the next run. */
   run(tokens: ArrayLike<number>): Promise<Float32Array>;
-  close(): Promise<void>;
 }

@@ -34,7 +34,6 @@ interface Exports {
   _OrtCreateSessionOptions(...values: number[]): Pointer;
   _OrtReleaseSessionOptions(options: Pointer): number;
   _OrtCreateSession(model: Pointer, bytes: number, options: Pointer): Pointer | Promise<Pointer>;
-  _OrtReleaseSession(session: Pointer): number;
   _OrtCreateTensor(
     type: number,
     data: Pointer,
@@ -58,7 +57,7 @@ interface Exports {
 }
 
 /** What `ort-wasm-simd-threaded.mjs` exports. */
-export type Factory = (settings: { numThreads: number; locateFile?: (file: string) => string }) => Promise<Exports>;
+export type Factory = (settings: { numThreads: number }) => Promise<Exports>;
 
 /** Memory of the heap. It moves when the heap grows, so views are made where they are used. */
 export class Buffer {
@@ -96,8 +95,8 @@ export class Runtime {
     readonly threads: number,
   ) {}
 
-  static async load(factory: Factory, threads: number, locateFile?: (file: string) => string): Promise<Runtime> {
-    const exports = await factory({ numThreads: threads, ...(locateFile && { locateFile }) });
+  static async load(factory: Factory, threads: number): Promise<Runtime> {
+    const exports = await factory({ numThreads: threads });
     const runtime = new Runtime(exports, threads);
     runtime.check(exports._OrtInit(threads, ERRORS_ONLY));
     return runtime;
@@ -152,10 +151,6 @@ export class Runtime {
       this.exports._OrtReleaseSessionOptions(options);
       bytes.free();
     }
-  }
-
-  close(session: Pointer): void {
-    this.check(this.exports._OrtReleaseSession(session));
   }
 
   /** Write names into the heap, for good. */

@@ -5,7 +5,7 @@ import { tokenBytes, type Contract } from "./package.ts";
 /** Tokens by which room grows. */
 const BLOCK = 256;
 
-/** A graph in WebAssembly, on the tensors of its heap. */
+/** A graph in WebAssembly, on the tensors of its heap. It is there for as long as its worker. */
 export class WasmModel implements Model {
   length = 0;
   private capacity = 0;
@@ -115,11 +115,6 @@ export class WasmModel implements Model {
     const ids = this.runtime.tensor(INT64, this.tokens, dims);
     return { ids, positions: this.runtime.tensor(INT64, this.tokens, dims, 8 * count) };
   }
-
-  async close(): Promise<void> {
-    this.cache.close();
-    this.runtime.close(this.session);
-  }
 }
 
 /** The tensors of a cache. */
@@ -134,7 +129,6 @@ interface Cache {
   reserve(capacity: number, length: number): void;
   /** Take what a run has put out. */
   advance(outputs: Pointers): void;
-  close(): void;
 }
 
 /** Past and present are one buffer, which runs append to; nothing is copied. */
@@ -181,11 +175,6 @@ class SharedCache implements Cache {
   }
 
   advance(): void {}
-
-  close(): void {
-    this.past.forEach((tensor) => this.runtime.release(tensor));
-    this.buffers.forEach((buffer) => buffer.free());
-  }
 }
 
 /** The graph itself makes the present of the past; its tensors are the next run's past. */
@@ -220,11 +209,6 @@ class GrowingCache implements Cache {
   advance(outputs: Pointers): void {
     this.drop();
     this.past = this.present.map((_, index) => outputs.get(index + 1));
-  }
-
-  close(): void {
-    this.drop();
-    this.empty.forEach((tensor) => this.runtime.release(tensor));
   }
 
   private drop(): void {
