@@ -25,7 +25,7 @@ QUICK = (
 #: Stages that `export` and `quantize` report before an error can come.
 PROGRESS = re.compile(
     r"\S+: (building|validating against \S+)|(calibrating|observing) \d+ windows of \d+ tokens|searching smoothing.*"
-    r"|measuring weights .*|choosing formats: .*"
+    r"|measuring weights .*|choosing formats: .*|building the page: .*"
 )
 
 

@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "hub": ("package",),
     "export": ("hub", "calibration", "graph", "training", "model", "text", "positions", "quant", "package"),
     "speed": ("runtime", "package"),
+    "web": ("runtime", "package"),
     "study": ("export", "quality", "runtime", "speed", "training", "positions", "package"),
     "cli": (
         "study",
@@ -78,6 +79,7 @@ MAY_IMPORT = {
         "training",
         "package",
         "quant",
+        *("study", "web", "speed", "calibration", "export", "quality", "runtime", "training", "package", "quant"),
         "text",
     ),
     "__main__": ("cli",),
@@ -94,6 +96,7 @@ LIGHT = {
     "speed": {"numpy", "onnxruntime"},
     "serve": {"numpy", "starlette", "uvicorn", "prometheus_client"},
     "hub": {"huggingface_hub"},
+    "web": set[str](),
 }
 
 

@@ -28,6 +28,7 @@ from expe_edge.cli.reproduce import reproduce
 from expe_edge.cli.sensitivity import sensitivity
 from expe_edge.cli.serve import serve
 from expe_edge.cli.train import train
+from expe_edge.cli.web import web
 from expe_edge.errors import ExPEEdgeError, one_line, reason_of, wording
 
 #: Exit codes: a fault of ours, bad input, and Ctrl-C (128 + SIGINT).
@@ -130,6 +131,7 @@ for command in (
     serve,
     bench,
     build_kernels,
+    web,
     compare,
     probe,
     analyze,

@@ -8,7 +8,7 @@ from typing import Any
 
 from expe_edge.model.config import ExPEConfig
 from expe_edge.package.contract import CUDA_OPTIONS, GraphContract
-from expe_edge.package.directory import MODEL_FILE
+from expe_edge.package.directory import MODEL_FILE, TOKENIZER_CONFIG_FILE
 from expe_edge.package.manifest import MANIFEST_FILE
 
 #: Optimum reads the shape of the cache from the config, and honours grouped key/value heads only for model types it
@@ -19,6 +19,11 @@ CLIENT_MODEL_TYPE = "llama"
 INT8_CACHE_MODEL_TYPE = "expe-with-int8-cache-for-expe-edge-or-onnxruntime-genai"
 #: Optimum's cache grows with every run, and has no room for what is new.
 BUFFER_MODEL_TYPE = "expe-with-one-buffer-for-expe-edge-or-onnxruntime-genai"
+#: transformers.js looks for a file whose name says its format, by default `model_quantized.onnx` in browsers; `fp32`
+#: is its word for a name that says none.
+TRANSFORMERS_JS = {"transformers.js_config": {"dtype": "fp32"}}
+#: Its pipeline opens no text with the end-of-text token unless it is told, whatever `tokenizer.json` says.
+OPENED = {"add_bos_token": True}
 #: No other client keeps windows.
 WINDOWED_MODEL_TYPE = "expe-with-windows-for-expe-edge-alone"
 
@@ -26,7 +31,8 @@ WINDOWED_MODEL_TYPE = "expe-with-windows-for-expe-edge-alone"
 def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContract, context_length: int) -> None:
     """Write `config.json`, `generation_config.json` and `genai_config.json`.
 
-    Where a client cannot run the graph, its file names a type of model that it does not know, and that says why.
+    Where a client cannot run the graph, its file names a type of model that it does not know, and that says why. The
+    tokenizer's files are there already; what transformers.js asks of them is added.
     """
     files = {
         "config.json": _transformers_config(config, context_length) | {"model_type": _model_type(contract)},
@@ -34,7 +40,14 @@ def write_client_files(directory: Path, config: ExPEConfig, contract: GraphContr
         "genai_config.json": _genai_config(config, contract, context_length),
     }
     for name, content in files.items():
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write(directory / name, content)
+    tokenizer = directory / TOKENIZER_CONFIG_FILE
+    if tokenizer.is_file():
+        _write(tokenizer, json.loads(tokenizer.read_text(encoding="utf-8")) | OPENED)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _model_type(contract: GraphContract) -> str:
@@ -64,6 +77,7 @@ def _transformers_config(config: ExPEConfig, context_length: int) -> dict[str, A
         "max_position_embeddings": context_length,
         "use_cache": True,
         **_tokens(config),
+        **TRANSFORMERS_JS,
     }
 
 

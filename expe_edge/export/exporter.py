@@ -31,6 +31,7 @@ from expe_edge.export.ort_format import write_ort_format
 from expe_edge.export.parity import ByToken, Parity, measure_parity, require_parity
 from expe_edge.export.plan import Plan, oldest_to_export
 from expe_edge.export.portable import require_portable
+from expe_edge.export.self_test import self_test
 from expe_edge.export.source import Source, open_source
 from expe_edge.graph.build import require_narrow
 from expe_edge.graph.linears import LINEAR_FORMATS
@@ -326,6 +327,8 @@ class Exporter:
                 write_ort_format(directory, plan.contract, self._parity_tokens)
             # What it is, with the hash of every file.
             manifest = self._manifest(plan, contents, parity, kernels)
+            compared = self_test(directory / MODEL_FILE, plan.contract, self._parity_tokens)
+            manifest = dataclasses.replace(manifest, self_test=compared)
             self._fill(directory, manifest)
             write_card(directory, path.name, manifest, self._quality(by_token), card or CardOptions())
         size = Package(path, manifest).size

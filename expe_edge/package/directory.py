@@ -25,6 +25,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 #: The model card, which people edit: no part of what is hashed.
 CARD_FILE = "README.md"
+#: What messages call what is written here.
+A_PACKAGE = "a package"
 #: Ends the name of a package that is moved aside for the one that replaces it.
 OLD = "-old"
 #: The word by which a graph of ONNX says that a weight is in another file.
@@ -177,15 +179,23 @@ def _lock(directory: Path, *, keep: bool) -> int | None:
 
 @contextmanager
 def write_package(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty sibling directory to fill with a package, as `write_directory` does."""
+    with write_directory(path, A_PACKAGE, is_package, force=force) as directory:
+        yield directory
+
+
+@contextmanager
+def write_directory(path: Path, kind: str, is_own: Callable[[Path], bool], *, force: bool = False) -> Iterator[Path]:
     """Yield an empty sibling directory to fill; on success it becomes `path`, on any failure it vanishes.
 
+    kind, is_own: what is written, and whether a directory is of that kind, which alone `force` replaces.
     Where the process is killed it stays, and the next to write to `path` removes it.
 
     Raises:
         ExportError: `path` exists and `force` is not set or it cannot be moved, or the disk is full.
     """
     clear_leftovers(path)
-    require_absent(path, force=force)
+    require_absent(path, force=force, kind=kind, is_own=is_own)
     made = [parent for parent in path.parents if not parent.exists()]
     partial = path.parent / f".{path.name}-{secrets.token_hex(4)}"
     replaced = partial.with_name(partial.name + OLD)
@@ -225,7 +235,9 @@ def _require_movable(path: Path, aside: Path) -> None:
         raise ExportError(f"{path} cannot be replaced ({error.strerror}); choose another `out`") from error
 
 
-def require_absent(path: Path, *, force: bool) -> None:
+def require_absent(
+    path: Path, *, force: bool, kind: str = A_PACKAGE, is_own: Callable[[Path], bool] = is_package
+) -> None:
     """Raise `ExportError` where `path` exists and may not be replaced, or cannot be made or written to."""
     for place in (path, *path.parents):
         if place.exists():
@@ -234,8 +246,8 @@ def require_absent(path: Path, *, force: bool) -> None:
             break
     if path.exists() and not force:
         raise ExportError(f"{path} exists; use `force` to replace it, or another `out`")
-    if path.exists() and any(path.iterdir()) and not is_package(path):
-        raise ExportError(f"{path} holds something else than a package; `force` will not delete it")
+    if path.exists() and any(path.iterdir()) and not is_own(path):
+        raise ExportError(f"{path} holds something else than {kind}; `force` will not delete it")
     refused = why_unwritable(path.parent)
     if refused is not None:
         raise ExportError(f"{refused}; choose another `out`")

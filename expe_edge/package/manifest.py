@@ -33,7 +33,8 @@ MANIFEST_FILE = "expe_edge.json"
 #: The most bytes of one; those of `auto` with hundreds of layers take a hundredth.
 LARGEST_MANIFEST = 2**26
 
-_COUNT, _LENGTH, _TOKEN = whole(0, 2**63 - 1), whole(1, LONGEST), optional(whole(0, WIDEST - 1))
+_COUNT, _LENGTH, _ID = whole(0, 2**63 - 1), whole(1, LONGEST), whole(0, WIDEST - 1)
+_TOKEN = optional(_ID)
 _RANGE = list_of(NUMBER, 2)
 _CALIBRATION = record(
     {
@@ -89,7 +90,8 @@ ENTRIES: dict[str, Check] = {
     "files": mapping_of(TEXT),
 }
 _ROUNDING = optional(record({"precision": TEXT, "block_size": optional(_COUNT)}, closed=True))
-_MANIFEST = record(ENTRIES, sometimes={"rounding": _ROUNDING})
+_SELF_TEST = optional(record({"prompt": list_of(_ID), "tokens": list_of(_ID), "logits": list_of(NUMBER)}, closed=True))
+_MANIFEST = record(ENTRIES, sometimes={"rounding": _ROUNDING, "self_test": _SELF_TEST})
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Manifest:
         parts: name, format and bytes of every part of the graph. operators: how often each occurs in the graph, and
             kernels: in what onnxruntime makes of it. requires_onnxruntime: the oldest release that has them.
         corpus: where the training text came from, so that held-out text can be found again.
+        self_test: `prompt`, the greedy `tokens` that the exporter continued it with, one by one, and the `logits` of
+            these; None where an earlier release exported the package.
         files: name to sha256, every file of the package but the manifest.
     """
 
@@ -133,6 +137,7 @@ class Manifest:
     requires_onnxruntime: str
     created_by: str
     rounding: Mapping[str, Any] | None = None
+    self_test: Mapping[str, Any] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -186,6 +191,10 @@ class Manifest:
         for name, size in agreed.items():
             if model[name] != size:
                 raise ValueError(f"model.{name} is {model[name]}, but {size} by what else it says")
+        if self.self_test is not None:
+            prompt, tokens, logits = (self.self_test[name] for name in ("prompt", "tokens", "logits"))
+            if not prompt or not tokens or len(tokens) != len(logits) or max(*prompt, *tokens) >= contract.vocab_size:
+                raise ValueError("self_test is no prompt and as many tokens of the vocabulary as logits")
 
 
 def _digest(values: Mapping[str, Any]) -> str:

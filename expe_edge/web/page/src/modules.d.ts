@@ -1,0 +1,2 @@
+/** The release of onnxruntime that the page is built with. */
+declare const __ONNXRUNTIME__: string;

@@ -1,0 +1,70 @@
+"""The page's model in Node.js: the tokens of our generator, of every kind of package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expe_edge.runtime import Generator
+from expe_edge.web.building import NODE
+from expe_edge.web.listing import package_info
+from tests import node
+from tests.conftest import PRECISIONS, needs_int8_cache
+
+#: Characters of several bytes, control tokens as text, and more tokens than are read at once.
+PROMPTS = ["The old tree grows", "Ünïcode 日本語 🌳 <|endoftext|>\n\t x", "The river runs under the stone. " * 40]
+NEW_TOKENS = 48
+KINDS = (*PRECISIONS, "int8-dynamic-portable", "float32-windowed")
+#: Formats that WebAssembly has no integer kernels for: it restores the weights, and rounds no activation.
+RESTORED = ("int8-weight", "int4-weight")
+
+
+def page_answer(package: Path, prompts: list[Any], new_tokens: int = NEW_TOKENS, **order: Any) -> dict[str, Any]:
+    """What the page's model writes."""
+    script = node.page() / NODE / "node.js"
+    settings = {"directory": str(package), "info": package_info(package), "prompts": prompts}
+    return node.run_node(script, {**settings, "maxNewTokens": new_tokens, **order})
+
+
+def is_tie(generator: Generator, tokens: list[int], others: list[int], prompt: list[int], within: float) -> bool:
+    """Whether two texts are equal, or part where our model takes both tokens for as good within so many logits."""
+    pairs = zip(tokens, others, strict=False)
+    at = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    if at is None:
+        return len(tokens) == len(others)
+    read = np.array([*prompt, *tokens[:at]], dtype=np.int64)
+    logits = generator.session.forward([read])[0][-1]
+    return bool(abs(logits[tokens[at]] - logits[others[at]]) <= within)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("int8-static-int8-cache", marks=needs_int8_cache)])
+def test_the_page_writes_our_tokens_and_agrees_with_the_exporter(every_package: dict[str, Path], kind: str) -> None:
+    package = every_package[kind]
+    answer = page_answer(package, PROMPTS)
+    generator = Generator.load(package, threads=1)
+    for prompt, found in zip(PROMPTS, answer["completions"], strict=True):
+        ours = generator.generate(prompt, max_new_tokens=NEW_TOKENS)[0]
+        assert found["prompt"] == generator.encode(prompt).tolist()
+        if kind in RESTORED:
+            assert is_tie(generator, ours.tokens, found["tokens"], found["prompt"], within=0.1)
+        else:
+            assert found["tokens"] == ours.tokens
+            assert found["text"] == ours.text
+        assert found["finish"] in (ours.finish_reason, "end_of_text")
+    assert answer["selfTest"]["agrees"]
+    assert answer["selfTest"]["equal"] == answer["selfTest"]["of"] == 24
+
+
+def test_four_thousand_tokens(every_package: dict[str, Path]) -> None:
+    """Room grows on the way, and a prompt is read in chunks that shorten."""
+    package = every_package["float32"]
+    generator = Generator.load(package, threads=1)
+    prompt = generator.encode("The bright river runs over a stone. " * 150).tolist()[:2000]
+    ours = generator.generate([prompt], max_new_tokens=2000)[0].tokens
+    found = page_answer(package, [prompt], 2000)
+    assert found["completions"][0]["tokens"] == ours
+    assert found["memory"]["total"] < 2**26
+    assert page_answer(package, [prompt], 40, threads=2)["completions"][0]["tokens"] == ours[:40]
