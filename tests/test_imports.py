@@ -79,8 +79,8 @@ MAY_IMPORT = {
         "training",
         "package",
         "quant",
-        *("study", "web", "speed", "calibration", "export", "quality", "runtime", "training", "package", "quant"),
         "text",
+        "web",
     ),
     "__main__": ("cli",),
 }

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from expe_edge.errors import PackageError
 from expe_edge.package.contract import GraphContract
-from expe_edge.package.directory import MODEL_FILE, TOKENIZER_FILE, Package, verify_files
+from expe_edge.package.directory import MODEL_FILE, TOKENIZER_FILE, Package, open_manifest, verify_files
 from expe_edge.package.manifest import Manifest
 from expe_edge.runtime.memory import far_heads
 from expe_edge.runtime.session import PackageSession
@@ -23,6 +24,8 @@ from expe_edge.runtime.user_caches import OFF
 
 #: Files of a package that the page loads.
 FILES = (MODEL_FILE, TOKENIZER_FILE)
+#: Numbers of a cache that the page knows.
+CACHES = ("float32", "int8")
 #: By how much logits may differ between two machines whose sums have another order, in units of max(1, largest / 16).
 FLOAT_TOLERANCE = 2e-3
 
@@ -31,8 +34,11 @@ def package_info(path: Path, name: str | None = None, note: str = "") -> dict[st
     """Return what `page/src/model/package.ts` calls `PackageInfo`, of a package whose every file is verified.
 
     Raises:
-        PackageError: a missing, damaged or newer package, or one that onnxruntime cannot open.
+        PackageError: a missing, damaged or newer package, one that onnxruntime cannot open, or one for a GPU.
     """
+    contract = open_manifest(path).manifest.contract
+    if contract.cache_dtype not in CACHES or contract.whole_buffer:
+        raise PackageError(f"{path} is for another place than browsers; export it with a `cache` of float32 or int8")
     session = PackageSession.load(path, kernels=OFF)
     package = session.package
     verify_files(package)
