@@ -185,7 +185,8 @@ class Bound:
 
     def __init__(self, session: ort.InferenceSession, feeds: Feeds) -> None:
         self.session, self.binding = session, session.io_binding()
-        self.held = {name: ort.OrtValue.ortvalue_from_numpy(each.copy()) for name, each in feeds.items()}
+        self.arrays = {name: each.copy() for name, each in feeds.items()}
+        self.held = {name: ort.OrtValue.ortvalue_from_numpy(each) for name, each in self.arrays.items()}
         for name, value in self.held.items():
             self.binding.bind_ortvalue_input(name, value)
         self.binding.bind_output("mixed")
@@ -196,7 +197,7 @@ class Bound:
         self.session.run_with_iobinding(self.binding)
 
     def outputs(self) -> list[Array]:
-        return [self.binding.get_outputs()[0].numpy(), *(self.held[past].numpy() for past in PAST.values())]
+        return [self.binding.get_outputs()[0].numpy().copy(), *(self.arrays[past] for past in PAST.values())]
 
 
 def run(session: ort.InferenceSession, feeds: Feeds, *, shared: bool = False) -> list[Array]:

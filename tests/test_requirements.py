@@ -13,7 +13,7 @@ ROOT = Path(expe_edge.__file__).parents[1]
 #: torch's is not tested; genai's needs a newer onnxruntime than the oldest; no test runs the others.
 NOT_TESTED = {
     *("torch", "onnxruntime-genai", "ruff", "mypy", "types-pyyaml", "build"),
-    *("llama-cpp-python", "gguf", "ctranslate2"),
+    *("llama-cpp-python", "gguf", "ctranslate2", "onnxruntime-gpu"),
 }
 
 

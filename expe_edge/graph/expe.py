@@ -27,20 +27,28 @@ class ExPENodes(PositionNodes):
     def temperature(self) -> str:
         """What queries that see n keys are multiplied by, (B, T, (H + 2·Hkv)·D): 1 + c·ln(n/N) in content heads.
 
-        It is 1 in others, and for the keys and values that stand behind the queries. The logarithm is taken in float64:
-        in float32 its last bit depends on how many others are taken beside it, so that a row of a batch would differ
-        from the same row alone.
+        It is 1 in others, and for the keys and values that stand behind the queries.
         """
         graph, heads = self.graph, self.config.num_attention_heads
         strength = self.parameters.temperature * np.array(self.parameters.content(heads), dtype=np.float32)
         strengths = graph.constant(np.pad(np.repeat(strength, self.config.head_dim), (0, 2 * self.sizes[1])))
         seen = graph.op("Add", self.float_positions(), graph.scalar(1.0), name="temperature.seen")
         growth = graph.op("Div", seen, graph.scalar(float(self.config.training_length)), name="temperature.lengths")
-        growth = graph.op("Cast", growth, name="temperature.double", to=int(TensorProto.DOUBLE))
-        growth = graph.op("Log", growth, name="temperature.growth")
-        growth = graph.op("Cast", growth, name="temperature.float", to=int(TensorProto.FLOAT))
-        grown = graph.op("Mul", growth, strengths, name="temperature.grown")
+        grown = graph.op("Mul", self._logarithm(growth), strengths, name="temperature.grown")
         return graph.op("Add", grown, graph.scalar(1.0), name="temperature")
+
+    def _logarithm(self, lengths: str) -> str:
+        """Append ln of (B, T, 1) float32, in float64 unless the graph is portable.
+
+        In float32 its last bit depends on how many others are taken beside it, so that a row of a batch would differ
+        from the same row alone. Not every engine that portable graphs are for has float64: WebGPU's has none.
+        """
+        graph = self.graph
+        if self.growing_cache:
+            return graph.op("Log", lengths, name="temperature.growth")
+        double = graph.op("Cast", lengths, name="temperature.double", to=int(TensorProto.DOUBLE))
+        growth = graph.op("Log", double, name="temperature.growth")
+        return graph.op("Cast", growth, name="temperature.float", to=int(TensorProto.FLOAT))
 
     def codes(self, name: str, positions: str, code: PositionCode) -> str:
         """Append the limbs of int64 `positions` (…) by integer arithmetic: (…, G) float32, every value exact."""

@@ -18,7 +18,7 @@ PACKAGES, LIST = "packages", "list.json"
 #: Folders of the built page that hold onnxruntime's WebGPU build.
 WEBGPU = "ort-webgpu-*"
 #: What a directory is called that this module may replace.
-KIND = "a site of `web`"
+KIND = "a site that was written here"
 
 
 def is_site(path: Path) -> bool:

@@ -112,7 +112,7 @@ def test_webgpu_is_taken_where_it_agrees_alone(every_package: dict[str, Path], s
     portable, ordinary = (found["said"][name] for name in names)
     assert portable["status"] == "int8-dynamic-portable is ready, in WebGPU."
     assert "in WebAssembly" in ordinary["status"]
-    assert "WebGPU was not taken: its logits are off by " in ordinary["status"]
+    assert "WebGPU was not taken: " in ordinary["status"]
     assert ordinary["test"].startswith("Yes: ")
     for name in names:
         assert found["said"][name]["text"] == our_text(every_package[name], new_tokens=4)

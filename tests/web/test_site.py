@@ -65,7 +65,7 @@ def test_what_is_refused(packages: Path) -> None:
     Path("mine", "letter").write_text("")
     assert refused("web", package, "--out", "mine") == "mine exists; use --force to replace it, or another --out"
     assert refused("web", package, "--out", "mine", "--force") == (
-        "mine holds something else than a site of `web`; --force will not delete it"
+        "mine holds something else than a site that was written here; --force will not delete it"
     )
 
 
