@@ -8,10 +8,13 @@ exits with code 2; library callers catch `ExPEEdgeError`.
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 
+#: A setting in a message.
+NAMED = re.compile(r"`(\w+)`")
 #: Characters of a value that a message quotes.
 WIDEST_VALUE = 200
 #: Characters of a library's message that one of ours repeats.

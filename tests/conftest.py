@@ -17,10 +17,12 @@ import torch
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
+from expe_edge.errors import ConfigError
 from expe_edge.export.exporter import export
 from expe_edge.graph.attention import SINCE_INT8_CACHE, SINCE_WINDOWS
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.package.manifest import release
+from expe_edge.runtime.kernels import compiler, require_possible
 from expe_edge.training.run import train
 from tests.small import small_settings, write_documents
 
@@ -41,6 +43,16 @@ needs_windows = pytest.mark.skipif(not HAS_WINDOWS, reason=f"onnxruntime has win
 needs_int8_cache = pytest.mark.skipif(
     not HAS_INT8_CACHE, reason=f"onnxruntime has kernels for an int8 cache since {SINCE_INT8_CACHE}"
 )
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """Skips where kernels of our own cannot be compiled, or do not run."""
+    try:
+        require_possible()
+        compiler()
+    except ConfigError as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-#: A setting in a message.
-NAMED = re.compile(r"`(\w+)`")
+from expe_edge.errors import NAMED
 
 
 class Setting(click.Option):

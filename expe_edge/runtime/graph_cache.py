@@ -22,6 +22,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from expe_edge.package.directory import MODEL_FILE, Package, file_hash
+from expe_edge.runtime.device import Device
 from expe_edge.runtime.processor import processor_features
 from expe_edge.runtime.user_caches import kept_in, require_private
 
@@ -40,7 +41,7 @@ WRITING = {
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
     "session.save_external_prepacked_constant_initializers": "1",
 }
-PROVIDERS = ["CPUExecutionProvider"]
+PROVIDERS = Device().providers
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from expe_edge.errors import ExPEEdgeError, one_line
+from expe_edge.errors import NAMED, ExPEEdgeError, one_line
 
-#: A setting in a message of the library.
-NAMED = re.compile(r"`(\w+)`")
 #: Fields by what the library calls them.
 FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_tokens": "stop_token_ids"}
 

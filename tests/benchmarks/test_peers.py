@@ -16,8 +16,6 @@ from benchmarks.peers import __main__ as peers
 from benchmarks.peers import models
 from benchmarks.peers.report import Timings, ratio_table, speed_table
 from benchmarks.peers.runtimes import CTranslate2, GenAI, LlamaCpp, Optimum, Ours, Runtime, Torch, repeated_state
-from expe_edge.errors import ConfigError
-from expe_edge.runtime.kernels import compiler, require_possible
 from expe_edge.speed.apart import Apart
 from tests.small import command_runner
 
@@ -67,12 +65,8 @@ def test_a_contender_that_fails_leaves_the_others_running(made: models.Models, t
     assert [(each.contender, each.depth) for each in found] == [("whole", 0)]  # the encoding ends before the other
 
 
+@pytest.mark.usefixtures("compiled")
 def test_ours_with_kernels_of_our_own(made: models.Models) -> None:
-    try:
-        require_possible()
-        compiler()
-    except ConfigError as error:
-        pytest.skip(str(error))
     chosen = [
         each for each in peers.contenders() if each.name in ("ours, int8-weight", "ours, int8-weight, own kernels")
     ]

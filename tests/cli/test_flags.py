@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import expe_edge
-from expe_edge.cli.flags import NAMED, with_flags
+from expe_edge.cli.flags import with_flags
 from expe_edge.cli.main import main as cli
-from expe_edge.errors import wording
+from expe_edge.errors import NAMED, wording
 from expe_edge.training.settings import TrainSettings
 from tests.command_line import QUICK, refused, succeed
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from expe_edge.errors import ConfigError
 from expe_edge.export.exporter import export
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator
-from expe_edge.runtime.kernels import Kernels, compiler, require_possible
+from expe_edge.runtime.kernels import Kernels
 from tests.conftest import PRECISIONS
 
 #: Packages of both kinds of cache, with float32 weights, whose sums are the same in any company.
@@ -59,13 +58,8 @@ def text(generator: Generator, text_folder: Path) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def kernels(compiled: None, tmp_path_factory: pytest.TempPathFactory) -> Kernels:  # noqa: ARG001  # which may skip
     """What is compiled from the sources; skips where that cannot be."""
-    try:
-        require_possible()
-        compiler()
-    except ConfigError as reason:
-        pytest.skip(str(reason))
     built = Kernels(tmp_path_factory.mktemp("kernels"))
     built.build()
     return built
