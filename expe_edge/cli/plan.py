@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--context", type=int, metavar="TOKENS", help="Prompt and new tokens together.  [default: the package's]")
 @click.option("--batch-size", default=1, show_default=True, help="Prompts that are completed at once.")
 @window_options
+@click.option("--kernels", metavar="DIRECTORY|off", help="Where build-kernels has kept kernels; by default the user's.")
 @click.option("--json", "json_file", type=PATH, help="Write the figures there, in bytes.")
 def plan(
     package: Path | None,
@@ -29,12 +30,14 @@ def plan(
     batch_size: int,
     window: int | None,
     sinks: int | None,
+    kernels: str | None,
     json_file: Path | None,
 ) -> None:
     """Predict what memory PACKAGE, or the reference model, takes for a context, and whether this machine has it."""
     require_writable(json_file)
     from expe_edge.package.directory import read_package
     from expe_edge.package.reference import reference_package
+    from expe_edge.runtime.kernels import kernels_at
     from expe_edge.runtime.memory import available_memory, plan_memory
     from expe_edge.runtime.window import window_refusal
 
@@ -52,7 +55,9 @@ def plan(
         raise GenerationError(f"`context` is {tokens}; the model's encoding has {reach} positions")
     if package is None:
         say_reference([opened.path])
-    predicted, free = plan_memory(opened, tokens, rows=batch_size), available_memory()
+    built = kernels_at(kernels)
+    own = built is not None and built.library(opened.manifest) is not None
+    predicted, free = plan_memory(opened, tokens, rows=batch_size, own_kernels=own), available_memory()
     print_plan(predicted, free)
     write_json(json_file, {**dataclasses.asdict(predicted), "peak": predicted.peak, "available": free})
 

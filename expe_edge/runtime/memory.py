@@ -25,6 +25,8 @@ RUNTIME_BYTES, TOKENIZER_COPIES = 70 * 2**20, 12
 #: Bytes of memory for a stored byte, by format, where it is not one: numbers of 2 bytes are computed with in 4, and
 #: codes of 4 bits are packed with their sums.
 HELD = {"float16": 2.0, "bfloat16": 2.0, "int4-weight": 1.5}
+#: The same with kernels that are built here: they take codes as they are stored, and copy them into large pages.
+HELD_BY_OWN = {**HELD, "int4-weight": 2.0, "int8-weight": 2.0}
 #: Times the weights that are resident at most while onnxruntime opens them.
 OPENING = 1.5
 #: Buffers of (H, T, S) and of (T, S) float32 that are alive at once: in GroupQueryAttention, over a cache that is read
@@ -54,6 +56,15 @@ def _far_at_once(manifest: Manifest) -> int:
     return min(far, FLOAT_HEADS) if reads_floats(manifest) else far
 
 
+def _biased_heads(manifest: Manifest) -> int:
+    """Return how many of the query heads that see the whole text have biases: content heads, the last, have none."""
+    contract, heads = manifest.contract, int(manifest.model["num_attention_heads"])
+    content = int(manifest.model["positional_parameters"].get("content_heads", 0))
+    shared = heads // contract.key_value_heads
+    far = (group for group in contract.groups if not group.window)
+    return shared * sum(group.heads for group in far if group.begin * shared < heads - content)
+
+
 def near_tokens(contract: GraphContract) -> int:
     """Return the most tokens that heads with a window of their own keep; 0 where there are none."""
     return max(contract.windows) + SPARE + PREFILL_CHUNK if contract.windows else 0
@@ -72,7 +83,8 @@ class MemoryPlan:
 
     Attributes:
         tokens: held by each of the `rows`. chunk: tokens of the largest prefill step.
-        weights: of the graph, once it is open. cache: keys and values of all rows. scores: position bias and attention
+        opening: the most that is taken of weights while the package is opened. weights: of the graph, once it is open,
+            with their copies in kernels. cache: keys and values of all rows. scores: position bias and attention
             scores of a prefill step at full depth, and the floats that it makes of an int8 cache. activations: its
             other tensors, logits included. runtime: all else.
     """
@@ -80,6 +92,7 @@ class MemoryPlan:
     tokens: int
     rows: int
     chunk: int
+    opening: int
     weights: int
     cache: int
     scores: int
@@ -89,7 +102,7 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The most that is resident at once: while the package is opened, or when all is filled."""
-        return self.runtime + max(int(OPENING * self.weights), self.weights + self.needed)
+        return self.runtime + max(self.opening, self.weights + self.needed)
 
     @property
     def needed(self) -> int:
@@ -97,10 +110,13 @@ class MemoryPlan:
         return self.cache + self.scores + self.activations
 
 
-def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | None = None) -> MemoryPlan:
+def plan_memory(
+    package: Package, tokens: int, *, rows: int = 1, chunk: int | None = None, own_kernels: bool = False
+) -> MemoryPlan:
     """Predict what a cache of `rows` × `tokens` and the steps that fill it take.
 
-    chunk: as of `PackageSession.prefill`.
+    chunk: as of `PackageSession.prefill`. own_kernels: whether those run that are built here, which copy weights, but
+        keep no scores and read an int8 cache as it is.
     """
     manifest = package.manifest
     model, contract, far = manifest.model, manifest.contract, far_heads(manifest)
@@ -108,9 +124,10 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
     near = int(model["num_attention_heads"]) * windowed // contract.key_value_heads
     read = min(tokens, chunk or bounded_chunk(far, 0))
     deepest = min(read, chunk or bounded_chunk(far, max(0, tokens - PREFILL_CHUNK)))
-    floats = reads_floats(manifest)
+    floats = reads_floats(manifest) and not own_kernels
     by_head, by_pair = PORTABLE_BUFFERS if contract.growing_cache else FLOATS_BUFFERS if floats else FUSED_BUFFERS
     restored = 2 * _far_at_once(manifest) * contract.head_size * tokens if floats else 0
+    scored = _biased_heads(manifest) if own_kernels else far
     pairs = deepest * tokens
     if chunk is None and deepest < PREFILL_CHUNK <= tokens:  # chunks grew shorter on the way, and were larger between
         pairs = max(pairs, MOST_SCORES // far)
@@ -119,17 +136,19 @@ def plan_memory(package: Package, tokens: int, *, rows: int = 1, chunk: int | No
         tokens=tokens,
         rows=rows,
         chunk=deepest,
-        weights=held_bytes(manifest),
+        opening=int(OPENING * held_bytes(manifest)),
+        weights=held_bytes(manifest, own_kernels=own_kernels),
         cache=rows * contract.row_bytes(tokens, SPARE + PREFILL_CHUNK) * _copies(contract, rows),
-        scores=4 * (pairs * (by_head * far + by_pair) + deepest * near_tokens(contract) * by_head * near + restored),
+        scores=4 * (pairs * (by_head * scored + by_pair) + deepest * near_tokens(contract) * by_head * near + restored),
         activations=4 * max(read, rows) * width,
         runtime=RUNTIME_BYTES + TOKENIZER_COPIES * package.tokenizer_path.stat().st_size,
     )
 
 
-def held_bytes(manifest: Manifest) -> int:
+def held_bytes(manifest: Manifest, *, own_kernels: bool = False) -> int:
     """Return the bytes of a graph's weights in memory, as the kernels want them."""
-    return int(sum(part["bytes"] * HELD.get(part["format"], 1.0) for part in manifest.parts))
+    held = HELD_BY_OWN if own_kernels else HELD
+    return int(sum(part["bytes"] * held.get(part["format"], 1.0) for part in manifest.parts))
 
 
 def _copies(contract: GraphContract, rows: int) -> int:
@@ -139,27 +158,36 @@ def _copies(contract: GraphContract, rows: int) -> int:
     return 2 if rows == 1 else 3
 
 
-def most_tokens(package: Package, memory: int, *, rows: int = 1, chunk: int | None = None, limit: int) -> int:
+def most_tokens(
+    package: Package, memory: int, *, rows: int = 1, chunk: int | None = None, own_kernels: bool = False, limit: int
+) -> int:
     """Return for how many tokens, up to `limit`, `MemoryPlan.needed` stays within `memory` bytes."""
     least, most = 0, limit
     while least < most:
         middle = (least + most + 1) // 2
-        fits = plan_memory(package, middle, rows=rows, chunk=chunk).needed <= memory
+        fits = plan_memory(package, middle, rows=rows, chunk=chunk, own_kernels=own_kernels).needed <= memory
         least, most = (middle, most) if fits else (least, middle - 1)
     return least
 
 
 def memory_shortage(
-    package: Package, tokens: int, *, rows: int = 1, chunk: int | None = None, held: int = 0
+    package: Package,
+    tokens: int,
+    *,
+    rows: int = 1,
+    chunk: int | None = None,
+    own_kernels: bool = False,
+    held: int = 0,
 ) -> str | None:
     """Say what a cache of `rows` × `tokens` and the steps that fill it lack, and how many fit; None where it has room.
 
-    held: bytes of the cache that there are already.
+    chunk, own_kernels: as of `plan_memory`. held: bytes of the cache that there are already.
     """
-    plan, free = plan_memory(package, tokens, rows=rows, chunk=chunk), available_memory()
+    plan = plan_memory(package, tokens, rows=rows, chunk=chunk, own_kernels=own_kernels)
+    free = available_memory()
     if free is None or plan.needed - held <= free:
         return None
-    fitting = most_tokens(package, free + held, rows=rows, chunk=chunk, limit=tokens)
+    fitting = most_tokens(package, free + held, rows=rows, chunk=chunk, own_kernels=own_kernels, limit=tokens)
     return (
         f"{rows} × {tokens:,} tokens need {gigabytes(plan.cache)} of keys and values and "
         f"{gigabytes(plan.needed - plan.cache)} to read them, but {gigabytes(free + held)} are free; "

@@ -152,7 +152,8 @@ class PackageSession:
         """
         if self.device is not None:
             return
-        shortage = memory_shortage(self.package, tokens, rows=rows, chunk=chunk, held=held)
+        own = self.kernels is not None
+        shortage = memory_shortage(self.package, tokens, rows=rows, chunk=chunk, own_kernels=own, held=held)
         if shortage is None:
             return
         mended = ["ask for fewer or shorten the prompt"]

@@ -83,7 +83,11 @@ def make_service(generator: Generator, settings: ServerSettings) -> Service:
     session.require_within_reach(settings.context)
     kept = -(-settings.prompt_cache // settings.context)
     shortage = memory_shortage(
-        session.package, settings.context, rows=settings.rows + kept, chunk=settings.prefill_chunk
+        session.package,
+        settings.context,
+        rows=settings.rows + kept,
+        chunk=settings.prefill_chunk,
+        own_kernels=session.kernels is not None,
     )
     if shortage is not None:
         raise GenerationError(f"{shortage}: lower `context`, `rows` or `prompt_cache`")

@@ -13,6 +13,7 @@ from expe_edge.errors import GenerationError
 from expe_edge.package.directory import Package, read_package
 from expe_edge.package.reference import reference_package
 from expe_edge.runtime import Generator
+from expe_edge.runtime.kernels import Kernels
 from expe_edge.runtime.memory import (
     LEAST_CHUNK,
     MOST_SCORES,
@@ -26,21 +27,21 @@ from expe_edge.runtime.memory import (
 from tests.conftest import PRECISIONS, needs_int8_cache
 
 STATUS = Path("/proc/self/status")
-#: Reads a text of as many tokens and prints the most that was resident, in bytes.
+#: Reads a text of as many tokens, with kernels or `off`, and prints the most that was resident, in bytes.
 READING = """
 import sys
 from expe_edge.package.reference import reference_package
 from expe_edge.runtime import Generator
-generator = Generator.load(sys.argv[1], threads=1)
+generator = Generator.load(sys.argv[1], threads=1, kernels=sys.argv[3])
 generator.context([token % 200 for token in range(int(sys.argv[2]))])
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)
 """
 
 
-def peak_of(package: Path, tokens: int) -> int:
+def peak_of(package: Path, tokens: int, kernels: str) -> int:
     """Return the peak of a process that does nothing else."""
-    command = [sys.executable, "-c", READING, str(package), str(tokens)]
+    command = [sys.executable, "-c", READING, str(package), str(tokens), kernels]
     return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
 
@@ -58,10 +59,17 @@ def test_the_plan_counts_the_floats_that_an_int8_cache_is_read_as(int8_cache_gen
     require_planned(int8_cache_generator.session.package)
 
 
-def require_planned(package: Package) -> None:
+@needs_int8_cache
+@says_what_is_resident
+def test_with_kernels_of_our_own_it_counts_none(int8_cache_generator: Generator, kernels: Kernels) -> None:
+    require_planned(int8_cache_generator.session.package, kernels)
+
+
+def require_planned(package: Package, kernels: Kernels | None = None) -> None:
     """In all, and in what a longer text adds to it, of which nothing is the runtime's or the weights'."""
-    short, long = (plan_memory(package, tokens) for tokens in (512, 8192))
-    least, most = (peak_of(package.path, plan.tokens) for plan in (short, long))
+    own, where = kernels is not None, str(kernels.directory) if kernels else "off"
+    short, long = (plan_memory(package, tokens, own_kernels=own) for tokens in (512, 8192))
+    least, most = (peak_of(package.path, plan.tokens, where) for plan in (short, long))
 
     assert 0.7 < short.peak / least < 1.4
     assert 0.7 < long.peak / most < 1.4
@@ -78,6 +86,15 @@ def test_weights_are_held_as_the_kernels_want_them(packages: Path) -> None:
     assert held["float16"] == pytest.approx(held["float32"], rel=0.05)
     assert held["bfloat16"] == pytest.approx(held["float32"], rel=0.05)
     assert stored["int4-weight"] < held["int4-weight"] < 1.5 * stored["int4-weight"]
+
+
+def test_kernels_of_our_own_copy_their_weights(packages: Path) -> None:
+    manifest = read_package(packages / "int4-weight").manifest
+    of_blocks = sum(part["bytes"] for part in manifest.parts if part["format"] == "int4-weight")
+
+    assert held_bytes(manifest, own_kernels=True) - held_bytes(manifest) == pytest.approx(of_blocks / 2, abs=1)
+    dynamic = read_package(packages / "int8-dynamic").manifest
+    assert held_bytes(dynamic, own_kernels=True) == held_bytes(dynamic)
 
 
 def test_a_short_context_s_peak_is_that_of_opening() -> None:
