@@ -15,22 +15,9 @@ import click
 import numpy as np
 
 from expe_edge.runtime import PackageSession
-from expe_edge.runtime.cache import Cache
-from expe_edge.runtime.history import History
 from expe_edge.runtime.session import Step
 from expe_edge.speed.measuring import quartiles
-
-
-def filled(session: PackageSession, depth: int, room: int) -> Cache:
-    """Return a cache of one row that holds `depth` tokens of noise."""
-    random, contract, history = np.random.default_rng(0), session.contract, History()
-    shape = (contract.key_value_heads, depth, contract.head_size)
-    history.append(random.integers(contract.vocab_size, size=depth))
-    cache = session.new_cache(1, depth + room)
-    cache.reserve(depth + room)
-    noise = [random.normal(size=shape).astype(contract.cache_dtype) for _ in contract.past_names]
-    cache.restore(noise, history)
-    return cache
+from expe_edge.speed.timed import filled
 
 
 @click.command()
