@@ -55,14 +55,9 @@ class GraphCache:
     directory: Path
     most_bytes: int = MOST_BYTES
 
-    def open(
-        self, package: Package, options: ort.SessionOptions, kernels: Path | None = None
-    ) -> ort.InferenceSession | None:
-        """Return a session of what is kept of a package's graph, once its hashes are verified; None without.
-
-        kernels: the library of kernels that the options have.
-        """
-        place = self.directory / entry_name(package, kernels)
+    def open(self, name: str, options: ort.SessionOptions) -> ort.InferenceSession | None:
+        """Return a session of the entry of that name, once its hashes are verified; None without."""
+        place = self.directory / name
         try:
             require_private(self.directory)
             record = json.loads((place / RECORD_FILE).read_text(encoding="utf-8"))
@@ -85,21 +80,20 @@ class GraphCache:
         return None
 
     @contextmanager
-    def draft(self, package: Package, kernels: Path | None = None) -> Iterator[Draft | None]:
+    def draft(self, name: str, graph_bytes: int) -> Iterator[Draft | None]:
         """Yield a directory in which onnxruntime can write an entry; None where there is no room for one.
 
-        Afterwards nothing is left of what was not kept. kernels: as of `open`.
+        Afterwards nothing is left of what was not kept. graph_bytes: of the package's own graph.
         """
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             require_private(self.directory)
-            needed = COPIES * package.model_path.stat().st_size
             room = min(self.most_bytes // 2, shutil.disk_usage(self.directory).free // 2)
-            place = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.directory)) if needed <= room else None
+            place = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.directory)) if COPIES * graph_bytes <= room else None
         except OSError:
             place = None
         try:
-            yield None if place is None else Draft(self, entry_name(package, kernels), place)
+            yield None if place is None else Draft(self, name, place)
         finally:
             if place is not None:
                 shutil.rmtree(place, ignore_errors=True)

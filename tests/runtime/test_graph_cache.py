@@ -317,7 +317,7 @@ def test_two_processes_at_once(packages: Path, cache: GraphCache, opened: list[s
     package = read_package(packages / "int8-weight")
     first = PackageSession.load(package.path, cache=cache)
     session = PackageSession.load(package.path, cache=cache)
-    with cache.draft(package) as draft:
+    with cache.draft(entry_name(package), package.model_path.stat().st_size) as draft:
         assert draft is not None
         shutil.copytree(entry(cache, package.path), draft.directory, dirs_exist_ok=True)
         draft.keep()
