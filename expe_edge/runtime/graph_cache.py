@@ -22,6 +22,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from expe_edge.package.directory import MODEL_FILE, Package, file_hash
+from expe_edge.package.manifest import release
 from expe_edge.runtime.device import Device
 from expe_edge.runtime.processor import processor_features
 from expe_edge.runtime.user_caches import kept_in, require_private
@@ -30,6 +31,8 @@ from expe_edge.runtime.user_caches import kept_in, require_private
 VARIABLE = "EXPE_EDGE_GRAPH_CACHE"
 #: The most bytes of all entries. One takes up to three times the bytes of its graph, and no more than a half of all.
 MOST_BYTES, COPIES = 2**32, 3
+#: Weights whose packed form onnxruntime reads back since this release; older ones may crash on it.
+UNSAFE_WEIGHTS, SAFE_SINCE = "int8-weight", "1.32"
 #: Counted up when entries are made in another way.
 LAYOUT = 1
 GRAPH_FILE, WEIGHTS_FILE, RECORD_FILE = "graph.onnx", "weights.bin", "entry.json"
@@ -153,6 +156,11 @@ def cache_at(where: str | Path | None = None) -> GraphCache | None:
     """
     directory = kept_in(where, VARIABLE, "graphs")
     return None if directory is None else GraphCache(directory)
+
+
+def may_be_kept(package: Package) -> bool:
+    """Tell whether this onnxruntime can be trusted with an entry of a package's graph."""
+    return release(ort.__version__) >= release(SAFE_SINCE) or UNSAFE_WEIGHTS not in package.manifest.linears.values()
 
 
 def entry_name(package: Package, kernels: Path | None = None) -> str:

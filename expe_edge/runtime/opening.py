@@ -17,7 +17,7 @@ from expe_edge.package.directory import MODEL_FILE, Package, verify_files
 from expe_edge.package.manifest import release
 from expe_edge.quiet import ERRORS, quiet_onnxruntime
 from expe_edge.runtime.device import Device
-from expe_edge.runtime.graph_cache import GraphCache, entry_name
+from expe_edge.runtime.graph_cache import GraphCache, entry_name, may_be_kept
 from expe_edge.runtime.kernels import Kernels
 from expe_edge.runtime.threads import default_threads
 
@@ -111,7 +111,7 @@ def open_session(
 
 def open_on_cpu(package: Package, threads: int, cache: GraphCache | None, library: Path | None) -> ort.InferenceSession:
     """Open the graph of a package, or what a cache has of it, with a library of kernels or without."""
-    if cache is None:
+    if cache is None or not may_be_kept(package):
         return _open_graph(package, _options(threads, library), Device())
     name = entry_name(package, library)
     session = cache.open(name, _options(threads, library))
