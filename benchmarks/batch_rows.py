@@ -2,7 +2,8 @@
 
     python -m benchmarks.batch_rows expe_edge/reference/int4-weight
 
-Random rows of 1 to 400 tokens decode a token alone and together. Steps of all sizes run in turn.
+Random rows of 1 to 400 tokens decode a token alone and together. Steps of all sizes run in turn: of one token, and of
+a chunk of a prompt, which the server reads of one row at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.session import Step
 from expe_edge.speed.measuring import quartiles
 
-#: Tokens of the longest row, and how many more a cache has room for.
-LONGEST, ROOM = 400, 8
+#: Tokens of the longest row, of a chunk of a prompt, and how many more a cache has room for.
+LONGEST, CHUNK, ROOM = 400, 32, 40
 
 
 def filled(session: PackageSession, rows: int, random: np.random.Generator) -> Cache:
@@ -35,10 +36,10 @@ def filled(session: PackageSession, rows: int, random: np.random.Generator) -> C
     return cache
 
 
-def take_back(cache: Cache) -> None:
-    """Take back a token of every row."""
+def take_back(cache: Cache, tokens: int = 1) -> None:
+    """Take back the last tokens of every row."""
     for index in range(cache.batch):
-        cache.row(index).truncate(cache.row(index).read - 1)
+        cache.row(index).truncate(cache.row(index).read - tokens)
 
 
 def differing(session: PackageSession, rows: int, random: np.random.Generator) -> tuple[int, float]:
@@ -51,17 +52,17 @@ def differing(session: PackageSession, rows: int, random: np.random.Generator) -
     return int((differences > 0).sum()), float(differences.max())
 
 
-def step_times(session: PackageSession, sizes: tuple[int, ...], turns: int) -> dict[str, list[float]]:
-    """Return quartiles of milliseconds that a step of so many rows takes."""
+def step_times(session: PackageSession, sizes: tuple[int, ...], turns: int, tokens: int) -> dict[str, list[float]]:
+    """Return quartiles of milliseconds that a step of so many rows takes, each of so many tokens."""
     cache = filled(session, max(sizes), np.random.default_rng(0))
-    steps = {size: Step(session, cache.rows(0, size), 1) for size in sizes}
+    steps = {size: Step(session, cache.rows(0, size), tokens) for size in sizes}
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(turns):
         for size, step in steps.items():
             began = time.perf_counter()
-            step.run(np.ones((size, 1), dtype=np.int64))
+            step.run(np.ones((size, tokens), dtype=np.int64))
             times[size].append(1000 * (time.perf_counter() - began))
-            take_back(cache.rows(0, size))
+            take_back(cache.rows(0, size), tokens)
     return {str(size): quartiles(values) for size, values in times.items()}
 
 
@@ -81,7 +82,9 @@ def main(packages: tuple[Path, ...], batches: int, sizes: tuple[int, ...], turns
             found, largest = differing(session, count, random)
             rows, differ, most = rows + count, differ + found, max(most, largest)
         figures: dict[str, Any] = {"package": str(package), "rows": rows, "differ": differ, "largest": most}
-        print(json.dumps(figures | {"step_ms": step_times(session, sizes, turns)}), flush=True)
+        times = {"step_ms": 1, "chunk_ms": CHUNK}
+        figures |= {name: step_times(session, sizes, turns, tokens) for name, tokens in times.items()}
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,14 @@ HEAVY = {
 }
 SOURCES = sorted(ROOT.rglob("*.py"))
 #: What every folder may import, and what it may of the others. docs/design.md draws it.
-GROUND = ("errors", "kinds", "progress", "divergence", "results", "spool", "__version__")
+GROUND = ("errors", "kinds", "progress", "divergence", "results", "quiet", "spool", "__version__")
 MAY_IMPORT = {
     "errors": (),
     "kinds": (),
     "progress": (),
     "divergence": (),
     "results": (),
+    "quiet": (),
     "spool": (),
     "positions": (),
     "package": (),

@@ -37,7 +37,7 @@ from expe_edge.graph.build import require_narrow
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.names import name_tensors
 from expe_edge.graph.nodes import every_node
-from expe_edge.graph.run import DECODED
+from expe_edge.graph.run import DECODED, open_model
 from expe_edge.graph.sizes import measure_parts
 from expe_edge.hub.card import CardOptions, LengthQuality, Quality, write_card
 from expe_edge.package.directory import (
@@ -321,14 +321,15 @@ class Exporter:
             require_kernels(kernels, plan.linears)
             # What it computes, token by token, against the source.
             self.progress(f"{recipe.name}: validating against {self.source.origin}")
-            parity, by_token = measure_parity(expected, directory / MODEL_FILE, plan.contract, self._parity_tokens)
+            session = open_model(directory / MODEL_FILE)
+            parity, by_token = measure_parity(expected, session, plan.contract, self._parity_tokens)
+            compared = self_test(session, plan.contract, self._parity_tokens)
+            del session  # what follows opens others
             self._require_valid(plan, parity, directory / MODEL_FILE)
             if recipe.ort_format:
                 write_ort_format(directory, plan.contract, self._parity_tokens)
             # What it is, with the hash of every file.
-            manifest = self._manifest(plan, contents, parity, kernels)
-            compared = self_test(directory / MODEL_FILE, plan.contract, self._parity_tokens)
-            manifest = dataclasses.replace(manifest, self_test=compared)
+            manifest = dataclasses.replace(self._manifest(plan, contents, parity, kernels), self_test=compared)
             self._fill(directory, manifest)
             write_card(directory, path.name, manifest, self._quality(by_token), card or CardOptions())
         size = Package(path, manifest).size

@@ -14,6 +14,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from expe_edge.errors import ExportError
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32
 from expe_edge.graph.nodes import every_node
+from expe_edge.quiet import ERRORS
 
 #: Kernels of quantized linears; none of them computes anything else.
 QUANTIZED_KERNELS = sorted({kind.kernel for kind in LINEAR_FORMATS.values()} - {Float32.kernel})
@@ -33,7 +34,7 @@ def optimized_operators(model: Path) -> Counter[str]:
 def _optimize(model: Path, path: Path, *, weights_apart: bool) -> None:
     """Have onnxruntime write the graph that it would run."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns that an optimised graph is for this machine alone
+    options.log_severity_level = ERRORS  # it warns that an optimised graph is for this machine alone
     options.optimized_model_filepath = str(path)
     if weights_apart:  # they are not looked at
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")

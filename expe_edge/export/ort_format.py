@@ -20,9 +20,8 @@ from expe_edge.errors import ExportError, reason_of
 from expe_edge.graph.run import open_model, run_graph
 from expe_edge.package.contract import GraphContract
 from expe_edge.package.directory import MODEL_FILE, OPERATORS_FILE, ORT_FILE
+from expe_edge.quiet import quiet_onnxruntime
 
-#: Severities of what onnxruntime logs.
-WARNINGS, ERRORS = 2, 3
 #: Tokens that both graphs are compared on, and decoded of them.
 TOKENS, DECODED = 48, 4
 
@@ -38,11 +37,11 @@ def write_ort_format(directory: Path, contract: GraphContract, tokens: npt.NDArr
     from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
     logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)
-    ort.set_default_logger_severity(ERRORS)  # it warns of an input that may be left away
     with tempfile.TemporaryDirectory() as place:
         try:
-            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)  # it reports there, and leaves a file to be closed
+            # It reports on standard output, warns of an input that may be left away, and leaves a file to be closed.
+            with redirect_stdout(io.StringIO()), quiet_onnxruntime(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
                 convert_onnx_models_to_ort(
                     directory / MODEL_FILE, Path(place), [OptimizationStyle.Fixed], target_platform="arm"
                 )
@@ -51,8 +50,6 @@ def write_ort_format(directory: Path, contract: GraphContract, tokens: npt.NDArr
                 f"onnxruntime {ort.__version__} cannot write this graph in ORT format ({reason_of(error)}); drop "
                 "`ort_format`"
             ) from error
-        finally:
-            ort.set_default_logger_severity(WARNINGS)
         made = {path.suffix: path for path in Path(place).iterdir()}
         (directory / ORT_FILE).write_bytes(made[".ort"].read_bytes())
         lines = made[".config"].read_text(encoding="utf-8").splitlines()

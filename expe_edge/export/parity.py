@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from expe_edge.divergence import log_divergence, log_softmax
 from expe_edge.errors import ExportError
-from expe_edge.graph.run import DECODED, check_contract, logits_of, open_model
+from expe_edge.graph.run import DECODED, check_contract, logits_of
 from expe_edge.package.contract import GraphContract
 
 Float = npt.NDArray[np.float32]
@@ -55,14 +55,13 @@ class ByToken(NamedTuple):
 
 
 def measure_parity(
-    expected: Iterable[Float], model: Path, contract: GraphContract, tokens: npt.NDArray[np.int64]
+    expected: Iterable[Float], session: ort.InferenceSession, contract: GraphContract, tokens: npt.NDArray[np.int64]
 ) -> tuple[Parity, ByToken]:
-    """Run `tokens` (T,), more than `DECODED`, through the graph in a file; compare with logits of `parts_of` them.
+    """Run `tokens` (T,), more than `DECODED`, through a graph; compare with logits of `parts_of` them.
 
     Raises:
         ExportError: the graph breaks the contract.
     """
-    session = open_model(model)
     check_contract(session, contract)
     differences, largest, divergences, nats = [], [], [], []
     targets = iter(np.append(tokens[1:], 0))  # what the last one predicts is left out below

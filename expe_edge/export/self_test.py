@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
-from expe_edge.graph.run import graph_feeds, open_model
+from expe_edge.graph.run import graph_feeds
 from expe_edge.package.contract import GraphContract
 
 #: Tokens that are read at once, more than an int8 cache takes for a short run, and tokens that follow one by one.
 READ, WRITTEN = 32, 24
 
 
-def self_test(model: Path, contract: GraphContract, tokens: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Return the manifest's `self_test` of the graph in a file: what it continues the first of `tokens` (T,) with."""
-    session = open_model(model)
+def self_test(session: ort.InferenceSession, contract: GraphContract, tokens: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Return the manifest's `self_test` of a graph: what it continues the first of `tokens` (T,) with."""
     prompt = tokens[:READ]
     chosen: list[int] = []
     logits: list[float] = []

@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from expe_edge.errors import ExportError
 from expe_edge.package.contract import GraphContract, HeadGroup
+from expe_edge.quiet import ERRORS
 
 Float = npt.NDArray[np.float32]
 
@@ -86,7 +87,7 @@ def open_graph(model: onnx.ModelProto) -> ort.InferenceSession:
 def open_model(path: Path) -> ort.InferenceSession:
     """Open a graph in a file; what a run has taken is given back, as by `open_graph`."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns of an input that may be left away
+    options.log_severity_level = ERRORS  # it warns of an input that may be left away
     options.enable_cpu_mem_arena = False
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

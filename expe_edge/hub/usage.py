@@ -42,9 +42,10 @@ TRANSFORMERS_JS = """transformers.js:
 import { env, pipeline } from "@huggingface/transformers";
 
 env.localModelPath = ".";
-const options = { local_files_only: true, subfolder: "", model_file_name: "model", dtype: "fp32" };
-const generator = await pipeline("text-generation", "model", options);
-console.log(await generator("Once upon a time", { max_new_tokens: 32, do_sample: false }));
+env.allowRemoteModels = false;
+const generator = await pipeline("text-generation", "model", { subfolder: "" });
+const [{ generated_text }] = await generator("Once upon a time", { max_new_tokens: 32, do_sample: false });
+console.log(generated_text);
 ```"""
 
 

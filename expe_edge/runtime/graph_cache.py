@@ -22,6 +22,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from expe_edge.package.directory import MODEL_FILE, Package, file_hash
+from expe_edge.package.manifest import release
 from expe_edge.runtime.device import Device
 from expe_edge.runtime.processor import processor_features
 from expe_edge.runtime.user_caches import kept_in, require_private
@@ -30,6 +31,8 @@ from expe_edge.runtime.user_caches import kept_in, require_private
 VARIABLE = "EXPE_EDGE_GRAPH_CACHE"
 #: The most bytes of all entries. One takes up to three times the bytes of its graph, and no more than a half of all.
 MOST_BYTES, COPIES = 2**32, 3
+#: Weights whose packed form onnxruntime reads back since this release; older ones may crash on it.
+UNSAFE_WEIGHTS, SAFE_SINCE = "int8-weight", "1.32"
 #: Counted up when entries are made in another way.
 LAYOUT = 1
 GRAPH_FILE, WEIGHTS_FILE, RECORD_FILE = "graph.onnx", "weights.bin", "entry.json"
@@ -55,14 +58,9 @@ class GraphCache:
     directory: Path
     most_bytes: int = MOST_BYTES
 
-    def open(
-        self, package: Package, options: ort.SessionOptions, kernels: Path | None = None
-    ) -> ort.InferenceSession | None:
-        """Return a session of what is kept of a package's graph, once its hashes are verified; None without.
-
-        kernels: the library of kernels that the options have.
-        """
-        place = self.directory / entry_name(package, kernels)
+    def open(self, name: str, options: ort.SessionOptions) -> ort.InferenceSession | None:
+        """Return a session of the entry of that name, once its hashes are verified; None without."""
+        place = self.directory / name
         try:
             require_private(self.directory)
             record = json.loads((place / RECORD_FILE).read_text(encoding="utf-8"))
@@ -85,21 +83,20 @@ class GraphCache:
         return None
 
     @contextmanager
-    def draft(self, package: Package, kernels: Path | None = None) -> Iterator[Draft | None]:
+    def draft(self, name: str, graph_bytes: int) -> Iterator[Draft | None]:
         """Yield a directory in which onnxruntime can write an entry; None where there is no room for one.
 
-        Afterwards nothing is left of what was not kept. kernels: as of `open`.
+        Afterwards nothing is left of what was not kept. graph_bytes: of the package's own graph.
         """
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             require_private(self.directory)
-            needed = COPIES * package.model_path.stat().st_size
             room = min(self.most_bytes // 2, shutil.disk_usage(self.directory).free // 2)
-            place = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.directory)) if needed <= room else None
+            place = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.directory)) if COPIES * graph_bytes <= room else None
         except OSError:
             place = None
         try:
-            yield None if place is None else Draft(self, entry_name(package, kernels), place)
+            yield None if place is None else Draft(self, name, place)
         finally:
             if place is not None:
                 shutil.rmtree(place, ignore_errors=True)
@@ -159,6 +156,11 @@ def cache_at(where: str | Path | None = None) -> GraphCache | None:
     """
     directory = kept_in(where, VARIABLE, "graphs")
     return None if directory is None else GraphCache(directory)
+
+
+def may_be_kept(package: Package) -> bool:
+    """Tell whether this onnxruntime can be trusted with an entry of a package's graph."""
+    return release(ort.__version__) >= release(SAFE_SINCE) or UNSAFE_WEIGHTS not in package.manifest.linears.values()
 
 
 def entry_name(package: Package, kernels: Path | None = None) -> str:

@@ -15,8 +15,9 @@ import onnxruntime as ort
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.directory import MODEL_FILE, Package, verify_files
 from expe_edge.package.manifest import release
+from expe_edge.quiet import ERRORS, quiet_onnxruntime
 from expe_edge.runtime.device import Device
-from expe_edge.runtime.graph_cache import GraphCache
+from expe_edge.runtime.graph_cache import GraphCache, entry_name, may_be_kept
 from expe_edge.runtime.kernels import Kernels
 from expe_edge.runtime.threads import default_threads
 
@@ -26,8 +27,6 @@ MOST_THREADS = 1024
 #: The first onnxruntime that refuses graphs whose weights are outside their directory; before, hashes come first.
 SINCE_OWN_FILES = "1.24"
 
-#: Severities of what onnxruntime logs.
-WARNINGS, ERRORS = 2, 3
 #: Operators that a step spends its time in, all of which a device must have kernels for.
 HEAVY = ("MultiHeadAttention", "MatMul", "MatMulNBits", "SkipSimplifiedLayerNormalization")
 
@@ -112,15 +111,18 @@ def open_session(
 
 def open_on_cpu(package: Package, threads: int, cache: GraphCache | None, library: Path | None) -> ort.InferenceSession:
     """Open the graph of a package, or what a cache has of it, with a library of kernels or without."""
-    if cache is None:
+    if cache is None or not may_be_kept(package):
         return _open_graph(package, _options(threads, library), Device())
-    session = cache.open(package, _options(threads, library), library)
-    return _open_and_keep(package, threads, cache, library) if session is None else session
+    name = entry_name(package, library)
+    session = cache.open(name, _options(threads, library))
+    return _open_and_keep(package, threads, cache, name, library) if session is None else session
 
 
-def _open_and_keep(package: Package, threads: int, cache: GraphCache, library: Path | None) -> ort.InferenceSession:
+def _open_and_keep(
+    package: Package, threads: int, cache: GraphCache, name: str, library: Path | None
+) -> ort.InferenceSession:
     """Open the package's own graph, and let onnxruntime write what it makes of it to the cache, where that can be."""
-    with cache.draft(package, library) as draft:
+    with cache.draft(name, package.model_path.stat().st_size) as draft:
         if draft is not None:
             options = _options(threads, library)
             draft.write_with(options)
@@ -140,11 +142,8 @@ def _quiet_provider() -> Iterator[None]:
     if hasattr(ort, "preload_dlls"):
         with redirect_stdout(io.StringIO()):
             ort.preload_dlls()
-    ort.set_default_logger_severity(ERRORS)
-    try:
+    with quiet_onnxruntime():
         yield
-    finally:
-        ort.set_default_logger_severity(WARNINGS)
 
 
 def require_on_device(package: Package, session: ort.InferenceSession, device: Device) -> None:

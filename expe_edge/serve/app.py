@@ -251,7 +251,7 @@ def make_app(service: Service) -> Starlette:
         "/v1/completions": ("POST", service.completions),
         "/v1/chat/completions": ("POST", service.chat),
     }
-    middleware = [Middleware(Guard, service.settings, service.metrics, frozenset(routes))]
+    middleware = [Middleware(Guard, settings=service.settings, metrics=service.metrics, paths=frozenset(routes))]
     if service.settings.cors_origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=["*"], allow_headers=["*"]

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import models
 from benchmarks.peers.report import Timings, ratio_table, speed_table
 from benchmarks.peers.runtimes import CTranslate2, GenAI, LlamaCpp, Optimum, Ours, Runtime, Torch, repeated_state
+from expe_edge.package.manifest import release
 from expe_edge.speed.apart import Apart
+from tests.conftest import needs_int8_cache
 from tests.small import command_runner
 
 VOCAB = 300
@@ -32,6 +35,7 @@ def made(checkpoint: Path, packages: Path, tmp_path_factory: pytest.TempPathFact
     return models.Models(folder, "tiny")
 
 
+@needs_int8_cache
 def test_ours_and_what_is_missing(made: models.Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda module: None if module == "llama_cpp" else find_spec(module))
     options = ["--depths", "0,40", "--prefill", "9", "--steps", "3", "--turns", "2", "--threads", "1"]
@@ -93,6 +97,8 @@ def test_a_peer_that_is_installed(
     made: models.Models, kind: type[Runtime], module: str, opened: Callable[[Any], Any]
 ) -> None:
     pytest.importorskip(module)
+    if kind is Torch and release(transformers.__version__) < release("4.56"):
+        pytest.skip(f"transformers {transformers.__version__} sets up caches and dtypes otherwise")
     with Apart(kind, *opened(made), VOCAB, 1, "cpu") as peer:
         for depth in (0, 600, 600, 40):
             seconds = peer.call("measure", depth, 9, 3)

@@ -21,13 +21,14 @@ from expe_edge.export import portable
 from expe_edge.export.exporter import export
 from expe_edge.export.fold import extract_weights
 from expe_edge.export.kernels import require_kernels
-from expe_edge.export.portable import require_portable, require_standard_operators
+from expe_edge.export.portable import reference_evaluator, require_portable, require_standard_operators
 from expe_edge.graph.build import build_graph, graph_contract
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32, FormatOptions, make_format
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.run import check_contract, graph_feeds, run_graph
 from expe_edge.package.contract import TensorSpec
 from expe_edge.package.directory import read_package
+from expe_edge.package.manifest import release
 from expe_edge.quant.formats import Formats
 from expe_edge.quant.recipe import BLOCKWISE, Recipe
 from expe_edge.quant.solvers import WeightQuantizer
@@ -59,6 +60,8 @@ KINDS = [
     "one-shared-head",
 ]
 ROUNDING = [name for name, kind in LINEAR_FORMATS.items() if kind.kernel != Float32.kernel]
+#: The first onnxruntime that makes a kernel of 4 bits of a head that is the embedding too.
+HEAD_FUSED_SINCE = "1.25"
 UNKNOWN = f"onnxruntime {ort.__version__} makes no one kernel of its operators"
 every_precision = pytest.mark.parametrize(
     "precision",
@@ -129,6 +132,8 @@ def test_the_portable_graph_gives_the_logits_of_the_ordinary_one(name: str) -> N
 def test_a_portable_graph_has_the_standard_domain_alone_and_runs_the_promised_kernels(
     name: str, precision: str
 ) -> None:
+    if (name, precision) == ("tied-head", "int4-weight") and release(ort.__version__) < release(HEAD_FUSED_SINCE):
+        pytest.skip(UNKNOWN)
     model = portable_graph(name, precision)
     require_standard_operators(model)
     assert [opset.domain for opset in model.opset_import] == [""]
@@ -222,7 +227,7 @@ def test_the_standard_operators_restore_the_matrix_that_the_blocks_stand_for(
     model = graph.model(specs, [TensorSpec(name, "float32", size) for name, size in outputs.items()], "test")
     require_standard_operators(model)
     feeds = {"ids": np.arange(rows)[None], "hidden": np.eye(columns, dtype=np.float32)}
-    *looked_up, matrix = ReferenceEvaluator(model).run(None, feeds)
+    *looked_up, matrix = reference_evaluator(model).run(None, feeds)
     np.testing.assert_array_equal(matrix, stored.restored())
     for found in looked_up:
         np.testing.assert_array_equal(found[0], stored.restored().T)
@@ -244,7 +249,7 @@ def test_the_reference_evaluator_gives_the_logits_of_onnxruntime(name: str) -> N
     case, model = subject(name), portable_graph(name)
     expected, found = (
         run_graph(runner, case.contract, case.tokens[0, :26], 2)
-        for runner in (ReferenceEvaluator(model), open_session(model))
+        for runner in (reference_evaluator(model), open_session(model))
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=LOGITS_TOLERANCE)
 
@@ -260,7 +265,7 @@ def test_the_export_check_agrees_with_every_precision(name: str, precision: str)
 def test_a_row_of_padding_alone_sees_no_key_and_is_finite() -> None:
     case, model = subject("expe-default"), portable_graph("expe-default")
     ids, mask = padded([case.tokens[0, :20], case.tokens[0, :0]], "left")
-    outputs = ReferenceEvaluator(model).run(None, graph_feeds(case.contract, ids) | {"attention_mask": mask})
+    outputs = reference_evaluator(model).run(None, graph_feeds(case.contract, ids) | {"attention_mask": mask})
     assert all(np.isfinite(output).all() for output in outputs)
 
 
@@ -287,9 +292,9 @@ def test_a_graph_that_onnxruntime_computes_otherwise_is_refused(
         for tensor in copy.graph.initializer:
             if tensor.name == "norm.gain":
                 tensor.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(tensor), tensor.name))
-        return ReferenceEvaluator(copy)
+        return reference_evaluator(copy)
 
-    monkeypatch.setattr(portable, "ReferenceEvaluator", misled)
+    monkeypatch.setattr(portable, "reference_evaluator", misled)
     linears = dict.fromkeys(case.evidence(folded=True).linears, precision)
     with pytest.raises(ExportError) as raised:
         require_portable(model, case.contract, case.tokens[0], linears, folded=True)

@@ -30,6 +30,7 @@ from expe_edge.runtime.graph_cache import (
     GraphCache,
     cache_at,
     entry_name,
+    may_be_kept,
 )
 from expe_edge.runtime.processor import processor_features
 from tests.conftest import PRECISIONS, needs_int8_cache
@@ -74,6 +75,8 @@ def entry(cache: GraphCache, package: Path) -> Path:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_kept_is_the_same_graph(packages: Path, cache: GraphCache, opened: list[str], precision: str) -> None:
     """Bit for bit, with the input that leaves logits away, whether it is written, read or never kept."""
+    if not may_be_kept(read_package(packages / precision)):
+        pytest.skip(f"onnxruntime {ort.__version__} does not read back what it has packed of {precision}")
     plain, first, second = (PackageSession.load(packages / precision, cache=each) for each in (None, cache, cache))
 
     assert opened == ["model.onnx", "model.onnx", GRAPH_FILE]
@@ -96,6 +99,15 @@ def test_so_are_other_kinds_of_cache(checkpoint: Path, tmp_path: Path, cache: Gr
     plain, _, second = (PackageSession.load(exported.path, cache=each) for each in (None, cache, cache))
 
     np.testing.assert_array_equal(logits(second), logits(plain))
+
+
+def test_what_an_old_onnxruntime_would_crash_on_is_not_kept(
+    packages: Path, cache: GraphCache, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "__version__", "1.31.1")
+    for name in ("int8-weight", "int8-weight", "int4-weight", "int4-weight"):
+        PackageSession.load(packages / name, cache=cache)
+    assert opened == ["model.onnx", "model.onnx", "model.onnx", GRAPH_FILE]
 
 
 # What is damaged
@@ -228,16 +240,16 @@ def test_a_generator_keeps_graphs_unless_told_not_to(packages: Path, tmp_path: P
 
 
 def test_the_least_recently_used_make_room(packages: Path, cache: GraphCache) -> None:
-    names = ("float32", "float16", "int8-weight")
-    for minute, name in enumerate(("float32", "float16", "float32", "int8-weight")):
+    names = ("float32", "float16", "int8-static")
+    for minute, name in enumerate(("float32", "float16", "float32", "int8-static")):
         PackageSession.load(packages / name, cache=cache)
         os.utime(entry(cache, packages / name), (minute, minute))
     sizes = {name: sum(file.stat().st_size for file in entry(cache, packages / name).iterdir()) for name in names}
 
-    GraphCache(cache.directory, sizes["float32"] + sizes["int8-weight"]).make_room()
-    assert [name for name in names if entry(cache, packages / name).exists()] == ["float32", "int8-weight"]
+    GraphCache(cache.directory, sizes["float32"] + sizes["int8-static"]).make_room()
+    assert [name for name in names if entry(cache, packages / name).exists()] == ["float32", "int8-static"]
     GraphCache(cache.directory, sizes["float32"]).make_room()
-    assert [name for name in names if entry(cache, packages / name).exists()] == ["int8-weight"]
+    assert [name for name in names if entry(cache, packages / name).exists()] == ["int8-static"]
 
 
 def test_use_is_what_counts(packages: Path, cache: GraphCache) -> None:
@@ -314,10 +326,10 @@ def test_a_disk_that_is_full(packages: Path, tmp_path: Path, limit: int) -> None
 
 def test_two_processes_at_once(packages: Path, cache: GraphCache, opened: list[str]) -> None:
     """The one that comes second puts its entry in place of the first one's; sessions go on with the files they have."""
-    package = read_package(packages / "int8-weight")
+    package = read_package(packages / "int8-static")
     first = PackageSession.load(package.path, cache=cache)
     session = PackageSession.load(package.path, cache=cache)
-    with cache.draft(package) as draft:
+    with cache.draft(entry_name(package), package.model_path.stat().st_size) as draft:
         assert draft is not None
         shutil.copytree(entry(cache, package.path), draft.directory, dirs_exist_ok=True)
         draft.keep()

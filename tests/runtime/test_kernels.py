@@ -192,7 +192,7 @@ def test_portable_packages_have_no_use_for_them(
 
 
 def test_kept_graphs_of_both_kernels_stand_side_by_side(packages: Path, kernels: Kernels, tmp_path: Path) -> None:
-    path, cache = packages / "int8-weight", GraphCache(tmp_path / "graphs")
+    path, cache = packages / "int4-weight", GraphCache(tmp_path / "graphs")
     expected = {}
     for where in ("off", kernels.directory):
         expected[where] = logits(PackageSession.load(path, cache=cache, kernels=where), 48)

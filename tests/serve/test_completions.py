@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from expe_edge.divergence import log_softmax
-from expe_edge.runtime import Constraint, Generator
-from tests.conftest import PRECISIONS
-from tests.serve.conftest import SETTINGS, Running, running
+from expe_edge.runtime import Constraint
+from tests.serve.conftest import Running
 
 PROMPTS = ["the tree", "a river runs under the old bright stone and the tree grows over", "but"]
 #: Fields of a request, and the same for `Generator.generate`.
@@ -75,20 +73,6 @@ def test_an_answer_is_the_generators_own(served: Running, way: str, stream: bool
 
     assert texts == [one.text for one in expected]
     assert reasons == [one.finish_reason for one in expected]
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_package_gives_its_generators_answers(packages: Path, precision: str) -> None:
-    """Rows that share something when they run together run one by one; that is found out, and not told."""
-    generator = Generator.load(packages / precision, threads=1)
-    generator.end_of_text = None
-    with running(generator, SETTINGS) as one:
-        prompts = [f"{prompt} {index}" for index in range(4) for prompt in PROMPTS]
-        expected = one.expected(prompts, max_new_tokens=30, sampling={"seed": 0})
-        answer = one.client().completions.create(model=precision, prompt=prompts, max_tokens=30, seed=0)
-
-        assert one.server.service.together == (precision not in ("int8-dynamic", "int8-weight"))
-        assert [choice.text for choice in answer.choices] == [each.text for each in expected]
 
 
 def test_samples_draw_with_seeds_of_their_own_and_read_the_prompt_once(served: Running) -> None:

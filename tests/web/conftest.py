@@ -15,14 +15,14 @@ from expe_edge.quant.recipe import Recipe
 from expe_edge.web.serving import HOST, site_server
 from expe_edge.web.site import write_site
 from tests import node
-from tests.conftest import HAS_INT8_CACHE
+from tests.conftest import HAS_INT8_CACHE, HAS_WINDOWS
 
 #: Runs a scenario of `node/browser.mjs` on the site.
 Scenario = Callable[..., dict[str, Any]]
 #: Beside one package for each precision.
 SPECIAL = (
     Recipe("int8-dynamic", portable=True),
-    Recipe("float32", head_window=32, head_window_cost=1000),
+    *([Recipe("float32", head_window=32, head_window_cost=1000)] if HAS_WINDOWS else []),
     *([Recipe("int8-static", cache="int8")] if HAS_INT8_CACHE else []),
 )
 

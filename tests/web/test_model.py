@@ -12,12 +12,12 @@ from expe_edge.runtime import Generator
 from expe_edge.web.building import NODE
 from expe_edge.web.listing import package_info
 from tests import node
-from tests.conftest import PRECISIONS, needs_int8_cache
+from tests.conftest import HAS_WINDOWS, PRECISIONS, needs_int8_cache
 
 #: Characters of several bytes, control tokens as text, and more tokens than are read at once.
 PROMPTS = ["The old tree grows", "Ünïcode 日本語 🌳 <|endoftext|>\n\t x", "The river runs under the stone. " * 40]
 NEW_TOKENS = 48
-KINDS = (*PRECISIONS, "int8-dynamic-portable", "float32-windowed")
+KINDS = (*PRECISIONS, "int8-dynamic-portable", *(["float32-windowed"] if HAS_WINDOWS else []))
 #: Formats that WebAssembly has no integer kernels for: it restores the weights, and rounds no activation.
 RESTORED = ("int8-weight", "int4-weight")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from expe_edge.package.directory import CARD_FILE
 from expe_edge.runtime import Generator
 from tests import node
 from tests.conftest import needs_int8_cache
@@ -26,6 +29,20 @@ def test_the_pipeline_writes_what_our_generator_writes(every_package: dict[str, 
             one.tokens for one in ours
         ]
         assert found["texts"] == [one.text for one in ours]
+
+
+def test_what_a_card_shows_runs(every_package: dict[str, Path], tmp_path: Path) -> None:
+    package = every_package["int8-static"]
+    (code,) = re.findall(r"```js\n(.*?)```", (package / CARD_FILE).read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "node_modules").symlink_to(node.node_scripts().parent / "node_modules")
+    (tmp_path / "model").symlink_to(package)
+    (tmp_path / "card.mjs").write_text(code, encoding="utf-8")
+
+    done = subprocess.run(["node", "card.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+
+    prompt = "Once upon a time"
+    (ours,) = Generator.load(package, threads=1).generate([prompt], max_new_tokens=32)
+    assert done.stdout.rstrip("\n") == (prompt + ours.text).rstrip("\n"), done.stderr
 
 
 @needs_int8_cache
