@@ -21,6 +21,7 @@ from expe_edge.package.manifest import Manifest
 from expe_edge.runtime.memory import far_heads
 from expe_edge.runtime.session import PackageSession
 from expe_edge.runtime.user_caches import OFF
+from expe_edge.web.choice import has_float_weights
 
 #: Files of a package that the page loads.
 FILES = (MODEL_FILE, TOKENIZER_FILE)
@@ -53,6 +54,7 @@ def package_info(path: Path, name: str | None = None, note: str = "") -> dict[st
         "reach": manifest.model["max_position_embeddings"],
         "endOfText": manifest.model.get("eos_token_id"),
         "contract": _contract(manifest, session.keeps_last),
+        "floatWeights": has_float_weights(manifest),
         "files": _files(package),
         "selfTest": None if manifest.self_test is None else _self_test(manifest, manifest.self_test),
     }

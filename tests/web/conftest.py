@@ -22,6 +22,7 @@ Scenario = Callable[..., dict[str, Any]]
 #: Beside one package for each precision.
 SPECIAL = (
     Recipe("int8-dynamic", portable=True),
+    Recipe("int4-weight", portable=True),
     Recipe("float32", head_window=32, head_window_cost=1000),
     *([Recipe("int8-static", cache="int8")] if HAS_INT8_CACHE else []),
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from expe_edge.package.directory import open_manifest
 from expe_edge.runtime import Generator
 from expe_edge.web.building import NODE
 from expe_edge.web.listing import package_info
@@ -17,9 +18,9 @@ from tests.conftest import PRECISIONS, needs_int8_cache
 #: Characters of several bytes, control tokens as text, and more tokens than are read at once.
 PROMPTS = ["The old tree grows", "Ünïcode 日本語 🌳 <|endoftext|>\n\t x", "The river runs under the stone. " * 40]
 NEW_TOKENS = 48
-KINDS = (*PRECISIONS, "int8-dynamic-portable", "float32-windowed")
-#: Formats that WebAssembly has no integer kernels for: it restores the weights, and rounds no activation.
-RESTORED = ("int8-weight", "int4-weight")
+KINDS = (*PRECISIONS, "int8-dynamic-portable", "int4-weight-portable", "float32-windowed")
+#: Formats that WebAssembly has no integer kernels for: weights are restored, and no activation is rounded.
+RESTORED = ("int8-weight", "int4-weight", "int4-weight-portable")
 
 
 def page_answer(package: Path, prompts: list[Any], new_tokens: int = NEW_TOKENS, **order: Any) -> dict[str, Any]:
@@ -56,6 +57,21 @@ def test_the_page_writes_our_tokens_and_agrees_with_the_exporter(every_package: 
         assert found["finish"] in (ours.finish_reason, "end_of_text")
     assert answer["selfTest"]["agrees"]
     assert answer["selfTest"]["equal"] == answer["selfTest"]["of"] == 24
+
+
+@pytest.mark.parametrize("kind", RESTORED)
+def test_restored_weights_compute_what_onnxruntime_restores_at_every_run(
+    every_package: dict[str, Path], kind: str
+) -> None:
+    package = every_package[kind]
+    info = package_info(package)
+    assert info["floatWeights"]
+    once = page_answer(package, PROMPTS)
+    always = page_answer(package, PROMPTS, info={**info, "floatWeights": False})
+    linears = open_manifest(package).manifest.linears
+    assert (once["restored"], always["restored"]) == (0 if "portable" in kind else len(linears), 0)
+    assert [one["tokens"] for one in once["completions"]] == [one["tokens"] for one in always["completions"]]
+    assert once["selfTest"]["difference"] == pytest.approx(always["selfTest"]["difference"], abs=1e-4)
 
 
 def test_four_thousand_tokens(every_package: dict[str, Path]) -> None:

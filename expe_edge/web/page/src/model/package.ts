@@ -11,6 +11,8 @@ export interface PackageInfo {
   reach: number;
   endOfText: number | null;
   contract: Contract;
+  /** Whether weights in blocks are restored when WebAssembly opens the graph. */
+  floatWeights: boolean;
   files: Record<"model.onnx" | "tokenizer.json", FileInfo>;
   selfTest: SelfTest | null;
 }

@@ -1,6 +1,8 @@
+import type { Bytes } from "./graph/protobuf.ts";
+import { withFloatWeights } from "./graph/weights.ts";
 import type { Model } from "./model.ts";
 import { FLOAT32, INT8, INT64, type Buffer, type Pointers, type Runtime } from "./onnxruntime.ts";
-import { tokenBytes, type Contract } from "./package.ts";
+import { tokenBytes, type Contract, type PackageInfo } from "./package.ts";
 
 /** Tokens by which room grows. */
 const BLOCK = 256;
@@ -25,6 +27,8 @@ export class WasmModel implements Model {
     private readonly runtime: Runtime,
     private readonly session: number,
     readonly contract: Contract,
+    /** How many weights were restored to floats here. */
+    readonly restored: number,
   ) {
     const optional = contract.keepsLast ? ["num_logits_to_keep"] : [];
     const past = contract.cache.map((tensor) => tensor.past);
@@ -43,8 +47,12 @@ export class WasmModel implements Model {
     this.cache = contract.growing ? new GrowingCache(runtime, contract) : new SharedCache(runtime, contract);
   }
 
-  static async open(runtime: Runtime, bytes: Uint8Array, contract: Contract): Promise<WasmModel> {
-    return new WasmModel(runtime, await runtime.open(bytes), contract);
+  static async open(runtime: Runtime, bytes: Bytes, { contract, floatWeights }: PackageInfo): Promise<WasmModel> {
+    // In a portable graph onnxruntime itself restores them, unless it takes them for its slow kernel.
+    const settings: Record<string, string> = {};
+    if (floatWeights && contract.growing) settings["session.disable_quant_qdq"] = "1";
+    const { model, files } = floatWeights ? withFloatWeights(bytes) : { model: bytes, files: new Map() };
+    return new WasmModel(runtime, await runtime.open(model, files, settings), contract, files.size);
   }
 
   get device(): string {
