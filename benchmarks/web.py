@@ -20,6 +20,7 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.node.environment import run_node
 from expe_edge.runtime import Generator
 from expe_edge.speed.machine import processor
 from expe_edge.web.building import NODE
@@ -54,8 +55,8 @@ def one_pass(packages: Sequence[Path], site: Path) -> dict[str, dict[str, Times]
         order = {"directory": str(package), "prompts": [ids], "maxNewTokens": NEW_TOKENS, "rounds": ROUNDS}
         # A text may end earlier; what is timed should not depend on it.
         info = {**package_info(package), "endOfText": None}
-        native = node.run_script("onnxruntime.mjs", {**order, "threads": THREADS, "endOfText": None})
-        ours = node.run_node(node.page() / NODE / "node.js", {**order, "threads": THREADS, "info": info})
+        native = node.run_script("speed.mjs", {**order, "threads": THREADS})
+        ours = run_node(node.page() / NODE / "node.js", {**order, "threads": THREADS, "info": info})
         with serving(site) as url:
             shown = node.run_script(
                 "browser.mjs",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.node.environment import run_node
 from expe_edge.package.directory import open_manifest
 from expe_edge.runtime import Generator
 from expe_edge.web.building import NODE
@@ -27,7 +28,7 @@ def page_answer(package: Path, prompts: list[Any], new_tokens: int = NEW_TOKENS,
     """What the page's model writes."""
     script = node.page() / NODE / "node.js"
     settings = {"directory": str(package), "info": package_info(package), "prompts": prompts}
-    return node.run_node(script, {**settings, "maxNewTokens": new_tokens, **order})
+    return run_node(script, {**settings, "maxNewTokens": new_tokens, **order})
 
 
 def is_tie(generator: Generator, tokens: list[int], others: list[int], prompt: list[int], within: float) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.node.environment import SOURCES as PROGRAMS
 from expe_edge.errors import ConfigError, PackageError
 from expe_edge.package.directory import open_manifest
 from expe_edge.package.manifest import Manifest
@@ -22,7 +23,6 @@ from expe_edge.web.choice import has_float_weights, note_of, order_of, restored_
 from expe_edge.web.listing import package_info
 from tests.command_line import refused
 from tests.conftest import PRECISIONS
-from tests.node import SOURCES as CLIENTS
 from tests.web.conftest import serving
 
 
@@ -160,7 +160,7 @@ def test_the_server(tmp_path: Path, isolated: bool) -> None:
             urllib.request.urlopen(f"{url}../conftest.py")  # noqa: S310  # this machine's
 
 
-@pytest.mark.parametrize("folder", [SOURCES, CLIENTS])
+@pytest.mark.parametrize("folder", [SOURCES, PROGRAMS])
 def test_a_lock_names_versions_and_hashes_but_no_registry(folder: Path) -> None:
     lock: dict[str, Any] = json.loads((folder / "package-lock.json").read_text())
     packages = {name: entry for name, entry in lock["packages"].items() if name}
