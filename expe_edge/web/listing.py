@@ -62,14 +62,24 @@ def package_info(path: Path, name: str | None = None, note: str = "") -> dict[st
 
 def _contract(manifest: Manifest, keeps_last: bool) -> dict[str, Any]:
     contract: GraphContract = manifest.contract
+    groups = [group for group in contract.groups if group.window]
+    lengths = filter(None, contract.window_lengths)
     tensors = zip(contract.past_names, contract.present_names, contract.cache_groups, strict=True)
     return {
         "vocabSize": contract.vocab_size,
         "headSize": contract.head_size,
         "cacheType": contract.cache_dtype,
         "growing": contract.growing_cache,
-        "cache": [{"past": past, "present": present, "heads": group.heads} for past, present, group in tensors],
-        "windowLengths": [name for name in contract.window_lengths if name],
+        "cache": [
+            {
+                "past": past,
+                "present": present,
+                "heads": group.heads,
+                "window": groups.index(group) if group.window else None,
+            }
+            for past, present, group in tensors
+        ],
+        "windows": [{"tokens": group.window, "lengths": name} for group, name in zip(groups, lengths, strict=True)],
         "keepsLast": keeps_last,
         "heads": far_heads(manifest),
     }

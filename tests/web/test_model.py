@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.node.environment import run_node
 from expe_edge.package.directory import open_manifest
-from expe_edge.runtime import Generator
+from expe_edge.runtime import Generator, memory
 from expe_edge.web.building import NODE
 from expe_edge.web.listing import package_info
 from tests import node
@@ -85,3 +85,26 @@ def test_four_thousand_tokens(every_package: dict[str, Path]) -> None:
     assert found["completions"][0]["tokens"] == ours
     assert found["memory"]["total"] < 2**26
     assert page_answer(package, [prompt], 40, threads=2)["completions"][0]["tokens"] == ours[:40]
+
+
+def test_heads_with_a_window_keep_it_alone(every_package: dict[str, Path]) -> None:
+    """Our tokens behind many windows, and memory that does not grow by those heads."""
+    package = every_package["float32-windowed"]
+    contract = open_manifest(package).manifest.contract
+    generator = Generator.load(package, threads=1)
+    prompt = generator.encode("The bright river runs over a stone. " * 100).tolist()[:900]
+    ours = generator.generate([prompt], max_new_tokens=500)[0].tokens
+    found = page_answer(package, [prompt], 500)
+    assert found["completions"][0]["tokens"] == ours
+    assert found["memory"]["cache"] == contract.row_bytes(1536, memory.PREFILL_CHUNK) < contract.row_bytes(1536, 1536)
+
+
+@pytest.mark.parametrize("kind", ["float32-windowed", "int8-static"])
+def test_a_text_goes_on_in_more_room(every_package: dict[str, Path], kind: str) -> None:
+    """What has been read moves to larger buffers."""
+    package = every_package[kind]
+    generator = Generator.load(package, threads=1)
+    prompt = generator.encode(PROMPTS[2]).tolist()[:250]
+    ours = generator.generate([prompt], max_new_tokens=100)[0].tokens
+    found = page_answer(package, [prompt, [*prompt, *ours[:60]]], 40)
+    assert found["completions"][1]["tokens"] == ours[60:]

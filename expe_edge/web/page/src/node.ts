@@ -32,13 +32,14 @@ const { default: factory } = (await import(/* @vite-ignore */ library.href)) as 
 const runtime = await Runtime.load(factory, order.threads ?? 1);
 const model = await WasmModel.open(runtime, new Uint8Array(readFileSync(`${directory}/model.onnx`)), info);
 const result = info.selfTest && (await selfTest(model, info.selfTest));
+const generator = new Generator(model);
 const completions = [];
 const times = [];
 for (let round = 0; round < (order.rounds ?? 1); round++) {
   completions.length = 0;
   for (const prompt of order.prompts) {
     const ids = typeof prompt === "string" ? text.encode(prompt) : prompt;
-    const completion = await new Generator(model).generate({
+    const completion = await generator.generate({
       prompt: ids,
       maxNewTokens: order.maxNewTokens,
       sampling: { temperature: 0, topK: 0, topP: 1, seed: 0 },
