@@ -63,26 +63,29 @@ export class Loop {
   /** Read ids behind a cache, and generate; mask: of all tokens. Returns tokens by rows, and the cache. */
   async decode(cache, mask, ids, count, onStep = () => {}) {
     const chosen = ids.map(() => []);
+    const seen = mask.map((row) => [...row]);
+    let places = mask.map((row) => positions(row).slice(-ids[0].length));
     for (let step = 0; step < count; step++) {
       const feeds = {
         ...this.kept,
         input_ids: this.integers(ids),
-        attention_mask: this.integers(mask),
-        position_ids: this.integers(mask.map((row) => positions(row).slice(-ids[0].length))),
+        attention_mask: this.integers(seen),
+        position_ids: this.integers(places),
       };
       this.pasts.forEach(({ name }, index) => (feeds[name] = cache[index]));
       const { logits, ...presents } = await this.session.run(feeds);
       cache = this.pasts.map(({ name }) => presents[name.replace("past_key_values", "present")]);
       ids = likeliest(logits).map((token) => [token]);
       ids.forEach(([token], row) => chosen[row].push(token));
-      mask = mask.map((row) => [...row, 1]);
+      seen.forEach((row) => row.push(1));
+      places = places.map((row) => [row.at(-1) + 1]);
       onStep();
     }
     return [chosen, cache];
   }
 
   integers(rows) {
-    const values = BigInt64Array.from(rows.flat(), BigInt);
+    const values = BigInt64Array.from(rows.length === 1 ? rows[0] : rows.flat(), BigInt);
     return new this.ort.Tensor("int64", values, [rows.length, rows[0].length]);
   }
 }
@@ -100,7 +103,8 @@ function positions(mask) {
 function likeliest({ data, dims: [rows, tokens, vocabulary] }) {
   return Array.from({ length: rows }, (_, row) => {
     const end = (row + 1) * tokens * vocabulary;
-    const last = data.subarray(end - vocabulary, end);
-    return last.reduce((best, logit, token) => (logit > last[best] ? token : best), 0);
+    let best = end - vocabulary;
+    for (let at = best; at < end; at++) if (data[at] > data[best]) best = at;
+    return best - (end - vocabulary);
   });
 }
