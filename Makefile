@@ -89,7 +89,7 @@ fuzz: $(INSTALLED)
 chaos: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(if $(SECONDS),--seconds $(SECONDS))
 
-# Every client with every kind of package: the table of docs/clients.md. What of node and pip it needs goes to the user's caches.
+# Every client with every kind of package: the table of docs/clients.md. What of pip it needs goes to the user's caches, what of npm among temporary files.
 clients: $(INSTALLED) $(OUT)/checkpoint/training.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.clients $(OUT)/checkpoint
 

@@ -2,16 +2,17 @@
 
     python -m benchmarks.web package/float32 package/int8-dynamic --json web.json
     python -m benchmarks.web --json web.json --write    # the table of docs/web.md
+    python -m benchmarks.web package/float32 package/int8-dynamic --json threads.json --threads 2
 
 Every pass runs every package in every client, one after the other, float32 among them. Those of earlier runs with the
 same `--json` count too, so that they can be spread over quiet moments. A prompt of 200 tokens, 128 new ones; of a few
-rounds the last six count, and the first apart: there the browser's compiler is still at work.
+rounds the last six count, and the first apart: there the browser's compiler is still at work. With `--threads` the page
+alone is timed, with one and with so many threads in turn.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.node.environment import run_node
+from docs.tables import fill
 from expe_edge.runtime import Generator
 from expe_edge.speed.machine import processor
 from expe_edge.web.building import NODE
@@ -30,7 +33,6 @@ from tests.web.conftest import serving
 
 PAGE = Path(__file__).parents[1] / "docs" / "web.md"
 PROMPT, NEW_TOKENS, ROUNDS, COUNTED = 200, 128, 16, 6
-THREADS = 1
 #: Clients in the order in which they run.
 CLIENTS = ("onnxruntime-node", "node", "chromium")
 
@@ -50,30 +52,32 @@ def one_pass(packages: Sequence[Path], site: Path) -> dict[str, dict[str, Times]
     """Return the times of every package in every client."""
     times: dict[str, dict[str, Times]] = {}
     for package in packages:
-        text, ids = prompt_of(package)
+        _, ids = prompt_of(package)
         order = {"directory": str(package), "prompts": [ids], "maxNewTokens": NEW_TOKENS, "rounds": ROUNDS}
         # A text may end earlier; what is timed should not depend on it.
         info = {**package_info(package), "endOfText": None}
-        native = node.run_script("onnxruntime.mjs", {**order, "threads": THREADS, "endOfText": None})
-        ours = node.run_node(node.page() / NODE / "node.js", {**order, "threads": THREADS, "info": info})
-        with serving(site) as url:
-            shown = node.run_script(
-                "browser.mjs",
-                {
-                    "scenario": "speed",
-                    "browser": node.browser(),
-                    "url": url,
-                    "threads": THREADS,
-                    "packages": [package.name],
-                    "prompt": text,
-                    "maxNewTokens": NEW_TOKENS,
-                    "rounds": ROUNDS,
-                },
-            )
-        times[package.name] = dict(
-            zip(CLIENTS, (native["times"], ours["times"], shown["times"][package.name]), strict=True)
-        )
+        native = node.run_script("speed.mjs", {**order, "threads": 1})
+        ours = run_node(node.page() / NODE / "node.js", {**order, "threads": 1, "info": info})
+        shown = page_times(package, site, 1)
+        times[package.name] = dict(zip(CLIENTS, (native["times"], ours["times"], shown), strict=True))
     return times
+
+
+def page_times(package: Path, site: Path, threads: int) -> Times:
+    """Return the times of a package in the page, which is cross-origin isolated."""
+    text, _ = prompt_of(package)
+    order = {"scenario": "speed", "browser": node.browser(), "threads": threads, "rounds": ROUNDS}
+    with serving(site) as url:
+        settings = {**order, "url": url, "packages": [package.name], "prompt": text, "maxNewTokens": NEW_TOKENS}
+        times: Times = node.run_script("browser.mjs", settings)["times"][package.name]
+    return times
+
+
+def threads_pass(packages: Sequence[Path], site: Path, threads: int) -> dict[str, dict[str, Times]]:
+    """Return the times of every package in the page, by the number of threads."""
+    return {
+        package.name: {str(count): page_times(package, site, count) for count in (1, threads)} for package in packages
+    }
 
 
 def endless_site(packages: Sequence[Path], place: Path) -> Path:
@@ -113,6 +117,30 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def threads_table(report: dict[str, Any]) -> str:
+    """A row for each package: medians over passes of the page with one and with more threads."""
+    passes = report["passes"]
+    most = max(int(count) for count in next(iter(passes[0].values())))
+    titles = ["package", "MB", "tokens/s, 1 thread", f"{most} threads", "ratio"]
+    titles += ["first token, ms, 1 thread", f"{most} threads", "ratio"]
+    rows = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, size in report["sizes"].items():
+        timed = [one[name] for one in passes if name in one]
+        cells = [name, f"{size / 1e6:.1f}"]
+        for measure in (speed, first):
+            one, more = (np.array([measure(times[count]) for times in timed]) for count in ("1", str(most)))
+            ratio = more / one
+            cells += [f"{np.median(one):,.0f}", f"{np.median(more):,.0f}"]
+            cells.append(f"{np.median(ratio):.2f} ({ratio.min():.2f}–{ratio.max():.2f})")
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def first(times: Times) -> float:
+    """Milliseconds to the first token, the median of the rounds that count."""
+    return float(np.median([first for first, _ in times[-COUNTED:]]))
+
+
 def speed(times: Times) -> float:
     """Tokens a second, the median of the rounds that count."""
     return float(np.median([1000 * (NEW_TOKENS - 1) / decode for _, decode in times[-COUNTED:]]))
@@ -127,9 +155,10 @@ def size_of(package: Path) -> int:
 @click.argument("packages", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--passes", default=1, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True, help="What is added to, and read.")
+@click.option("--threads", type=click.IntRange(2), help="Time the page with one and with so many threads instead.")
 @click.option("--write", is_flag=True, help="Put the table into docs/web.md.")
-def main(packages: tuple[Path, ...], passes: int, json_file: Path, write: bool) -> None:
-    """Time PACKAGES, which share a tokenizer and hold one in float32."""
+def main(packages: tuple[Path, ...], passes: int, json_file: Path, threads: int | None, write: bool) -> None:
+    """Time PACKAGES, which share a tokenizer and, without --threads, hold one in float32."""
     report = json.loads(json_file.read_text()) if json_file.exists() else {"passes": [], "sizes": {}}
     if packages:
         report["sizes"] |= {package.name: size_of(package) for package in packages}
@@ -137,14 +166,13 @@ def main(packages: tuple[Path, ...], passes: int, json_file: Path, write: bool) 
         with tempfile.TemporaryDirectory() as directory:
             site = endless_site(packages, Path(directory, "site"))
             for _ in range(passes):
-                report["passes"].append(one_pass(packages, site))
+                timed = threads_pass(packages, site, threads) if threads else one_pass(packages, site)
+                report["passes"].append(timed)
                 json_file.write_text(json.dumps(report) + "\n")
-    text = table(report)
+    text = threads_table(report) if threads else table(report)
     print(text)
     if write:
-        page = PAGE.read_text(encoding="utf-8")
-        changed = re.sub(r"(<!-- speed -->\n).*?(<!-- /speed -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.S)
-        PAGE.write_text(changed, encoding="utf-8")
+        fill(PAGE, "threads" if threads else "speed", text)
 
 
 if __name__ == "__main__":

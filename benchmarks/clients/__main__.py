@@ -3,7 +3,7 @@
     python -m benchmarks.clients demo/checkpoint
 
 It makes what it needs: packages of the checkpoint, a Python with the oldest onnxruntime that is supported, and node's
-packages. What is kept is in the user's caches. A client that cannot run here has a column that says why.
+packages. Both are kept. A client that cannot run here has a column that says why.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import click
 
 from benchmarks.clients.cases import Truth, choose_texts, tasks
 from benchmarks.clients.clients import CLIENTS, Client, special_tasks
-from benchmarks.clients.environments import MissingError
 from benchmarks.clients.judging import Bench, Outcome
 from benchmarks.clients.kinds import kinds, make_kinds
 from benchmarks.clients.table import clients_table
+from benchmarks.node.environment import MissingError
 from docs.tables import fill
 from expe_edge.model.config import ExPEConfig
 from expe_edge.text.corpus import load_corpus

@@ -1,10 +1,8 @@
-"""Where clients run: this Python, one with another onnxruntime, and node with its packages, made once and kept."""
+"""Where clients run: this Python, one with another onnxruntime that is made once and kept, and Node.js."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import subprocess
 import sys
 import venv
@@ -12,18 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.clients.running import ROOT, Program
+from benchmarks.node.environment import MissingError, programs, version_of
 from expe_edge.runtime.user_caches import user_caches
 
 #: Where environments are kept unless told otherwise.
 CACHE = user_caches() / "expe-edge" / "clients"
-#: Programs in JavaScript, with what they need.
-NODE = Path(__file__).with_name("programs") / "node"
-#: Runs no scripts of packages: onnxruntime-node's would fetch libraries for GPUs.
-NPM_INSTALL = ("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock")
-
-
-class MissingError(Exception):
-    """A client cannot run here; the message says what is missing."""
 
 
 def this_python(program: str, distribution: str, *, speaks_text: bool = False) -> Program:
@@ -68,28 +59,13 @@ def other_python(program: str, onnxruntime: str, cache: Path = CACHE) -> Program
     return Program(python_command(str(python), program), version)
 
 
-def node(program: str, package: str, cache: Path = CACHE, *, install: bool = True) -> Program:
-    """Return a program for node, with the packages that programs/node/package.json names.
+def node(program: str, package: str) -> Program:
+    """Return a program of `benchmarks/node` for Node.js; package: the npm package that it tries.
 
     Raises:
-        MissingError: node or npm is not there, or the packages cannot be installed, or may not be.
+        MissingError: Node.js or npm is not there, or packages cannot be installed.
     """
-    if shutil.which("node") is None:
-        raise MissingError("node is not installed")
-    directory = cache / "node"
-    complete = directory / "complete"
-    wanted = (NODE / "package.json").read_text(encoding="utf-8")
-    if not complete.exists() or complete.read_text(encoding="utf-8") != wanted:
-        if not install:
-            raise MissingError("node's packages are not installed; `make clients` installs them")
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.copy(NODE / "package.json", directory)
-        _run([*NPM_INSTALL, "--prefix", str(directory)])
-        complete.write_text(wanted, encoding="utf-8")
-    for file in NODE.glob("*.mjs"):  # imports are looked for beside the file
-        shutil.copy(file, directory)
-    described = json.loads((directory / "node_modules" / package / "package.json").read_text(encoding="utf-8"))
-    return Program(["node", str(directory / program)], described["version"])
+    return Program(["node", str(programs() / program)], version_of(package))
 
 
 def _run(command: list[str]) -> str:

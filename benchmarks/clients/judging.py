@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.clients.cases import Task, Truth, text_of
 from benchmarks.clients.clients import Client
-from benchmarks.clients.environments import MissingError
 from benchmarks.clients.reasons import REASONS, Difference
 from benchmarks.clients.running import Answer, Case, Program, ask
+from benchmarks.node.environment import MissingError
 from expe_edge.quant.recipe import Recipe
 
 #: Refusals that we know: what their messages say, and what there is to say of them.

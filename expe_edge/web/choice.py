@@ -1,4 +1,4 @@
-"""Which package a page shows first: in WebAssembly formats are as fast as nowhere else."""
+"""Which package a page shows first, and in which form it runs: in WebAssembly formats are as fast as nowhere else."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ SPEED = {
     "bfloat16": 1.0,
     "int8-dynamic": 0.76,
     "int8-static": 0.77,
-    "int8-weight": 0.23,
-    "int4-weight": 0.15,
+    "int8-weight": 0.99,
+    "int4-weight": 0.94,
 }
+#: Weights in blocks, by their bits: WebAssembly has no kernel for them, and restores the whole matrix at every run.
+BLOCKS = {"int8-weight": 8, "int4-weight": 4}
+#: So the page restores them once, when it opens a package. The most bytes that it takes for that, a quarter of the
+#: memory that WebAssembly has; and their speed where it does not.
+MOST_FLOATS = 2**30
+BLOCKS_SPEED = {"int8-weight": 0.23, "int4-weight": 0.15}
 #: Formats in the words of who has not read about them.
 WORDS = {
     "float32": "32-bit floats",
@@ -39,8 +45,27 @@ def speed_of(manifest: Manifest) -> float:
 
 
 def _linears_speed(manifest: Manifest) -> float:
+    speeds = SPEED if has_float_weights(manifest) else SPEED | BLOCKS_SPEED
     formats = list(manifest.linears.values()) or [manifest.precision]
-    return len(formats) / sum(1 / SPEED.get(name, min(SPEED.values())) for name in formats)
+    return len(formats) / sum(1 / speeds.get(name, min(speeds.values())) for name in formats)
+
+
+def restored_bytes(manifest: Manifest) -> int:
+    """Return the memory that weights in blocks take as floats; scales are counted as weights."""
+    stored = {part["part"]: part["bytes"] for part in manifest.parts}
+    stored.setdefault("head", stored.get("embedding", 0))  # tied
+    blocks = ((name, BLOCKS[kind]) for name, kind in manifest.linears.items() if kind in BLOCKS)
+    return sum(stored.get(name, 0) * 32 // bits for name, bits in blocks)
+
+
+def has_float_weights(manifest: Manifest) -> bool:
+    """Tell whether the page restores weights in blocks when it opens a package.
+
+    In a portable graph that is a setting for all that is quantized, which would cost int8-static its kernels.
+    """
+    if manifest.contract.growing_cache and "int8-static" in manifest.linears.values():
+        return False
+    return 0 < restored_bytes(manifest) <= MOST_FLOATS
 
 
 def order_of(sizes: Sequence[int], speeds: Sequence[float]) -> list[int]:
@@ -54,7 +79,9 @@ def order_of(sizes: Sequence[int], speeds: Sequence[float]) -> list[int]:
 def note_of(manifest: Manifest) -> str:
     """Say in a few words what the choice of a package means."""
     notes = [WORDS.get(manifest.precision, manifest.precision)]
-    if _linears_speed(manifest) < SLOW:
+    if has_float_weights(manifest):
+        notes.append(f"{restored_bytes(manifest) / 1e6:.0f} MB of memory, as browsers are fast with floats alone")
+    elif _linears_speed(manifest) < SLOW:
         notes.append("slow in browsers, which restore its weights at every token")
     if manifest.contract.cache_dtype == "int8":
         notes.append("a quarter of the memory for long texts")

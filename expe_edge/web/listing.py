@@ -21,6 +21,7 @@ from expe_edge.package.manifest import Manifest
 from expe_edge.runtime.memory import far_heads
 from expe_edge.runtime.session import PackageSession
 from expe_edge.runtime.user_caches import OFF
+from expe_edge.web.choice import has_float_weights
 
 #: Files of a package that the page loads.
 FILES = (MODEL_FILE, TOKENIZER_FILE)
@@ -53,6 +54,7 @@ def package_info(path: Path, name: str | None = None, note: str = "") -> dict[st
         "reach": manifest.model["max_position_embeddings"],
         "endOfText": manifest.model.get("eos_token_id"),
         "contract": _contract(manifest, session.keeps_last),
+        "floatWeights": has_float_weights(manifest),
         "files": _files(package),
         "selfTest": None if manifest.self_test is None else _self_test(manifest, manifest.self_test),
     }
@@ -60,14 +62,24 @@ def package_info(path: Path, name: str | None = None, note: str = "") -> dict[st
 
 def _contract(manifest: Manifest, keeps_last: bool) -> dict[str, Any]:
     contract: GraphContract = manifest.contract
+    groups = [group for group in contract.groups if group.window]
+    lengths = filter(None, contract.window_lengths)
     tensors = zip(contract.past_names, contract.present_names, contract.cache_groups, strict=True)
     return {
         "vocabSize": contract.vocab_size,
         "headSize": contract.head_size,
         "cacheType": contract.cache_dtype,
         "growing": contract.growing_cache,
-        "cache": [{"past": past, "present": present, "heads": group.heads} for past, present, group in tensors],
-        "windowLengths": [name for name in contract.window_lengths if name],
+        "cache": [
+            {
+                "past": past,
+                "present": present,
+                "heads": group.heads,
+                "window": groups.index(group) if group.window else None,
+            }
+            for past, present, group in tensors
+        ],
+        "windows": [{"tokens": group.window, "lengths": name} for group, name in zip(groups, lengths, strict=True)],
         "keepsLast": keeps_last,
         "heads": far_heads(manifest),
     }

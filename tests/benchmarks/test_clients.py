@@ -1,10 +1,7 @@
-"""Packages in other people's clients, as `benchmarks.clients` asks them; those of node where `make clients` was run."""
+"""Packages in other people's clients, as `benchmarks.clients` asks them."""
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-from functools import partial
 from pathlib import Path
 
 import onnxruntime as ort
@@ -12,11 +9,11 @@ import pytest
 
 from benchmarks.clients.cases import Task, Texts, Truth, tasks
 from benchmarks.clients.clients import CLIENTS, Client, special_tasks
-from benchmarks.clients.environments import MissingError, node
 from benchmarks.clients.judging import Bench, Outcome, judge
 from benchmarks.clients.kinds import kinds
 from benchmarks.clients.running import Case, Program, ask
 from benchmarks.clients.table import clients_table
+from benchmarks.node.environment import MissingError
 from expe_edge.package.manifest import release
 from expe_edge.quant.recipe import Recipe
 from tests.conftest import PRECISIONS
@@ -30,19 +27,8 @@ RECIPES = [Recipe(precision) for precision in PRECISIONS]
 needs_level_0 = pytest.mark.skipif(
     release(ort.__version__) < release("1.23"), reason="onnxruntime 1.22 has no kernel of 8 bits at accuracy level 0"
 )
-BY_NAME = {client.name: client for client in CLIENTS}
-#: Those of node only as they are installed; nothing is fetched for a test.
-TRIED = [
-    BY_NAME["onnxruntime"],
-    BY_NAME["onnxruntime-genai"],
-    BY_NAME["Optimum"],
-    BY_NAME["lm-evaluation-harness"],
-    *(
-        dataclasses.replace(client, start=partial(client.start, install=False))
-        for client in CLIENTS
-        if isinstance(client.start, partial) and client.start.func is node
-    ),
-]
+#: All but ours, and one that a Python is made for.
+TRIED = [client for client in CLIENTS if client.name not in ("our generator, onnxruntime", "onnxruntime-oldest")]
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +106,6 @@ def test_a_client_that_is_missing_has_a_column_that_says_so(bench: Bench) -> Non
 
     outcomes = list(bench.try_client(Client("nothing", start)))
     assert {(outcome.result, outcome.note) for outcome in outcomes} == {("not run", "there is no such thing")}
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-def test_packages_of_node_are_named_where_they_are_not_installed(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="`make clients` installs them"):
-        node("loop.mjs", "onnxruntime-node", tmp_path, install=False)
 
 
 def test_every_kind_of_package_is_among_the_kinds() -> None:

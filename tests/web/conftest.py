@@ -17,11 +17,12 @@ from expe_edge.web.site import write_site
 from tests import node
 from tests.conftest import HAS_INT8_CACHE, HAS_WINDOWS
 
-#: Runs a scenario of `node/browser.mjs` on the site.
+#: Runs a scenario of `benchmarks/node/browser.mjs` on the site.
 Scenario = Callable[..., dict[str, Any]]
 #: Beside one package for each precision.
 SPECIAL = (
     Recipe("int8-dynamic", portable=True),
+    Recipe("int4-weight", portable=True),
     *([Recipe("float32", head_window=32, head_window_cost=1000)] if HAS_WINDOWS else []),
     *([Recipe("int8-static", cache="int8")] if HAS_INT8_CACHE else []),
 )
@@ -60,7 +61,7 @@ def serving(directory: Path, *, isolated: bool = True) -> Iterator[str]:
 
 @pytest.fixture
 def scenario(site: Path) -> Scenario:
-    """Run a scenario of `node/browser.mjs` on the site, or on another."""
+    """Run a scenario of `benchmarks/node/browser.mjs` on the site, or on another."""
 
     def run(name: str, *, directory: Path = site, isolated: bool = True, **order: Any) -> dict[str, Any]:
         with serving(directory, isolated=isolated) as url:

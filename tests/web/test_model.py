@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expe_edge.runtime import Generator
+from benchmarks.node.environment import run_node
+from expe_edge.package.directory import open_manifest
+from expe_edge.runtime import Generator, memory
 from expe_edge.web.building import NODE
 from expe_edge.web.listing import package_info
 from tests import node
@@ -17,16 +19,21 @@ from tests.conftest import HAS_WINDOWS, PRECISIONS, needs_int8_cache
 #: Characters of several bytes, control tokens as text, and more tokens than are read at once.
 PROMPTS = ["The old tree grows", "Ünïcode 日本語 🌳 <|endoftext|>\n\t x", "The river runs under the stone. " * 40]
 NEW_TOKENS = 48
-KINDS = (*PRECISIONS, "int8-dynamic-portable", *(["float32-windowed"] if HAS_WINDOWS else []))
-#: Formats that WebAssembly has no integer kernels for: it restores the weights, and rounds no activation.
-RESTORED = ("int8-weight", "int4-weight")
+KINDS = (
+    *PRECISIONS,
+    "int8-dynamic-portable",
+    "int4-weight-portable",
+    *(["float32-windowed"] if HAS_WINDOWS else []),
+)
+#: Formats that WebAssembly has no integer kernels for: weights are restored, and no activation is rounded.
+RESTORED = ("int8-weight", "int4-weight", "int4-weight-portable")
 
 
 def page_answer(package: Path, prompts: list[Any], new_tokens: int = NEW_TOKENS, **order: Any) -> dict[str, Any]:
     """What the page's model writes."""
     script = node.page() / NODE / "node.js"
     settings = {"directory": str(package), "info": package_info(package), "prompts": prompts}
-    return node.run_node(script, {**settings, "maxNewTokens": new_tokens, **order})
+    return run_node(script, {**settings, "maxNewTokens": new_tokens, **order})
 
 
 def is_tie(generator: Generator, tokens: list[int], others: list[int], prompt: list[int], within: float) -> bool:
@@ -58,6 +65,21 @@ def test_the_page_writes_our_tokens_and_agrees_with_the_exporter(every_package: 
     assert answer["selfTest"]["equal"] == answer["selfTest"]["of"] == 24
 
 
+@pytest.mark.parametrize("kind", RESTORED)
+def test_restored_weights_compute_what_onnxruntime_restores_at_every_run(
+    every_package: dict[str, Path], kind: str
+) -> None:
+    package = every_package[kind]
+    info = package_info(package)
+    assert info["floatWeights"]
+    once = page_answer(package, PROMPTS)
+    always = page_answer(package, PROMPTS, info={**info, "floatWeights": False})
+    linears = open_manifest(package).manifest.linears
+    assert (once["restored"], always["restored"]) == (0 if "portable" in kind else len(linears), 0)
+    assert [one["tokens"] for one in once["completions"]] == [one["tokens"] for one in always["completions"]]
+    assert once["selfTest"]["difference"] == pytest.approx(always["selfTest"]["difference"], abs=1e-4)
+
+
 def test_four_thousand_tokens(every_package: dict[str, Path]) -> None:
     """Room grows on the way, and a prompt is read in chunks that shorten."""
     package = every_package["float32"]
@@ -68,3 +90,26 @@ def test_four_thousand_tokens(every_package: dict[str, Path]) -> None:
     assert found["completions"][0]["tokens"] == ours
     assert found["memory"]["total"] < 2**26
     assert page_answer(package, [prompt], 40, threads=2)["completions"][0]["tokens"] == ours[:40]
+
+
+def test_heads_with_a_window_keep_it_alone(every_package: dict[str, Path]) -> None:
+    """Our tokens behind many windows, and memory that does not grow by those heads."""
+    package = every_package["float32-windowed"]
+    contract = open_manifest(package).manifest.contract
+    generator = Generator.load(package, threads=1)
+    prompt = generator.encode("The bright river runs over a stone. " * 100).tolist()[:900]
+    ours = generator.generate([prompt], max_new_tokens=500)[0].tokens
+    found = page_answer(package, [prompt], 500)
+    assert found["completions"][0]["tokens"] == ours
+    assert found["memory"]["cache"] == contract.row_bytes(1536, memory.PREFILL_CHUNK) < contract.row_bytes(1536, 1536)
+
+
+@pytest.mark.parametrize("kind", ["float32-windowed", "int8-static"])
+def test_a_text_goes_on_in_more_room(every_package: dict[str, Path], kind: str) -> None:
+    """What has been read moves to larger buffers."""
+    package = every_package[kind]
+    generator = Generator.load(package, threads=1)
+    prompt = generator.encode(PROMPTS[2]).tolist()[:250]
+    ours = generator.generate([prompt], max_new_tokens=100)[0].tokens
+    found = page_answer(package, [prompt, [*prompt, *ours[:60]]], 40)
+    assert found["completions"][1]["tokens"] == ours[60:]

@@ -21,15 +21,18 @@ def our_text(package: Path, prompt: str = PROMPT, new_tokens: int = NEW_TOKENS) 
     return Generator.load(package, threads=1).generate(prompt, max_new_tokens=new_tokens)[0].text
 
 
+def right_text(name: str, package: Path) -> str:
+    """Our text; of formats whose activations the page does not round, its model's in Node.js, where ties are told."""
+    if name in RESTORED:
+        return str(page_answer(package, [PROMPT], NEW_TOKENS)["completions"][0]["text"])
+    return our_text(package)
+
+
 def test_every_package_writes_our_text(every_package: dict[str, Path], scenario: Scenario) -> None:
     found = scenario("texts", packages=list(every_package), prompt=PROMPT, maxNewTokens=NEW_TOKENS)
     for name, package in every_package.items():
         assert found["texts"][name]["test"].startswith("Yes: 24 of 24 tokens, logits within ")
-        if name in RESTORED:  # as in Node.js, where ties are told from faults
-            text = page_answer(package, [PROMPT], NEW_TOKENS)["completions"][0]["text"]
-        else:
-            text = our_text(package)
-        assert found["texts"][name]["text"] == text, name
+        assert found["texts"][name]["text"] == right_text(name, package), name
     assert found["errors"] == []
     assert found["figures"]["title"] == "Every package"
     assert " N; N = 32" in found["figures"]["position-text"]
@@ -54,7 +57,7 @@ def test_loading_is_cancelled(every_package: dict[str, Path], site: Path, scenar
     found = scenario("cancelled", prompt=PROMPT, maxNewTokens=NEW_TOKENS)
     assert found["status"] == "Loading was cancelled."
     first = json.loads((site / PACKAGES / LIST).read_text())["packages"][0]["name"]
-    assert found["text"] == our_text(every_package[first])
+    assert found["text"] == right_text(first, every_package[first])
 
 
 def test_what_was_loaded_once_is_there_without_a_network(scenario: Scenario) -> None:

@@ -7,20 +7,22 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.node.environment import SOURCES as PROGRAMS
 from expe_edge.errors import ConfigError, PackageError
 from expe_edge.package.directory import open_manifest
+from expe_edge.package.manifest import Manifest
 from expe_edge.package.reference import REFERENCE_PRECISIONS, reference_package
 from expe_edge.web.building import CACHE, SOURCES, built_page
-from expe_edge.web.choice import note_of, order_of, speed_of
+from expe_edge.web.choice import has_float_weights, note_of, order_of, restored_bytes, speed_of
 from expe_edge.web.listing import package_info
 from tests.command_line import refused
 from tests.conftest import PRECISIONS
-from tests.node import SOURCES as CLIENTS
 from tests.web.conftest import serving
 
 
@@ -28,14 +30,30 @@ def test_fewest_bytes_for_their_speed_come_first() -> None:
     assert order_of([4_000_000, 1_000_000, 600_000], [1.0, 0.77, 0.19]) == [1, 2, 0]
 
 
-def test_of_the_reference_packages_int8_comes_first() -> None:
-    """Though int4 is smaller: in WebAssembly it is slow, and its note says so."""
-    manifests = [open_manifest(reference_package(precision)).manifest for precision in REFERENCE_PRECISIONS]
+def reference_manifest(precision: str) -> Manifest:
+    return open_manifest(reference_package(precision)).manifest
+
+
+def test_of_the_reference_packages_int4_comes_first() -> None:
+    """Half the bytes, and as fast; its note says what that takes."""
+    manifests = [reference_manifest(precision) for precision in REFERENCE_PRECISIONS]
     infos = [package_info(reference_package(precision)) for precision in REFERENCE_PRECISIONS]
     sizes = [sum(file["bytes"] for file in info["files"].values()) for info in infos]
     order = order_of(sizes, [speed_of(manifest) for manifest in manifests])
-    assert [REFERENCE_PRECISIONS[index] for index in order] == ["int8-dynamic", "int4-weight"]
-    assert [("slow" in note_of(manifest)) for manifest in manifests] == [False, True]
+    assert [REFERENCE_PRECISIONS[index] for index in order] == ["int4-weight", "int8-dynamic"]
+    assert [("MB of memory" in note_of(manifest)) for manifest in manifests] == [False, True]
+    assert [info["floatWeights"] for info in infos] == [False, True]
+
+
+def test_weights_too_large_to_restore_stay_slow() -> None:
+    manifest = reference_manifest("int4-weight")
+    stored = sum(part["bytes"] for part in manifest.parts if part["format"] == "int4-weight")
+    assert restored_bytes(manifest) == 8 * stored
+    larger = [{**part, "bytes": part["bytes"] * 20} for part in manifest.parts]
+    large = replace(manifest, parts=larger)
+    assert not has_float_weights(large)
+    assert note_of(large) == "4-bit weights; slow in browsers, which restore its weights at every token"
+    assert speed_of(large) < speed_of(manifest)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -44,7 +62,8 @@ def test_what_the_page_is_told_of_a_package(packages: Path, precision: str) -> N
     assert info["directory"] == "A-name-with-signs"
     assert info["trainingLength"] == 32
     assert info["contract"]["keepsLast"]
-    assert info["contract"]["cache"][1] == {"past": "past_key_values.0.value", "present": "present.0.value", "heads": 2}
+    value = {"past": "past_key_values.0.value", "present": "present.0.value", "heads": 2, "window": None}
+    assert info["contract"]["cache"][1] == value
     assert info["files"]["model.onnx"]["bytes"] == (packages / precision / "model.onnx").stat().st_size
     assert len(info["selfTest"]["tokens"]) == len(info["selfTest"]["logits"]) == 24
     assert 0 < info["selfTest"]["tolerance"] < 3
@@ -142,7 +161,7 @@ def test_the_server(tmp_path: Path, isolated: bool) -> None:
             urllib.request.urlopen(f"{url}../conftest.py")  # noqa: S310  # this machine's
 
 
-@pytest.mark.parametrize("folder", [SOURCES, CLIENTS])
+@pytest.mark.parametrize("folder", [SOURCES, PROGRAMS])
 def test_a_lock_names_versions_and_hashes_but_no_registry(folder: Path) -> None:
     lock: dict[str, Any] = json.loads((folder / "package-lock.json").read_text())
     packages = {name: entry for name, entry in lock["packages"].items() if name}

@@ -23,7 +23,7 @@ def test_the_pipeline_writes_what_our_generator_writes(every_package: dict[str, 
     generator = Generator.load(every_package[kind], threads=1)
     for prompts in [PROMPTS] if "dynamic" not in kind else [[prompt] for prompt in PROMPTS]:
         order = {"directory": str(every_package[kind]), "prompts": prompts, "maxNewTokens": NEW_TOKENS}
-        found = node.run_script("transformers.mjs", order)
+        found = node.run_script("pipeline.mjs", order)
         ours = [generator.generate(prompt, max_new_tokens=NEW_TOKENS)[0] for prompt in prompts]
         assert [tokens[: len(one.tokens)] for tokens, one in zip(found["tokens"], ours, strict=True)] == [
             one.tokens for one in ours
@@ -49,4 +49,4 @@ def test_what_a_card_shows_runs(every_package: dict[str, Path], tmp_path: Path) 
 def test_what_it_cannot_run_is_refused_by_name(every_package: dict[str, Path]) -> None:
     order = {"directory": str(every_package["int8-static-int8-cache"]), "prompts": PROMPTS, "maxNewTokens": 4}
     with pytest.raises(RuntimeError, match="expe-with-int8-cache-for-expe-edge-or-onnxruntime-genai"):
-        node.run_script("transformers.mjs", order)
+        node.run_script("pipeline.mjs", order)

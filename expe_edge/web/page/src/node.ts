@@ -30,15 +30,16 @@ const text = new Text(JSON.parse(readFileSync(`${directory}/tokenizer.json`, "ut
 const library = new URL(`../dist/ort-${__ONNXRUNTIME__}/ort-wasm-simd-threaded.mjs`, import.meta.url);
 const { default: factory } = (await import(/* @vite-ignore */ library.href)) as { default: Factory };
 const runtime = await Runtime.load(factory, order.threads ?? 1);
-const model = await WasmModel.open(runtime, readFileSync(`${directory}/model.onnx`), info.contract);
+const model = await WasmModel.open(runtime, new Uint8Array(readFileSync(`${directory}/model.onnx`)), info);
 const result = info.selfTest && (await selfTest(model, info.selfTest));
+const generator = new Generator(model);
 const completions = [];
 const times = [];
 for (let round = 0; round < (order.rounds ?? 1); round++) {
   completions.length = 0;
   for (const prompt of order.prompts) {
     const ids = typeof prompt === "string" ? text.encode(prompt) : prompt;
-    const completion = await new Generator(model).generate({
+    const completion = await generator.generate({
       prompt: ids,
       maxNewTokens: order.maxNewTokens,
       sampling: { temperature: 0, topK: 0, topP: 1, seed: 0 },
@@ -49,5 +50,6 @@ for (let round = 0; round < (order.rounds ?? 1); round++) {
     completions.push({ prompt: ids, ...completion, text: text.decode(completion.tokens) });
   }
 }
-const answer = { completions, times, selfTest: result, memory: model.memory() };
+const { restored } = model;
+const answer = { completions, times, selfTest: result, memory: model.memory(), restored };
 process.stdout.write(JSON.stringify(answer), () => process.exit(0));

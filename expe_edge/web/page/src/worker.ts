@@ -2,6 +2,7 @@
 import { download } from "./download.ts";
 import type { Device, Order, Report } from "./messages.ts";
 import { Generator } from "./model/generator.ts";
+import type { Bytes } from "./model/graph/protobuf.ts";
 import type { Model } from "./model/model.ts";
 import { Runtime, type Factory } from "./model/onnxruntime.ts";
 import type { PackageInfo } from "./model/package.ts";
@@ -60,7 +61,7 @@ function beginning(text: Text, info: PackageInfo): string {
 }
 
 /** Open a graph where it is asked for, or in WebAssembly where its self-test fails there, and say why. */
-async function openTested(info: PackageInfo, bytes: Uint8Array, device: Device, threads: number) {
+async function openTested(info: PackageInfo, bytes: Bytes, device: Device, threads: number) {
   let refused: string | null = null;
   if (device === "webgpu") {
     try {
@@ -75,7 +76,7 @@ async function openTested(info: PackageInfo, bytes: Uint8Array, device: Device, 
       refused = reasonOf(error);
     }
   }
-  const model = await WasmModel.open(await wasmRuntime(threads), bytes, info.contract);
+  const model = await WasmModel.open(await wasmRuntime(threads), bytes, info);
   return { model, tested: await tryTest(model, info), refused };
 }
 

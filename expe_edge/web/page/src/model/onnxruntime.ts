@@ -9,6 +9,7 @@
 export const FLOAT32 = 1;
 export const INT8 = 3;
 export const INT64 = 7;
+export const FLOAT16 = 10;
 
 const ITEM_BYTES: Record<number, number> = { [FLOAT32]: 4, [INT8]: 1, [INT64]: 8 };
 const IN_HEAP = 1;
@@ -19,6 +20,8 @@ type Pointer = number;
 
 interface Exports {
   HEAPU8: Uint8Array<ArrayBuffer>;
+  mountExternalData(path: string, bytes: Uint8Array): void;
+  unmountExternalData(): void;
   _malloc(bytes: number): Pointer;
   _free(pointer: Pointer): void;
   stackSave(): Pointer;
@@ -32,6 +35,7 @@ interface Exports {
   _OrtInit(threads: number, logging: number): number;
   _OrtGetLastError(code: Pointer, message: Pointer): number;
   _OrtCreateSessionOptions(...values: number[]): Pointer;
+  _OrtAddSessionConfigEntry(options: Pointer, name: Pointer, value: Pointer): number;
   _OrtReleaseSessionOptions(options: Pointer): number;
   _OrtCreateSession(model: Pointer, bytes: number, options: Pointer): Pointer | Promise<Pointer>;
   _OrtCreateTensor(
@@ -137,17 +141,32 @@ export class Runtime {
     return new Float32Array(this.exports.HEAPU8.buffer, data + 4 * (total - count), count).slice();
   }
 
-  /** Open a graph, whose bytes are copied. */
-  async open(model: Uint8Array): Promise<Pointer> {
+  /**
+   * Open a graph, whose bytes are copied. files: those that its initializers name. settings: of
+   * https://github.com/microsoft/onnxruntime/blob/main/include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h
+   */
+  async open(
+    model: Uint8Array,
+    files: ReadonlyMap<string, Uint8Array>,
+    settings: Readonly<Record<string, string>>,
+  ): Promise<Pointer> {
     const bytes = this.buffer(model.length);
     const options = this.exports._OrtCreateSessionOptions(ALL_OPTIMIZATIONS, 1, 1, 0, 0, 0, 0, ERRORS_ONLY, 0, 0);
     if (options === 0) this.fail();
     try {
       bytes.uint8.set(model);
+      for (const entry of Object.entries(settings)) {
+        const [name, value] = entry.map((text) => this.text(text)) as [Buffer, Buffer];
+        this.check(this.exports._OrtAddSessionConfigEntry(options, name.pointer, value.pointer));
+        name.free();
+        value.free();
+      }
+      for (const [path, content] of files) this.exports.mountExternalData(path, content);
       const session = await this.exports._OrtCreateSession(bytes.pointer, bytes.bytes, options);
       if (session === 0) this.fail();
       return session;
     } finally {
+      this.exports.unmountExternalData();
       this.exports._OrtReleaseSessionOptions(options);
       bytes.free();
     }
@@ -155,15 +174,16 @@ export class Runtime {
 
   /** Write names into the heap, for good. */
   names(texts: readonly string[]): Pointers {
-    const strings = texts.map((text) => {
-      const bytes = this.exports.lengthBytesUTF8(text) + 1;
-      const place = this.buffer(bytes);
-      this.exports.stringToUTF8(text, place.pointer, bytes);
-      return place.pointer;
-    });
     const pointers = this.pointers(texts.length);
-    pointers.set(strings);
+    pointers.set(texts.map((text) => this.text(text).pointer));
     return pointers;
+  }
+
+  private text(content: string): Buffer {
+    const bytes = this.exports.lengthBytesUTF8(content) + 1;
+    const place = this.buffer(bytes);
+    this.exports.stringToUTF8(content, place.pointer, bytes);
+    return place;
   }
 
   pointers(count: number): Pointers {

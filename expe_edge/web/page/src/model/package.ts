@@ -11,6 +11,8 @@ export interface PackageInfo {
   reach: number;
   endOfText: number | null;
   contract: Contract;
+  /** Whether weights in blocks are restored when WebAssembly opens the graph. */
+  floatWeights: boolean;
   files: Record<"model.onnx" | "tokenizer.json", FileInfo>;
   selfTest: SelfTest | null;
 }
@@ -22,10 +24,10 @@ export interface Contract {
   cacheType: "float32" | "int8";
   /** Whether present is past with the new keys appended, and not one buffer with it. */
   growing: boolean;
-  /** Tensors of the cache, in order. */
-  cache: { past: string; present: string; heads: number }[];
-  /** Inputs that say how many tokens the tensors of a group with a window hold. */
-  windowLengths: string[];
+  /** Tensors of the cache, in order; window: which, of heads that have one. */
+  cache: { past: string; present: string; heads: number; window: number | null }[];
+  /** How many tokens heads see and keep, and the input that says how many they hold. */
+  windows: { tokens: number; lengths: string }[];
   /** Whether the graph can be asked for the last token's logits alone. */
   keepsLast: boolean;
   /** Query heads whose scores a run holds at once. */
@@ -47,7 +49,7 @@ export interface SelfTest {
 }
 
 /** Tokens read at once, and bounds of their scores: those of `expe_edge/runtime/memory.py`, so that results are too. */
-const CHUNK = 256;
+export const CHUNK = 256;
 const LEAST_CHUNK = 64;
 const MOST_SCORES = 2 ** 24;
 

@@ -50,8 +50,8 @@ export class WebGpuModel implements Model {
   async run(tokens: ArrayLike<number>): Promise<Float32Array> {
     const count = tokens.length;
     const total = this.length + count;
-    const { vocabSize, windowLengths, cache } = this.contract;
-    const lengths = windowLengths.map((name) => [name, this.int64([this.length], [1])] as const);
+    const { vocabSize, windows, cache } = this.contract;
+    const lengths = windows.map((window) => [window.lengths, this.int64([this.length], [1])] as const);
     const outputs = await this.session.run({
       input_ids: this.int64(tokens, [1, count]),
       attention_mask: this.int64(new Array(total).fill(1), [1, total]),
