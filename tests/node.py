@@ -18,8 +18,13 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chro
 
 def run_script(name: str, order: Mapping[str, Any], *, timeout: float = 200) -> dict[str, Any]:
     """Run one of the programs; return its answer."""
+    return run_node(node_programs() / name, order, timeout=timeout)
+
+
+def node_programs() -> Path:
+    """The directory of the programs, in one that holds the npm packages."""
     try:
-        return run_node(programs() / name, order, timeout=timeout)
+        return programs()
     except MissingError as error:
         pytest.skip(str(error))
 

@@ -34,7 +34,7 @@ def test_the_pipeline_writes_what_our_generator_writes(every_package: dict[str, 
 def test_what_a_card_shows_runs(every_package: dict[str, Path], tmp_path: Path) -> None:
     package = every_package["int8-static"]
     (code,) = re.findall(r"```js\n(.*?)```", (package / CARD_FILE).read_text(encoding="utf-8"), flags=re.DOTALL)
-    (tmp_path / "node_modules").symlink_to(node.node_scripts().parent / "node_modules")
+    (tmp_path / "node_modules").symlink_to(node.node_programs().parent / "node_modules")
     (tmp_path / "model").symlink_to(package)
     (tmp_path / "card.mjs").write_text(code, encoding="utf-8")
 
