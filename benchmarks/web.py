@@ -21,11 +21,9 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.node.environment import run_node
 from docs.tables import fill
 from expe_edge.runtime import Generator
 from expe_edge.speed.machine import processor
-from expe_edge.web.building import NODE
 from expe_edge.web.listing import package_info
 from expe_edge.web.site import write_site
 from tests import node
@@ -57,7 +55,7 @@ def one_pass(packages: Sequence[Path], site: Path) -> dict[str, dict[str, Times]
         # A text may end earlier; what is timed should not depend on it.
         info = {**package_info(package), "endOfText": None}
         native = node.run_script("speed.mjs", {**order, "threads": 1})
-        ours = run_node(node.page() / NODE / "node.js", {**order, "threads": 1, "info": info})
+        ours = node.run_page({**order, "threads": 1, "info": info})
         shown = page_times(package, site, 1)
         times[package.name] = dict(zip(CLIENTS, (native["times"], ours["times"], shown), strict=True))
     return times

@@ -18,10 +18,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.node.environment import run_node
 from docs.tables import fill
 from expe_edge.runtime import Generator
-from expe_edge.web.building import NODE
 from expe_edge.web.listing import package_info
 from tests import node
 
@@ -80,7 +78,7 @@ def page_answer(package: Path, prompt: list[int], test: dict[str, Any]) -> dict[
     """What the page's model writes, and how its logits differ from those of `test`."""
     info = {**package_info(package), "selfTest": test}
     order = {"directory": str(package), "info": info, "prompts": [prompt], "maxNewTokens": NEW_TOKENS}
-    return run_node(node.page() / NODE / "node.js", order)
+    return node.run_page(order)
 
 
 def row(package: Path) -> str:

@@ -37,6 +37,13 @@ def browser() -> str:
     return found
 
 
+def run_page(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the page's model in Node.js; return its answer."""
+    from expe_edge.web.building import NODE
+
+    return run_node(page() / NODE / "node.js", order)
+
+
 @cache
 def page() -> Path:
     """The directory of the built page, as `built_page` returns it."""

@@ -28,15 +28,23 @@ class MissingError(Exception):
     """What is asked for cannot run here; the message says what is missing."""
 
 
-@cache
 def programs() -> Path:
     """Return a directory with the programs of `SOURCES`, in one that holds the npm packages which they import.
 
     Raises:
-        MissingError: there is no Node.js or npm, or packages cannot be installed.
+        MissingError: there is no Node.js or npm, or packages cannot be installed; it is tried once.
     """
+    found = _programs()
+    if isinstance(found, str):
+        raise MissingError(found)
+    return found
+
+
+@cache
+def _programs() -> Path | str:
+    """The same, or why there are none."""
     if shutil.which("node") is None or shutil.which("npm") is None:
-        raise MissingError("Node.js and npm are not installed")
+        return "Node.js and npm are not installed"
     lock = (SOURCES / "package-lock.json").read_bytes()
     place = PLACE / hashlib.sha256(lock).hexdigest()[:16]
     with locked(place):
@@ -46,7 +54,7 @@ def programs() -> Path:
             try:
                 subprocess.run(INSTALL, cwd=place, capture_output=True, text=True, timeout=240, check=True)
             except subprocess.SubprocessError as error:
-                raise MissingError(f"npm packages cannot be installed: {error}") from error
+                return f"npm packages cannot be installed: {error}"
             (place / "installed").touch()
         scripts = sorted(SOURCES.glob("*.mjs"))
         version = hashlib.sha256(b"".join(script.read_bytes() for script in scripts)).hexdigest()[:16]

@@ -143,6 +143,14 @@ class PackageSession:
         """Return how many tokens to read at once behind `depth` others, so that the position bias stays bounded."""
         return bounded_chunk(far_heads(self.package.manifest), depth, self.device is not None)
 
+    def memory_shortage(self, tokens: int, *, rows: int = 1, chunk: int | None = None, held: int = 0) -> str | None:
+        """Say what a cache of `rows` × `tokens` and the steps that fill it lack; None where it has room.
+
+        held: bytes of it there are.
+        """
+        own = self.kernels is not None
+        return memory_shortage(self.package, tokens, rows=rows, chunk=chunk, own_kernels=own, held=held)
+
     def require_memory(self, tokens: int, *, rows: int = 1, chunk: int | None = None, held: int = 0) -> None:
         """Refuse what cannot fit: a cache of `rows` × `tokens` and the steps that fill it. held: bytes of it there are.
 
@@ -152,8 +160,7 @@ class PackageSession:
         """
         if self.device is not None:
             return
-        own = self.kernels is not None
-        shortage = memory_shortage(self.package, tokens, rows=rows, chunk=chunk, own_kernels=own, held=held)
+        shortage = self.memory_shortage(tokens, rows=rows, chunk=chunk, held=held)
         if shortage is None:
             return
         mended = ["ask for fewer or shorten the prompt"]

@@ -13,7 +13,6 @@ import uvicorn
 
 from expe_edge.errors import GenerationError
 from expe_edge.runtime import Generator
-from expe_edge.runtime.memory import memory_shortage
 from expe_edge.runtime.threads import default_threads
 from expe_edge.serve.app import Service, make_app
 from expe_edge.serve.independence import rows_are_independent
@@ -82,13 +81,7 @@ def make_service(generator: Generator, settings: ServerSettings) -> Service:
     session = generator.session
     session.require_within_reach(settings.context)
     kept = -(-settings.prompt_cache // settings.context)
-    shortage = memory_shortage(
-        session.package,
-        settings.context,
-        rows=settings.rows + kept,
-        chunk=settings.prefill_chunk,
-        own_kernels=session.kernels is not None,
-    )
+    shortage = session.memory_shortage(settings.context, rows=settings.rows + kept, chunk=settings.prefill_chunk)
     if shortage is not None:
         raise GenerationError(f"{shortage}: lower `context`, `rows` or `prompt_cache`")
     together = settings.together

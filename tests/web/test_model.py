@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.node.environment import run_node
 from expe_edge.package.directory import open_manifest
 from expe_edge.runtime import Generator, memory
-from expe_edge.web.building import NODE
 from expe_edge.web.listing import package_info
 from tests import node
 from tests.conftest import HAS_WINDOWS, PRECISIONS, needs_int8_cache
@@ -31,9 +29,8 @@ RESTORED = ("int8-weight", "int4-weight", "int4-weight-portable")
 
 def page_answer(package: Path, prompts: list[Any], new_tokens: int = NEW_TOKENS, **order: Any) -> dict[str, Any]:
     """What the page's model writes."""
-    script = node.page() / NODE / "node.js"
     settings = {"directory": str(package), "info": package_info(package), "prompts": prompts}
-    return run_node(script, {**settings, "maxNewTokens": new_tokens, **order})
+    return node.run_page({**settings, "maxNewTokens": new_tokens, **order})
 
 
 def is_tie(generator: Generator, tokens: list[int], others: list[int], prompt: list[int], within: float) -> bool:
