@@ -86,9 +86,14 @@ class Cache:
         self.storage.prepare(self.begin, self.end, tokens, longest)
         return longest
 
-    def mask(self, tokens: int) -> Ids:
-        """Return the attention mask of that run, (batch, total_sequence), where it is of several rows."""
-        return self.storage.mask(self.begin, self.end, tokens)
+    @property
+    def columns(self) -> int:
+        """Tokens for which every row has memory."""
+        return self.storage.columns
+
+    def mask(self, tokens: int, columns: int) -> Ids:
+        """Return the attention mask of that run, (batch, total_sequence), `columns` long where nothing is between."""
+        return self.storage.mask(self.begin, self.end, tokens, columns)
 
     def bind(self, binding: ort.IOBinding, tokens: int) -> None:
         """Bind past and present for that run."""
@@ -101,7 +106,7 @@ class Cache:
     def advance(self, tokens: Ids) -> None:
         """Note that the run has appended `tokens` (batch, T)."""
         self.storage.advance(self.begin, self.end, tokens.shape[1])
-        for history, ids in zip(self.histories, tokens, strict=True):
+        for history, ids in zip(self.histories, tokens.tolist(), strict=True):
             history.append(ids)
 
     def reserve(self, columns: int) -> None:

@@ -125,8 +125,7 @@ def _read(path: Path, file: BufferedReader, manifest: Manifest, cache: Cache) ->
         raise _damaged(path)
     if ids.size and not (ids.min() >= 0 and ids.max() < contract.vocab_size):
         raise _damaged(path)
-    history = History()
-    history.append(ids)
+    history = History(ids)
     history.dropped, history.digest = header["dropped"], bytes.fromhex(header["digest"])
     return tensors, history
 

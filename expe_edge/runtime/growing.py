@@ -62,6 +62,7 @@ class GrowingStorage(Storage):
 
     def __init__(self, contract: GraphContract, batch: int, capacity: int) -> None:
         super().__init__(contract, batch, capacity)
+        self.columns = capacity  # taken as steps write
         self.rows = [Pair(contract, 1, capacity) for _ in range(batch)]
         self.together = range(0)  # rows that have joined
         self.joined = Pair(contract, 0, capacity)
@@ -111,7 +112,9 @@ class GrowingStorage(Storage):
         pair.turn(pair.columns + tokens)
         self.version += 1
 
-    def mask(self, begin: int, end: int, tokens: int) -> Ids:
+    def mask(self, begin: int, end: int, tokens: int, columns: int) -> Ids:
+        if end - begin == 1:
+            return np.ones((1, columns), dtype=np.int64)
         needed = self._pair(begin, end).columns + tokens
         if needed > self.tokens.shape[1]:
             more = np.ones((end - begin, needed // 4 + BLOCK), dtype=np.bool_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +17,20 @@ FIRST_ROOM = 64
 
 
 class History:
-    """The tokens that a row has read.
+    """The tokens that a row has read: at first those of `ids` (T,).
 
     Attributes:
         dropped: how many tokens behind the sinks a window has dropped. digest: of these, b"" where there are none.
     """
 
-    def __init__(self) -> None:
-        self._ids: Ids = np.empty(FIRST_ROOM, dtype=np.int64)
+    def __init__(self, ids: Ids | None = None) -> None:
         self.clear()
+        self._hold(np.empty(FIRST_ROOM, dtype=np.int64) if ids is None else ids.astype(np.int64))
+        self._held = 0 if ids is None else len(ids)
+
+    def _hold(self, ids: Ids) -> None:
+        """Take the memory in which ids are held. Cells of it change without NumPy: see `Storage.advance`."""
+        self._ids, self._cells = ids, ids.data
 
     def clear(self) -> None:
         """Forget all."""
@@ -32,23 +38,23 @@ class History:
 
     def assign(self, other: History) -> None:
         """Become a copy of another history."""
-        self.clear()
-        self.append(other.ids)
-        self.dropped, self.digest = other.dropped, other.digest
+        self._hold(other._ids.copy())
+        self._held, self.dropped, self.digest = other._held, other.dropped, other.digest
 
     @property
     def ids(self) -> Ids:
         """Ids of the tokens that are held, in order, (held,); valid until the next change."""
         return self._ids[: self._held]
 
-    def append(self, ids: Ids) -> None:
-        """Note tokens (T,) that have been read."""
+    def append(self, ids: Sequence[int]) -> None:
+        """Note tokens that have been read."""
         held = self._held + len(ids)
-        if held > len(self._ids):
-            grown = np.empty(max(held, 2 * len(self._ids)), dtype=np.int64)
+        if held > len(self._cells):
+            grown = np.empty(max(held, 2 * len(self._cells)), dtype=np.int64)
             grown[: self._held] = self.ids
-            self._ids = grown
-        self._ids[self._held : held] = ids
+            self._hold(grown)
+        for place, token in enumerate(ids, self._held):
+            self._cells[place] = token
         self._held = held
 
     def truncate(self, held: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -14,11 +14,12 @@ import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.directory import MODEL_FILE, Package, verify_files
-from expe_edge.package.manifest import release
+from expe_edge.package.manifest import Manifest, release
 from expe_edge.quiet import ERRORS, quiet_onnxruntime
 from expe_edge.runtime.device import Device
 from expe_edge.runtime.graph_cache import GraphCache, entry_name, may_be_kept
 from expe_edge.runtime.kernels import Kernels
+from expe_edge.runtime.memory import held_bytes
 from expe_edge.runtime.threads import default_threads
 
 #: Threads beyond any machine's, each of which would take memory.
@@ -27,17 +28,20 @@ MOST_THREADS = 1024
 #: The first onnxruntime that refuses graphs whose weights are outside their directory; before, hashes come first.
 SINCE_OWN_FILES = "1.24"
 
+#: Bytes of the weights of models whose steps go to nodes as much as to weights.
+PLANNED_WEIGHTS = 32 << 20
+
 #: Operators that a step spends its time in, all of which a device must have kernels for.
 HEAVY = ("MultiHeadAttention", "MatMul", "MatMulNBits", "SkipSimplifiedLayerNormalization")
 
 
-def session_options(threads: int | None, library: Path | None = None) -> ort.SessionOptions:
-    """Return what every session is opened with. library: of kernels.
+def session_options(threads: int | None, library: Path | None = None, *, plans: bool = False) -> ort.SessionOptions:
+    """Return what every session is opened with. library: of kernels. plans: as of `PackageSession`.
 
     Raises:
         GenerationError: no threads, or more than `MOST_THREADS`. PackageError: onnxruntime does not take the library.
     """
-    return _options(checked_threads(threads), library)
+    return _options(checked_threads(threads), library, plans=plans)
 
 
 def checked_threads(threads: int | None) -> int:
@@ -58,10 +62,10 @@ def checked_threads(threads: int | None) -> int:
     return threads
 
 
-def _options(threads: int, library: Path | None) -> ort.SessionOptions:
+def _options(threads: int, library: Path | None, *, plans: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS
-    options.enable_mem_pattern = False  # every step has other shapes than the last, and would be planned anew
+    options.enable_mem_pattern = plans
     options.intra_op_num_threads = threads
     if library is not None:
         try:
@@ -96,7 +100,7 @@ def open_session(
     threads = checked_threads(threads)
     verify_files(package, but=MODEL_FILE)
     if device.kind != "cpu":
-        options = _options(threads, None)
+        options = _options(threads, None, plans=False)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         with _quiet_provider():
             session = _open_graph(package, options, device)
@@ -111,26 +115,39 @@ def open_session(
 
 def open_on_cpu(package: Package, threads: int, cache: GraphCache | None, library: Path | None) -> ort.InferenceSession:
     """Open the graph of a package, or what a cache has of it, with a library of kernels or without."""
+
+    def options() -> ort.SessionOptions:
+        return _options(threads, library, plans=plans_runs(package.manifest))
+
     if cache is None or not may_be_kept(package):
-        return _open_graph(package, _options(threads, library), Device())
+        return _open_graph(package, options(), Device())
     name = entry_name(package, library)
-    session = cache.open(name, _options(threads, library))
-    return _open_and_keep(package, threads, cache, name, library) if session is None else session
+    session = cache.open(name, options())
+    return _open_and_keep(package, cache, name, options) if session is None else session
 
 
 def _open_and_keep(
-    package: Package, threads: int, cache: GraphCache, name: str, library: Path | None
+    package: Package, cache: GraphCache, name: str, options: Callable[[], ort.SessionOptions]
 ) -> ort.InferenceSession:
     """Open the package's own graph, and let onnxruntime write what it makes of it to the cache, where that can be."""
     with cache.draft(name, package.model_path.stat().st_size) as draft:
         if draft is not None:
-            options = _options(threads, library)
-            draft.write_with(options)
+            writing = options()
+            draft.write_with(writing)
             with suppress(PackageError):  # it cannot be written, or else it is said below
-                session = _open_graph(package, options, Device())
+                session = _open_graph(package, writing, Device())
                 draft.keep()
                 return session
-    return _open_graph(package, _options(threads, library), Device())
+    return _open_graph(package, options(), Device())
+
+
+def plans_runs(manifest: Manifest) -> bool:
+    """Tell whether onnxruntime is to plan the memory of a package's runs.
+
+    What a prefill holds may then be taken twice, and of larger models weights take the time. A growing cache has other
+    shapes at every step, whose plans would all be kept.
+    """
+    return held_bytes(manifest) <= PLANNED_WEIGHTS and not manifest.contract.growing_cache
 
 
 @contextmanager

@@ -48,9 +48,8 @@ class Prefixes:
         if not known:
             return
         self._touch(known)
-        history = History()
-        history.append(ids[: len(known) * self.piece])
         parts = zip(*(self.pieces[key] for key in known), strict=True)
+        history = History(ids[: len(known) * self.piece])
         place.restore([np.concatenate(part, axis=1) for part in parts], history)
 
     def keep(self, place: Cache, ids: Ids) -> None:

@@ -17,15 +17,13 @@ from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.device import Device
 from expe_edge.runtime.graph_cache import GraphCache
 from expe_edge.runtime.kernels import kernels_at
+from expe_edge.runtime.mask import Mask, RoundedMask
 from expe_edge.runtime.memory import LEAST_CHUNK, bounded_chunk, far_heads, memory_shortage, near_tokens
 from expe_edge.runtime.opening import open_session
 from expe_edge.runtime.window import Window, window_refusal
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-
-#: Steps of decoding whose attention masks are made at once.
-MASKS_AHEAD = 32
 
 
 class PackageSession:
@@ -37,6 +35,7 @@ class PackageSession:
         reads_levels: whether runs of many tokens read an int8 cache as it is, which kernels built here do faster than
             floats.
         kernels: the library of kernels that it runs in place of onnxruntime's own, or None.
+        plans: whether onnxruntime plans the memory of runs by their shapes, which then had better repeat.
         device: in whose memory caches are; None for the process's own.
     """
 
@@ -52,6 +51,7 @@ class PackageSession:
         difference = self.contract.difference(self.session.get_inputs(), self.session.get_outputs())
         if difference is not None:
             raise PackageError(f"{package.model_path} is not the graph that its manifest describes: {difference}")
+        self.plans = session.get_session_options().enable_mem_pattern
         optional = [node.name for node in self.session.get_overridable_initializers()]
         self.keeps_last = LOGITS_TO_KEEP.name in optional
         self.reads_levels = kernels is not None and FLOATS_FROM.name in optional
@@ -214,8 +214,8 @@ class Step:
     """One forward pass of fixed shape (B, T) over a cache, bound once and run as often as wanted.
 
     last: compute the logits of the last token alone, where the graph can.
-    Only the attention mask, which grows by T with every run, is bound anew, and a cache that has moved; for a device,
-    which copies inputs when they are bound, all but the cache.
+    Only an attention mask that has become longer is bound anew, and a cache that has moved; for a device, which copies
+    inputs when they are bound, all but the cache.
     """
 
     def __init__(self, session: PackageSession, cache: Cache, tokens: int, *, last: bool = False) -> None:
@@ -238,7 +238,7 @@ class Step:
         self._bind_tokens()
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
         self.bound = -1  # the cache's version
-        self.masks: dict[int, ort.OrtValue] = {}
+        self.mask = (RoundedMask if session.plans else Mask)(cache, tokens)
 
     def run(self, tokens: Ids) -> Logits:
         """Append `tokens` (B, T) to every row; return logits (B, T or 1, V), valid until the next run.
@@ -251,8 +251,7 @@ class Step:
         self.input_ids[:] = tokens
         if self.tokens > 1:
             np.add(cache.lengths[:, None], self.offsets, out=self.position_ids)
-        mask = self._mask(longest)  # it holds its memory until the run is over
-        self.binding.bind_ortvalue_input("attention_mask", mask)
+        self.mask.bind(self.binding, longest)
         if self.bound != cache.version:
             cache.bind(self.binding, self.tokens)
             self.bound = cache.version
@@ -269,20 +268,6 @@ class Step:
     def _bind_tokens(self) -> None:
         for name, array in (("input_ids", self.input_ids), ("position_ids", self.position_ids)):
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-
-    def _mask(self, longest: int) -> ort.OrtValue:
-        """Return the attention mask of a run after which the longest row has so many tokens, (B, total_sequence).
-
-        One row's are all ones, and those of the steps to come are made with it: after a run the processor's caches hold
-        weights, and what Python does once a step takes several times as long as when it is repeated.
-        """
-        if self.cache.batch > 1:
-            return ort.OrtValue.ortvalue_from_numpy(self.cache.mask(self.tokens))
-        if longest not in self.masks:
-            lengths = range(longest, longest + (MASKS_AHEAD if self.tokens == 1 else 1))
-            ones = np.ones((1, lengths[-1]), dtype=np.int64)
-            self.masks = {length: ort.OrtValue.ortvalue_from_numpy(ones[:, :length]) for length in lengths}
-        return self.masks[longest]
 
 
 def _run_failed(path: Path, error: Exception) -> PackageError:

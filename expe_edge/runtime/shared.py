@@ -148,9 +148,9 @@ class SharedStorage(Storage):
             if name:  # memory that changes in place
                 binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(kept[begin:end]))
 
-    def mask(self, begin: int, end: int, tokens: int) -> Ids:
+    def mask(self, begin: int, end: int, tokens: int, columns: int) -> Ids:
         held = self.lengths[begin:end, None] + tokens
-        mask: Ids = (np.arange(held.max()) < held).astype(np.int64)
+        mask: Ids = (np.arange(columns) < held).astype(np.int64)
         return mask
 
 

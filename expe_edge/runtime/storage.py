@@ -33,9 +33,11 @@ class Storage(ABC):
     Rows are named by index, several that run together by the half-open range [begin, end).
 
     Attributes:
-        lengths: tokens that each row holds, (batch,) int64. version: differs whenever what was bound is no longer where
-            it was.
+        lengths: tokens that each row holds, (batch,) int64. columns: tokens for which every row has memory. version:
+            differs whenever what was bound is no longer where it was.
     """
+
+    columns: int
 
     def __init__(self, contract: GraphContract, batch: int, capacity: int) -> None:
         self.contract, self.batch, self.capacity = contract, batch, capacity
@@ -104,8 +106,11 @@ class Storage(ABC):
                 counts[row] += tokens
 
     @abstractmethod
-    def mask(self, begin: int, end: int, tokens: int) -> Ids:
-        """Return the attention mask of such a run of several rows, (end − begin, total_sequence)."""
+    def mask(self, begin: int, end: int, tokens: int, columns: int) -> Ids:
+        """Return the attention mask of such a run, (end − begin, total_sequence).
+
+        columns: its length, at least the longest row's; of no account where the tokens of rows are not side by side.
+        """
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def profiled(
         threads: what `session` was loaded with.
     """
     with tempfile.TemporaryDirectory() as directory:
-        options = session_options(threads, session.kernels)
+        options = session_options(threads, session.kernels, plans=session.plans)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(directory, "profile"))
         watched = copy.copy(session)

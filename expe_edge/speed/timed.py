@@ -128,9 +128,7 @@ def filled(session: PackageSession, depth: int, more: int) -> Cache:
     cache = session.new_cache(1, depth + more)
     cache.reserve(depth + more)
     if depth:
-        history = History()
-        history.append(np.zeros(depth, dtype=np.int64))
-        cache.restore(random_tensors(session.contract, depth), history)
+        cache.restore(random_tensors(session.contract, depth), History(np.zeros(depth, dtype=np.int64)))
     return cache
 
 
