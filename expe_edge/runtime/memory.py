@@ -29,6 +29,8 @@ HELD = {"float16": 2.0, "bfloat16": 2.0, "int4-weight": 1.5}
 HELD_BY_OWN = {**HELD, "int4-weight": 2.0, "int8-weight": 2.0}
 #: Times the weights that are resident at most while onnxruntime opens them.
 OPENING = 1.5
+#: Bytes of the weights of models whose steps go to nodes as much as to weights.
+PLANNED_WEIGHTS = 32 << 20
 #: Buffers of (H, T, S) and of (T, S) float32 that are alive at once: in GroupQueryAttention, over a cache that is read
 #: as floats, in attention written out.
 FUSED_BUFFERS, FLOATS_BUFFERS, PORTABLE_BUFFERS = (2, 1), (2, 3), (6, 3)
@@ -86,7 +88,7 @@ class MemoryPlan:
         opening: the most that is taken of weights while the package is opened. weights: of the graph, once it is open,
             with their copies in kernels. cache: keys and values of all rows. scores: position bias and attention
             scores of a prefill step at full depth, and the floats that it makes of an int8 cache. activations: its
-            other tensors, logits included. runtime: all else.
+            other tensors, logits included, and where runs are planned as much once more. runtime: all else.
     """
 
     tokens: int
@@ -140,7 +142,7 @@ def plan_memory(
         weights=held_bytes(manifest, own_kernels=own_kernels),
         cache=rows * contract.row_bytes(tokens, SPARE + PREFILL_CHUNK) * _copies(contract, rows),
         scores=4 * (pairs * (by_head * scored + by_pair) + deepest * near_tokens(contract) * by_head * near + restored),
-        activations=4 * max(read, rows) * width,
+        activations=4 * max(read, rows) * width * (2 if plans_runs(manifest) else 1),
         runtime=RUNTIME_BYTES + TOKENIZER_COPIES * package.tokenizer_path.stat().st_size,
     )
 
@@ -149,6 +151,15 @@ def held_bytes(manifest: Manifest, *, own_kernels: bool = False) -> int:
     """Return the bytes of a graph's weights in memory, as the kernels want them."""
     held = HELD_BY_OWN if own_kernels else HELD
     return int(sum(part["bytes"] * held.get(part["format"], 1.0) for part in manifest.parts))
+
+
+def plans_runs(manifest: Manifest) -> bool:
+    """Tell whether onnxruntime is to plan the memory of a package's runs.
+
+    What a run holds may then be taken twice, and of larger models weights take the time. A growing cache has other
+    shapes at every step, whose plans would all be kept.
+    """
+    return held_bytes(manifest) <= PLANNED_WEIGHTS and not manifest.contract.growing_cache
 
 
 def _copies(contract: GraphContract, rows: int) -> int:

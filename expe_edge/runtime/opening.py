@@ -14,12 +14,12 @@ import onnxruntime as ort
 
 from expe_edge.errors import GenerationError, PackageError, reason_of
 from expe_edge.package.directory import MODEL_FILE, Package, verify_files
-from expe_edge.package.manifest import Manifest, release
+from expe_edge.package.manifest import release
 from expe_edge.quiet import ERRORS, quiet_onnxruntime
 from expe_edge.runtime.device import Device
 from expe_edge.runtime.graph_cache import GraphCache, entry_name, may_be_kept
 from expe_edge.runtime.kernels import Kernels
-from expe_edge.runtime.memory import held_bytes
+from expe_edge.runtime.memory import plans_runs
 from expe_edge.runtime.threads import default_threads
 
 #: Threads beyond any machine's, each of which would take memory.
@@ -27,9 +27,6 @@ MOST_THREADS = 1024
 
 #: The first onnxruntime that refuses graphs whose weights are outside their directory; before, hashes come first.
 SINCE_OWN_FILES = "1.24"
-
-#: Bytes of the weights of models whose steps go to nodes as much as to weights.
-PLANNED_WEIGHTS = 32 << 20
 
 #: Operators that a step spends its time in, all of which a device must have kernels for.
 HEAVY = ("MultiHeadAttention", "MatMul", "MatMulNBits", "SkipSimplifiedLayerNormalization")
@@ -139,15 +136,6 @@ def _open_and_keep(
                 draft.keep()
                 return session
     return _open_graph(package, options(), Device())
-
-
-def plans_runs(manifest: Manifest) -> bool:
-    """Tell whether onnxruntime is to plan the memory of a package's runs.
-
-    What a prefill holds may then be taken twice, and of larger models weights take the time. A growing cache has other
-    shapes at every step, whose plans would all be kept.
-    """
-    return held_bytes(manifest) <= PLANNED_WEIGHTS and not manifest.contract.growing_cache
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from expe_edge.runtime import Generator
 from expe_edge.runtime.mask import UNIT, Mask, RoundedMask, rounded
-from expe_edge.runtime.opening import plans_runs
+from expe_edge.runtime.memory import plans_runs
 from expe_edge.runtime.session import PackageSession, Step
 
 
