@@ -1,8 +1,9 @@
 """Attention masks of runs over a cache: which columns are tokens, the run's own included.
 
-onnxruntime plans the memory of a run by the shapes of its inputs, and a run of the same shapes takes one block by that
-plan, where it would else ask for the memory of every node: a tenth to a sixth of a small model's step. So masks are
-longer than the rows, as batches padded on the right are, and rows grow within them.
+They are longer than the rows, as batches padded on the right are, and rows grow within them. onnxruntime plans the
+memory of a small model's run by the shapes of its inputs, and a run of the same shapes takes one block by that plan,
+where it would else ask for the memory of every node: a tenth to a sixth of a step. Of larger models it saves making a
+tensor at every step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def rounded(longest: int, tokens: int) -> int:
 
 
 class Mask:
-    """The attention mask of runs of one shape, (B, total_sequence) int64, as long as the longest row."""
+    """The attention mask of runs of one shape, (B, total_sequence) int64, as long as the longest row.
+
+    For devices, which copy what is bound, and caches whose own shapes grow.
+    """
 
     def __init__(self, cache: Cache, tokens: int) -> None:
         self.cache, self.tokens = cache, tokens

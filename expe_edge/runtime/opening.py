@@ -33,7 +33,7 @@ HEAVY = ("MultiHeadAttention", "MatMul", "MatMulNBits", "SkipSimplifiedLayerNorm
 
 
 def session_options(threads: int | None, library: Path | None = None, *, plans: bool = False) -> ort.SessionOptions:
-    """Return what every session is opened with. library: of kernels. plans: as of `PackageSession`.
+    """Return what every session is opened with. library: of kernels. plans: as `plans_runs` tells.
 
     Raises:
         GenerationError: no threads, or more than `MOST_THREADS`. PackageError: onnxruntime does not take the library.

@@ -35,7 +35,6 @@ class PackageSession:
         reads_levels: whether runs of many tokens read an int8 cache as it is, which kernels built here do faster than
             floats.
         kernels: the library of kernels that it runs in place of onnxruntime's own, or None.
-        plans: whether onnxruntime plans the memory of runs by their shapes, which then had better repeat.
         device: in whose memory caches are; None for the process's own.
     """
 
@@ -51,7 +50,6 @@ class PackageSession:
         difference = self.contract.difference(self.session.get_inputs(), self.session.get_outputs())
         if difference is not None:
             raise PackageError(f"{package.model_path} is not the graph that its manifest describes: {difference}")
-        self.plans = session.get_session_options().enable_mem_pattern
         optional = [node.name for node in self.session.get_overridable_initializers()]
         self.keeps_last = LOGITS_TO_KEEP.name in optional
         self.reads_levels = kernels is not None and FLOATS_FROM.name in optional
@@ -238,7 +236,7 @@ class Step:
         self._bind_tokens()
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
         self.bound = -1  # the cache's version
-        self.mask = (RoundedMask if session.plans else Mask)(cache, tokens)
+        self.mask = (Mask if self.copied or session.contract.growing_cache else RoundedMask)(cache, tokens)
 
     def run(self, tokens: Ids) -> Logits:
         """Append `tokens` (B, T) to every row; return logits (B, T or 1, V), valid until the next run.

@@ -66,7 +66,8 @@ def profiled(
         threads: what `session` was loaded with.
     """
     with tempfile.TemporaryDirectory() as directory:
-        options = session_options(threads, session.kernels, plans=session.plans)
+        plans = session.session.get_session_options().enable_mem_pattern
+        options = session_options(threads, session.kernels, plans=plans)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(directory, "profile"))
         watched = copy.copy(session)
