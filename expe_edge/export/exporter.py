@@ -36,7 +36,7 @@ from expe_edge.export.source import Source, open_source
 from expe_edge.graph.build import require_narrow
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.names import name_tensors
-from expe_edge.graph.nodes import every_node
+from expe_edge.graph.nodes import operators_of
 from expe_edge.graph.run import DECODED, open_model
 from expe_edge.graph.sizes import measure_parts
 from expe_edge.hub.card import CardOptions, LengthQuality, Quality, write_card
@@ -416,8 +416,7 @@ def _save(plan: Plan, path: Path, *, names: bool) -> Contents:
     if names:
         name_tensors(model)
     onnx.save(model, path)
-    operators = Counter(node.op_type for node in every_node(model.graph))
-    return Contents(measure_parts(model, plan.linears, plan.embedding), operators)
+    return Contents(measure_parts(model, plan.linears, plan.embedding), operators_of(model))
 
 
 def _possible(recipe: Recipe) -> set[str]:

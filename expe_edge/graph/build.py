@@ -12,7 +12,7 @@ from expe_edge import __version__
 from expe_edge.errors import ExportError
 from expe_edge.graph.attention import GroupedAttention, PortableAttention
 from expe_edge.graph.buffer import BufferedAttention, columns_of
-from expe_edge.graph.encoding import PositionNodes, Span
+from expe_edge.graph.encoding import PositionNodes, Span, by_head
 from expe_edge.graph.encodings import POSITION_NODES
 from expe_edge.graph.linears import Float32, LinearFormat
 from expe_edge.graph.matrices import EMBEDDING_FORMATS, StoredMatrix
@@ -104,7 +104,8 @@ def build_graph(
     if not weights.folded and weights.config.needs_folding is not None:
         raise ExportError(weights.config.needs_folding)
     contract = graph_contract(weights.config, int8_cache=cache is not None, portable=portable, windows=windows, gpu=gpu)
-    builder = GraphBuilder(element=FLOAT16 if gpu == "float16" else FLOAT)
+    functions = not portable and gpu is None
+    builder = GraphBuilder(element=FLOAT16 if gpu == "float16" else FLOAT, functions=functions)
     return _Decoder(builder, weights, formats, embedding, cache, contract).build()
 
 
@@ -222,12 +223,12 @@ class _Decoder:
     def _attention(self, name: str, index: int, normed: str, weights: LayerWeights) -> str:
         projection = self.positions.project(name, normed, weights)
         mixed = self.attention.emit(f"{name}.mix", index, projection)
-        if projection.gate:
-            mixed = self._gated(name, mixed, projection.gate)
+        if weights.gate is not None:
+            mixed = self._gated(name, mixed, normed, weights.gate)
         return self.linear(f"{name}.out", mixed, weights.out, peaked=projection.positioned_values)
 
-    def _gated(self, name: str, mixed: str, gate: str) -> str:
-        """Multiply each head's result, of (B, T, H·D), by the sigmoid of its row of the gate, (B, H, T).
+    def _gated(self, name: str, mixed: str, normed: str, columns: Float) -> str:
+        """Multiply each head's result, of (B, T, H·D), by its gate: the sigmoid of `normed` times `columns` (C, H).
 
         A product with ones spreads a gate over its head's columns.
         """
@@ -235,11 +236,17 @@ class _Decoder:
         spread = np.repeat(np.eye(config.num_attention_heads, dtype=np.float32), config.head_dim, axis=1)
         if graph.element != FLOAT:
             spread = spread.astype(np.float16)
-        opened = graph.op("Sigmoid", gate, name=f"{name}.gate.opened")
-        opened = graph.narrow(opened, f"{name}.gate")
-        opened = graph.op("Transpose", opened, name=f"{name}.gate.tokens", perm=[0, 2, 1])
-        opened = graph.op("MatMul", opened, graph.constant(spread), name=f"{name}.gate.spread")
-        return graph.op("Mul", mixed, opened, name=f"{name}.mix.gated")
+        weight = graph.weight(f"{name}.gate.weight", columns.T)
+
+        def gates(graph: GraphBuilder, name: str, mixed: str, normed: str, weight: str, spread: str) -> str:
+            opened = graph.op("Sigmoid", by_head(graph, normed, weight, f"{name}.gate"), name=f"{name}.gate.opened")
+            opened = graph.narrow(opened, f"{name}.gate")
+            opened = graph.op("Transpose", opened, name=f"{name}.gate.tokens", perm=[0, 2, 1])
+            opened = graph.op("MatMul", opened, spread, name=f"{name}.gate.spread")
+            return graph.op("Mul", mixed, opened, name=f"{name}.mix.gated")
+
+        inputs = [mixed, normed, weight, graph.constant(spread)]
+        return graph.function("GatedHeads", inputs, gates, name=name, last="mix.gated")
 
     def _feed_forward(self, name: str, hidden: str, weights: LayerWeights) -> str:
         graph = self.graph
@@ -247,7 +254,12 @@ class _Decoder:
         if self.config.hidden_act == "gelu":
             active = graph.op("Gelu", wide, name=f"{name}.gelu")
         else:
-            gate, up = graph.multi("Split", [wide], 2, name=f"{name}.halves", axis=-1, num_outputs=2)
-            sigmoid = graph.op("Sigmoid", gate, name=f"{name}.sigmoid")
-            active = graph.op("Mul", graph.op("Mul", gate, sigmoid, name=f"{name}.silu"), up, name=f"{name}.active")
+            active = graph.function("SwiGLU", [wide], _swiglu, name=name, last="active")
         return self.linear(f"{name}.down", active, weights.down, peaked=True)
+
+
+def _swiglu(graph: GraphBuilder, name: str, wide: str) -> str:
+    """Append the second half of (B, T, 2·I) times the first one's SiLU (Shazeer, GLU Variants, 2020)."""
+    gate, up = graph.multi("Split", [wide], 2, name=f"{name}.halves", axis=-1, num_outputs=2)
+    silu = graph.op("Mul", gate, graph.op("Sigmoid", gate, name=f"{name}.sigmoid"), name=f"{name}.silu")
+    return graph.op("Mul", silu, up, name=f"{name}.active")

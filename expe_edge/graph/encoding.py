@@ -35,7 +35,6 @@ class Projection:
     query: (B, T, H·D); keys and values behind it, (B, T, (H + 2·Hkv)·D), where `key` and `value` are empty.
     key, value: (B, T, Hkv·D).
     biases: for each group of heads what is added to their scores; None where nothing is.
-    gate: what a sigmoid makes the heads' gates of, (B, H, T), or empty.
     positioned_values: whether values carry positions, and so the attention's output grows with them.
     """
 
@@ -43,7 +42,6 @@ class Projection:
     key: str = ""
     value: str = ""
     biases: tuple[Bias | None, ...] = (None,)
-    gate: str = ""
     positioned_values: bool = False
 
 
@@ -63,6 +61,15 @@ def heads_of(graph: GraphBuilder, tensor: str, begin: int, end: int, heads: int)
     if (begin, end) == (0, heads):
         return tensor
     return graph.op("Slice", tensor, *(graph.ints(number) for number in (begin, end, 1)), name=f"{tensor}.heads")
+
+
+def by_head(graph: GraphBuilder, hidden: str, weight: str, name: str) -> str:
+    """Append `weight` (n, C) times `hidden` (B, T, C): n numbers of each token, (B, n, T) float32.
+
+    onnxruntime makes one node of it.
+    """
+    turned = graph.op("Transpose", graph.widen(hidden, name), name=f"{name}.tokens", perm=[0, 2, 1])
+    return graph.op("MatMul", weight, turned, name=f"{name}.weight")
 
 
 @dataclass(frozen=True)
@@ -122,25 +129,12 @@ class PositionNodes:
     def project(self, layer: str, hidden: str, weights: LayerWeights) -> Projection:
         """Append the fused product of `hidden` (B, T, C) and what positions add to it."""
         fused = self.linear(f"{layer}.qkv", hidden, weights.qkv)
-        return Projection(fused, biases=self.biases, gate=self.gate(layer, hidden, weights))
+        return Projection(fused, biases=self.biases)
 
     @property
     def biases(self) -> tuple[Bias | None, ...]:
         """What is added to the scores of every group in all layers."""
         return (None,) * len(self.spans)
-
-    def gate(self, layer: str, hidden: str, weights: LayerWeights) -> str:
-        """Append what opens the gates of the heads, (B, H, T); return an empty name where there are none."""
-        return "" if weights.gate is None else self.by_head(f"{layer}.gate.weight", hidden, weights.gate)
-
-    def by_head(self, weight: str, hidden: str, columns: Float) -> str:
-        """Append `hidden` (B, T, C) times `columns` (C, n), stored as `weight`: n numbers of each token.
-
-        They are (B, n, T) float32. onnxruntime makes one node of it.
-        """
-        hidden = self.graph.widen(hidden, weight)
-        turned = self.graph.op("Transpose", hidden, name=f"{weight}.tokens", perm=[0, 2, 1])
-        return self.graph.op("MatMul", self.graph.weight(weight, columns.T), turned, name=weight)
 
     def float_positions(self) -> str:
         """The queries' positions as (B, T, 1) float32; exact below 2^24."""

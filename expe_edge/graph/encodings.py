@@ -46,7 +46,7 @@ class RotaryNodes(PositionNodes):
         plain = super().project(layer, hidden, weights)
         query, key, value = split(self.graph, self.config, layer, plain.query)
         query, key = self.rotate(f"{layer}.query", query), self.rotate(f"{layer}.key", key)
-        return Projection(query, key, value, gate=plain.gate)
+        return Projection(query, key, value)
 
     def rotate(self, name: str, states: str) -> str:
         """Turn (B, T, heads·D) by the shared angles."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from expe_edge.graph.encoding import Bias, PositionNodes, Projection, Span, heads_of
+from expe_edge.graph.encoding import Bias, PositionNodes, Projection, Span, by_head, heads_of
 from expe_edge.graph.nodes import GraphBuilder
 from expe_edge.graph.weights import FoldedPositions, LayerWeights
 from expe_edge.positions.codes import PositionCode
@@ -106,18 +106,17 @@ class ExPENodes(PositionNodes):
     def project_inline(self, layer: str, hidden: str, positioned: str, weights: LayerWeights) -> Projection:
         """Positions inside the query/key product, as an exporter that knows nothing of ExPE leaves them."""
         queries, keys = self.sizes
-        gate = self.gate(layer, hidden, weights)
         if self.parameters.relative:
             started = self.positioned(f"{layer}.query", hidden, constant=True)
             query = self.linear(f"{layer}.q", started, weights.qkv[:, :queries])
             key = self.linear(f"{layer}.k", positioned, weights.qkv[:, queries : queries + keys])
             value = self.linear(f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
-            return Projection(query, key, value, gate=gate)
+            return Projection(query, key, value)
         product = self.linear(f"{layer}.qk", positioned, weights.qkv[:, : queries + keys])
         sizes = self.graph.ints(queries, keys)
         query, key = self.graph.multi("Split", [product, sizes], 2, name=f"{layer}.split", axis=-1)
         value = self.linear(f"{layer}.v", hidden, weights.qkv[:, queries + keys :])
-        return Projection(query, key, value, gate=gate)
+        return Projection(query, key, value)
 
     def project_folded(self, layer: str, hidden: str, weights: LayerWeights, positions: FoldedPositions) -> Projection:
         """One product over content; positions beside it, and in the scores' bias."""
@@ -132,13 +131,12 @@ class ExPENodes(PositionNodes):
         return Projection(
             fused,
             biases=self.layer_biases(layer, hidden, positions),
-            gate=self.gate(layer, hidden, weights),
             positioned_values=positions.value_start is not None,
         )
 
     def layer_biases(self, layer: str, hidden: str, positions: FoldedPositions) -> tuple[Bias | None, ...]:
         """What is added to the scores of every group of heads in one layer."""
-        slopes = self.softplus(layer, self.slopes(layer, hidden, positions))
+        slopes = self.slopes(layer, hidden, positions)
         if self.parameters.code.limbs > 1:
             return (self.bias_of_limbs(layer, slopes),)
         parts = [slopes]
@@ -152,13 +150,13 @@ class ExPENodes(PositionNodes):
         content = self.parameters.content(self.config.num_attention_heads)[span.begin : span.end]
         if all(content):
             return None
-        slopes = self.graph.op("Unsqueeze", slopes, self.graph.ints(3), name=f"{layer}.slopes")
         distances, heads = self.float_distances(span), span.end - span.begin
 
         def emit(graph: GraphBuilder, begin: int, end: int) -> str:
             if all(content[begin:end]):
                 return ""
-            return graph.op("Mul", heads_of(graph, slopes, begin, end, heads), distances, name=f"{layer}.bias")
+            part = heads_of(graph, slopes, begin, end, heads)
+            return graph.function("SlopeBias", [part, distances], _slope_bias, name=layer, last="bias")
 
         return emit
 
@@ -177,25 +175,22 @@ class ExPENodes(PositionNodes):
         return emit
 
     def slopes(self, layer: str, hidden: str, positions: FoldedPositions) -> str:
-        """Slopes of every head and limb, (B, H·G, T), or what enters their softplus."""
+        """Slopes of every head and limb, (B, H·G, T)."""
         graph, name = self.graph, f"{layer}.slope"
-        slopes = self.by_head(f"{name}.weight", hidden, positions.slope_weight)
-        if positions.slope_limbs is not None:
-            grown = self.by_head(f"{name}.limbs", self.shared["codes"], positions.slope_limbs)
-            slopes = graph.op("Add", slopes, grown, name=f"{name}.grown")
-        start = graph.weight(f"{name}.start", positions.slope_start[:, None])
-        return graph.op("Add", slopes, start, name=f"{name}.started")
-
-    def softplus(self, layer: str, slopes: str) -> str:
-        """Slopes (B, H, T) kept above 0, and content heads' at 0, from slopes times their sharpness."""
         heads = self.config.num_attention_heads
         sharpness = self.parameters.sharpness(heads)
-        if sharpness is None:
-            return slopes
-        scale = np.logical_not(self.parameters.content(heads)) / np.array(sharpness)
-        positive = self.graph.op("Softplus", slopes, name=f"{layer}.slope.positive")
-        constant = self.graph.constant(scale.astype(np.float32)[:, None])
-        return self.graph.op("Mul", positive, constant, name=f"{layer}.slope.softplus")
+        weight = graph.weight(f"{name}.weight", positions.slope_weight.T)
+        start = graph.weight(f"{name}.start", positions.slope_start[:, None])
+        if sharpness is not None:  # of the relative form, whose slopes do not grow
+            scale = np.logical_not(self.parameters.content(heads)) / np.array(sharpness)
+            scales = graph.constant(scale.astype(np.float32)[:, None])
+            return graph.function("Slopes", [hidden, weight, start, scales], _slopes, name=layer, last="slope.softplus")
+        slopes = by_head(graph, hidden, weight, name)
+        if positions.slope_limbs is not None:
+            limbs = graph.weight(f"{name}.limbs", positions.slope_limbs.T)
+            grown = by_head(graph, self.shared["codes"], limbs, f"{name}.limbs")
+            slopes = graph.op("Add", slopes, grown, name=f"{name}.grown")
+        return graph.op("Add", slopes, start, name=f"{name}.started")
 
     def key_codes(self, code: PositionCode) -> str:
         """c_g(j), (G, B or 1, 1, 1, S) float32."""
@@ -214,3 +209,16 @@ class ExPENodes(PositionNodes):
             queries = graph.op("Unsqueeze", queries, graph.ints(2, 4), name="queries.limbs")  # (G, B, 1, T, 1)
             self.shared["relative_codes"] = graph.op("Sub", keys, queries, name="codes.relative")
         return self.shared["relative_codes"]
+
+
+def _slopes(graph: GraphBuilder, name: str, hidden: str, weight: str, start: str, scale: str) -> str:
+    """Append slopes (B, H, T) kept above 0: `scale` (H, 1), 0 in content heads, times a softplus of what is learned."""
+    slopes = graph.op("Add", by_head(graph, hidden, weight, f"{name}.slope"), start, name=f"{name}.slope.started")
+    positive = graph.op("Softplus", slopes, name=f"{name}.slope.positive")
+    return graph.op("Mul", positive, scale, name=f"{name}.slope.softplus")
+
+
+def _slope_bias(graph: GraphBuilder, name: str, slopes: str, distances: str) -> str:
+    """Append slope(i)·(j − i), (B, H, T, S), of slopes (B, H, T) and distances (B or 1, 1, T, S)."""
+    slopes = graph.op("Unsqueeze", slopes, graph.ints(3), name=f"{name}.slopes")
+    return graph.op("Mul", slopes, distances, name=f"{name}.bias")

@@ -7,7 +7,8 @@ A tensor between two nodes is called t0, t1, …: in a small model long names wo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -22,12 +23,14 @@ from expe_edge.package.contract import BATCH, TensorSpec
 OPSET, IR_VERSION = 20, 9
 #: The same for graphs with weights in blocks (DequantizeLinear), which onnxruntime reads since 1.20.
 OPSET_BLOCKS, IR_VERSION_BLOCKS = 21, 10
-#: Domain of onnxruntime's contributed operators.
-MICROSOFT = "com.microsoft"
+#: Domain of onnxruntime's contributed operators, and of functions of our own, which kernels built here know.
+MICROSOFT, OWN = "com.microsoft", "expe_edge"
 
 FLOAT, FLOAT16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
 
 Array = npt.NDArray[Any]
+#: Appends nodes to a builder: where they are, and the tensors that they take; returns what they make.
+Body = Callable[..., str]
 
 
 class GraphBuilder:
@@ -36,10 +39,11 @@ class GraphBuilder:
     weights: whether to keep them; False where the nodes are all that is wanted.
     element: the onnx type that the model computes in, FLOAT or FLOAT16. Positions and what they are multiplied by are
         float32 in any graph: `narrow` and `widen` lead from one to the other.
+    functions: whether chains of nodes are functions of the model.
     """
 
-    def __init__(self, *, weights: bool = True, element: int = FLOAT) -> None:
-        self._weights, self.element = weights, element
+    def __init__(self, *, weights: bool = True, element: int = FLOAT, functions: bool = False) -> None:
+        self._weights, self.element, self._functions = weights, element, functions
         self._model = onnx.ModelProto()  # grows in place: weights copied from list to graph to model are held thrice
         self.graph = self._model.graph
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -88,6 +92,21 @@ class GraphBuilder:
         """Append a node whose outputs have given names."""
         node = helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes)
         self.graph.node.append(node)
+
+    def function(self, kind: str, inputs: Sequence[str], body: Body, *, name: str, last: str) -> str:
+        """Append a chain of nodes with one output, which is the same wherever it is of this kind.
+
+        Where functions are wanted it is one node. A runtime that has no kernel of that name puts the chain in its
+        place when it reads the graph.
+
+        body: appends the chain to a builder. name: of where it is, which names of its nodes begin with. last: how that
+            of the last node goes on.
+        """
+        if not self._functions:
+            return body(self, name, *inputs)
+        if all(function.name != kind for function in self._model.functions):
+            self._model.functions.append(_function(kind, len(inputs), body))
+        return self.op(kind, *inputs, name=f"{name}.{last}", domain=OWN)
 
     def branch(self) -> GraphBuilder:
         """Return a builder of one side of `choose`: it reads this graph's tensors, and stores what it stores here."""
@@ -186,10 +205,26 @@ class GraphBuilder:
         blocks = any(map(_restores_blocks, every_node(graph)))
         opset, model.ir_version = (OPSET_BLOCKS, IR_VERSION_BLOCKS) if blocks else (OPSET, IR_VERSION)
         model.opset_import.append(helper.make_opsetid("", opset))
-        if any(node.domain == MICROSOFT for node in every_node(graph)):
-            model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+        for function in model.functions:
+            function.opset_import.append(helper.make_opsetid("", opset))
+        domains = {node.domain for node in every_node(graph)} & {MICROSOFT, OWN}
+        model.opset_import.extend(helper.make_opsetid(domain, 1) for domain in sorted(domains))
         model.producer_name = producer
         return model
+
+
+class _FunctionBuilder(GraphBuilder):
+    """Builds a function, whose constants are nodes."""
+
+    def _store(self, tensor: TensorProto) -> str:
+        self.graph.node.append(helper.make_node("Constant", [], [tensor.name], value=tensor))
+        return str(tensor.name)
+
+
+def _function(kind: str, inputs: int, body: Body) -> onnx.FunctionProto:
+    builder, names = _FunctionBuilder(), [f"x{index}" for index in range(inputs)]
+    output = body(builder, kind, *names)
+    return helper.make_function(OWN, kind, names, [output], builder.graph.node, [])
 
 
 def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -198,6 +233,13 @@ def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield node
         for branch in branches_of(node):
             yield from every_node(branch)
+
+
+def operators_of(model: onnx.ModelProto) -> Counter[str]:
+    """Return how often a model has each operator, those of its functions wherever they stand."""
+    chains = {function.name: [node.op_type for node in function.node] for function in model.functions}
+    chained = (chains.get(node.op_type, [node.op_type]) for node in every_node(model.graph))
+    return Counter(kind for kinds in chained for kind in kinds if kind != "Constant")
 
 
 def branches_of(node: onnx.NodeProto) -> list[onnx.GraphProto]:

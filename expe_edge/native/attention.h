@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vnni.h"
+#include "curves.h"
 
 namespace attention {
 
+using curves::kLog2E;
+using curves::power_of_two;
 using vnni::kLanes;
 
 // Queries that attend together.
@@ -15,7 +17,6 @@ constexpr int64_t kMostQueries = 64;
 // What a score is that a query does not see, and what the largest score begins with: below all others, and so far above
 // what is hidden that a query which sees no key gives it no weight.
 constexpr float kHidden = -3e38f, kLowest = -1e30f;
-constexpr float kLog2E = 1.44269504f;
 // The most keys of a tile, whose weights are taken relative to the largest of them; and what that is rounded to where
 // values are int8. Sums of rounded weights and values stay below 2^31: 128 products of 2^15 and 2^7 make 2^29. Rounding
 // moves 128 · 2^-16 = 0.002 of a tile's weight at most, where all are rounded the same way.
@@ -43,19 +44,6 @@ struct Queries {
     int32_t first[kMostQueries], last[kMostQueries];
     float sink[kMostQueries];
 };
-
-// 2 to the power of what is not above 0, to 8e-8 of it: a polynomial for what is left of a whole power.
-inline __m512 power_of_two(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 power = _mm512_set1_ps(0.001327647129f);
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.009675540961f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.05550713092f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.2402212024f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.6931469440f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0000001192f));
-    return _mm512_scalef_ps(power, whole);
-}
 
 // The dimensions of a query as they meet keys: times the scale of scores, and of keys.
 template <typename Element>

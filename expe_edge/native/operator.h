@@ -13,7 +13,8 @@
 
 namespace operators {
 
-constexpr const char* kDomain = "com.microsoft";
+// Of operators that are onnxruntime's too, and of functions of packages' graphs.
+constexpr const char *kMicrosoft = "com.microsoft", *kOwn = "expe_edge";
 
 // End the function with what a call of the interface returns, unless that is success.
 #define RETURN_IF_FAILED(call) \
@@ -137,3 +138,4 @@ inline ort::CustomOp describe() {
 const ort::CustomOp* matmul_nbits();
 const ort::CustomOp* attention_over_floats();
 const ort::CustomOp* attention_over_levels();
+std::initializer_list<const ort::CustomOp*> functions();

@@ -1,9 +1,9 @@
 """Kernels of our own for onnxruntime, compiled on the machine that they run on.
 
-`native/` holds the operators MatMulNBits and GroupQueryAttention in C++ for processors with AVX-512 VNNI. A session
-that loads their library runs them in place of onnxruntime's own, in the graph as it is. `expe-edge build-kernels`
-compiles it into the user's cache; where it is not there, damaged, or not for this processor or package, sessions run as
-ever.
+`native/` holds the operators MatMulNBits and GroupQueryAttention, and functions of packages' graphs, in C++ for
+processors with AVX-512 VNNI. A session that loads their library runs them in place of onnxruntime's own, and of the
+functions' chains of nodes, in the graph as it is. `expe-edge build-kernels` compiles it into the user's cache; where it
+is not there, damaged, or not for this processor or package, sessions run as ever.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ def test_an_operator_of_another_domain_is_refused() -> None:
         require_standard_operators(model)
     assert str(raised.value) == (
         "`portable` has standard operators alone, but this graph has com.microsoft::GroupQueryAttention, "
-        "com.microsoft::SkipSimplifiedLayerNormalization"
+        "com.microsoft::SkipSimplifiedLayerNormalization, expe_edge::SlopeBias, expe_edge::SwiGLU"
     )
 
 
