@@ -97,7 +97,7 @@ class GraphBuilder:
         """Append a chain of nodes with one output, which is the same wherever it is of this kind.
 
         Where functions are wanted it is one node. A runtime that has no kernel of that name puts the chain in its
-        place when it reads the graph.
+        place when it reads the graph. One that has takes it for this chain: another one needs another name.
 
         body: appends the chain to a builder. name: of where it is, which names of its nodes begin with. last: how that
             of the last node goes on.
