@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from expe_edge.runtime.opening import session_options
+from tests.alone import open_alone
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class Product:
 
     def session(self, threads: int = 1, library: Path | None = None) -> ort.InferenceSession:
         """Open it, with a library of kernels or onnxruntime's own."""
-        options = session_options(threads, library)
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # threads leave the next session alone
-        return ort.InferenceSession(self.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return open_alone(self.model(), threads, library)
 
     def model(self) -> onnx.ModelProto:
         random, blocks = np.random.default_rng(0), -(-self.k // self.block)

@@ -13,7 +13,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from expe_edge.errors import ExportError
 from expe_edge.graph.linears import LINEAR_FORMATS, Float32
-from expe_edge.graph.nodes import every_node
+from expe_edge.graph.nodes import operators_of
 from expe_edge.quiet import ERRORS
 
 #: Kernels of quantized linears; none of them computes anything else.
@@ -28,7 +28,7 @@ def optimized_operators(model: Path) -> Counter[str]:
             _optimize(model, path, weights_apart=True)
         except Fail:  # onnxruntime 1.22 cannot write apart what it has fused
             _optimize(model, path, weights_apart=False)
-        return Counter(node.op_type for node in every_node(onnx.load(path, load_external_data=False).graph))
+        return operators_of(onnx.load(path, load_external_data=False))
 
 
 def _optimize(model: Path, path: Path, *, weights_apart: bool) -> None:

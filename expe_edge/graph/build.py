@@ -228,25 +228,14 @@ class _Decoder:
         return self.linear(f"{name}.out", mixed, weights.out, peaked=projection.positioned_values)
 
     def _gated(self, name: str, mixed: str, normed: str, columns: Float) -> str:
-        """Multiply each head's result, of (B, T, H·D), by its gate: the sigmoid of `normed` times `columns` (C, H).
-
-        A product with ones spreads a gate over its head's columns.
-        """
+        """Multiply each head's result, of (B, T, H·D), by its gate: the sigmoid of `normed` times `columns` (C, H)."""
         graph, config = self.graph, self.config
         spread = np.repeat(np.eye(config.num_attention_heads, dtype=np.float32), config.head_dim, axis=1)
         if graph.element != FLOAT:
             spread = spread.astype(np.float16)
         weight = graph.weight(f"{name}.gate.weight", columns.T)
-
-        def gates(graph: GraphBuilder, name: str, mixed: str, normed: str, weight: str, spread: str) -> str:
-            opened = graph.op("Sigmoid", by_head(graph, normed, weight, f"{name}.gate"), name=f"{name}.gate.opened")
-            opened = graph.narrow(opened, f"{name}.gate")
-            opened = graph.op("Transpose", opened, name=f"{name}.gate.tokens", perm=[0, 2, 1])
-            opened = graph.op("MatMul", opened, spread, name=f"{name}.gate.spread")
-            return graph.op("Mul", mixed, opened, name=f"{name}.mix.gated")
-
         inputs = [mixed, normed, weight, graph.constant(spread)]
-        return graph.function("GatedHeads", inputs, gates, name=name, last="mix.gated")
+        return graph.function("GatedHeads", inputs, _gated_heads, name=name, last="mix.gated")
 
     def _feed_forward(self, name: str, hidden: str, weights: LayerWeights) -> str:
         graph = self.graph
@@ -256,6 +245,15 @@ class _Decoder:
         else:
             active = graph.function("SwiGLU", [wide], _swiglu, name=name, last="active")
         return self.linear(f"{name}.down", active, weights.down, peaked=True)
+
+
+def _gated_heads(graph: GraphBuilder, name: str, mixed: str, normed: str, weight: str, spread: str) -> str:
+    """Append `mixed` (B, T, H·D) times gates, which a product with ones, `spread` (H, H·D), brings to their columns."""
+    opened = graph.op("Sigmoid", by_head(graph, normed, weight, f"{name}.gate"), name=f"{name}.gate.opened")
+    opened = graph.narrow(opened, f"{name}.gate")
+    opened = graph.op("Transpose", opened, name=f"{name}.gate.tokens", perm=[0, 2, 1])
+    opened = graph.op("MatMul", opened, spread, name=f"{name}.gate.spread")
+    return graph.op("Mul", mixed, opened, name=f"{name}.mix.gated")
 
 
 def _swiglu(graph: GraphBuilder, name: str, wide: str) -> str:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from expe_edge.export.kernels import optimized_operators
 from expe_edge.graph.nodes import OWN
 from expe_edge.package.directory import MODEL_FILE
-from expe_edge.runtime.opening import session_options
+from tests.alone import open_alone
 
 KINDS = ("SwiGLU", "GatedHeads", "Slopes", "SlopeBias")
 
@@ -55,8 +55,7 @@ def session(function: onnx.FunctionProto, library: Path | None, threads: int = 1
     graph = helper.make_graph([node], "alone", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     opsets = [*function.opset_import, helper.make_opsetid(OWN, 1)]
     model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=9)
-    options = session_options(threads, library)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return open_alone(model, threads, library)
 
 
 def shapes(kind: str, of: Sizes) -> list[tuple[int, ...]]:
