@@ -18,10 +18,14 @@ class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers pu
 
     Several processes stop after the same step, whichever of them was interrupted. A second one is ignored there: the
     launcher passes on the one that the terminal has sent to all already.
+
+    Attributes:
+        pressed: whether this process was interrupted, which may be while the others are asked; they are asked again
+            after the next step. interrupted: whether all have stopped for it.
     """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.pressed = self.interrupted = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         # A resumed state brings the intervals of the run it is from; the settings of this run win.
@@ -33,12 +37,12 @@ class SaveOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers pu
         signal.signal(signal.SIGINT, self.previous)
 
     def _interrupt(self, *_: Any) -> None:
-        self.interrupted = True
+        self.pressed = True
         if not torch.distributed.is_initialized():
             signal.signal(signal.SIGINT, self.previous)
 
     def on_step_end(self, args: TrainingArguments, _: TrainerState, control: TrainerControl, **__: Any) -> None:
-        self.interrupted = in_any_process(self.interrupted, args.device)
+        self.interrupted = in_any_process(self.pressed, args.device)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from expe_edge.errors import CheckpointError, ConfigError
+from expe_edge.training import callbacks
 from expe_edge.training.checkpoint import load_checkpoint
 from expe_edge.training.record import last_checkpoint
 from expe_edge.training.run import train
@@ -229,6 +230,25 @@ def test_ctrl_c_that_reaches_one_of_two_processes_stops_both_behind_a_checkpoint
     step = int(saved.name.removeprefix("checkpoint-"))
     report = train(settings(text_folder, max_steps=step + 1, save_every=100000, log_every=1), run, resume=True)
     assert report["history"][-1]["step"] == step + 1
+
+
+def test_ctrl_c_while_processes_ask_one_another_is_not_lost(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def ask(flag: bool, _: torch.device) -> bool:
+        asked.append(flag)
+        if len(asked) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return flag
+
+    monkeypatch.setattr(callbacks, "in_any_process", ask)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(text_folder), tmp_path / "run")
+
+    assert asked == [False, True]
+    assert names(tmp_path / "run" / "trainer") == ["checkpoint-2"]
 
 
 # Divergence.
