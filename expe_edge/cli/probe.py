@@ -34,6 +34,7 @@ from expe_edge.cli.reference import introduce_reference
     "code-definition; may be repeated.  [default: all]",
 )
 @click.option("--lengths", default="1,2,4,8,16", show_default=True, help="Lengths of texts, in training lengths.")
+@click.option("--near", default=1, show_default=True, help="Text that far text is compared with, in training lengths.")
 @click.option("--depths", default="0,25,50,75,100", show_default=True, help="Places of needles, percent of a text.")
 @click.option("--documents", default=8, show_default=True, help="Most documents to read.")
 @click.option("--cases", default=4, show_default=True, help="Questions for each length and depth.")
@@ -47,6 +48,7 @@ def probe(
     text_field: str,
     probes: tuple[str, ...],
     lengths: str,
+    near: int,
     depths: str,
     documents: int,
     cases: int,
@@ -58,9 +60,9 @@ def probe(
     """Measure what text far back is worth to every model, and where it fails to be of use.
 
     MODEL are checkpoints or packages of one tokenizer, in any mix. Context use is what the whole text before a token is
-    worth beside its last N tokens; the probes of recall ask for what stands at a depth of a text; docs/probes.md says
-    what each number means. Standard errors are over documents. Without any, it is the reference model that is probed,
-    on what is held out of the standard library.
+    worth beside its last `--near` N tokens; the probes of recall ask for what stands at a depth of a text;
+    docs/probes.md says what each number means. Standard errors are over documents. Without any, it is the reference
+    model that is probed, on what is held out of the standard library.
     """
     require_writable(json_file)
     require_plot(plot_file)
@@ -78,6 +80,7 @@ def probe(
         lengths=tuple(parse_lengths(lengths)),
         documents=documents,
         probes=tuple(dict.fromkeys(probes)) or probing.PROBES,
+        near=near,
         depths=tuple(percent / 100 for percent in parse_integers("--depths", depths, "0,50,100")),
         cases=cases,
         seed=seed,

@@ -28,6 +28,7 @@ def probe_tables(report: ProbeReport) -> Iterator[Table]:
 def context_use_table(report: ProbeReport) -> Table:
     """Lay context use out as a section for each figure, a row for each model, a column for each length."""
     first = report.context_use[0]
+    near = "" if first.near == report.training_length else f"{first.near // report.training_length} "
     lengths = list(dict.fromkeys(result.length for result in report.context_use))
     n = report.training_length
     table = rows_by_name(
@@ -37,7 +38,7 @@ def context_use_table(report: ProbeReport) -> Table:
     )
     sections: list[tuple[str, Callable[[ContextUse], str]]] = [
         ("with the whole text", lambda r: f"{r.full_loss:.3f} ±{r.full_loss_stderr:.3f}"),
-        ("with the last N tokens", lambda r: f"{r.near_loss:.3f} ±{r.near_loss_stderr:.3f}"),
+        (f"with the last {near}N tokens", lambda r: f"{r.near_loss:.3f} ±{r.near_loss_stderr:.3f}"),
         ("gained by far text", lambda r: f"{r.gained:+.3f} ±{r.gained_stderr:.3f}"),
     ]
     for heading, cell in sections:

@@ -1,4 +1,4 @@
-"""Context use: what the whole text before a token is worth beside its last N tokens alone."""
+"""Context use: what the whole text before a token is worth beside its last tokens alone."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ STRIDES_PER_LENGTH = 4
 class ContextUse(Result):
     """What one model gains from far text, over the same target tokens read twice.
 
-    length: the targets are the last tokens of the first `length` predicted ones. tokens: targets of all documents.
-    full_loss: their loss with the whole text before them, nats per token. near_loss: their loss with the last N tokens
-    alone. gained: near_loss less full_loss, above zero where far text helps. Standard errors are over documents, and
-    that of `gained` is of the paired difference.
+    length: the targets are the last tokens of the first `length` predicted ones. near: tokens of near text, at most.
+    tokens: targets of all documents. full_loss: their loss with the whole text before them, nats per token. near_loss:
+    their loss with the last `near` tokens alone. gained: near_loss less full_loss, above zero where far text helps.
+    Standard errors are over documents, and that of `gained` is of the paired difference.
     """
 
     model: str
     length: int
+    near: int
     documents: int
     tokens: int
     full_loss: float
@@ -39,22 +40,25 @@ class ContextUse(Result):
     gained_stderr: float
 
 
-def require_far(lengths: Sequence[int]) -> None:
-    """Raise `ConfigError` unless one of `lengths`, in units of N, is beyond N."""
-    if max(lengths) < 2:
+def require_far(lengths: Sequence[int], near: int) -> None:
+    """Raise `ConfigError` unless near text has a length and one of `lengths` is beyond it, all in units of N."""
+    if near < 1:
+        raise ConfigError(f"`near` is {near}; at least 1")
+    if max(lengths) <= near:
         raise ConfigError(
-            "`lengths` 1: context use is measured from 2 on; add such a length, or choose another `probe`"
+            f"`lengths` end at {max(lengths)}: context use is measured beyond {near}, as `near` says; "
+            "add such a length, or choose another `probe`"
         )
 
 
 def stride(training_length: int) -> int:
-    """Return how many targets are read in one pass over the last N tokens."""
+    """Return how many targets are read in one pass over near text."""
     return max(1, training_length // 8)
 
 
-def near_tokens(lengths: Sequence[int], training_length: int) -> int:
+def near_tokens(lengths: Sequence[int], near: int, training_length: int) -> int:
     """Return how many tokens `context_use` reads of each document beside the whole."""
-    return sum(length > 1 for length in lengths) * STRIDES_PER_LENGTH * training_length
+    return sum(length > near for length in lengths) * STRIDES_PER_LENGTH * near * training_length
 
 
 def context_use(
@@ -62,32 +66,37 @@ def context_use(
     documents: Sequence[Ids],
     losses: Double,
     lengths: Sequence[int],
+    near: int = 1,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[ContextUse, ...]:
-    """Measure what far text is worth, of every model at every length beyond N.
+    """Measure what far text is worth, of every model at every length beyond near text.
 
-    The targets of a length are its last N / 2 tokens. Without far text they are read in passes over N tokens, of which
-    the last N / 8 are scored: a target sees at least 7/8 of N tokens before it, and no pass is longer than training.
+    The targets of a length are its last N / 2 tokens. Without far text they are read in passes over `near`·N tokens, of
+    which the last N / 8 are scored: a target sees at least that many fewer before it. By default no pass is longer than
+    training; with 2, what is lost by reading on from twice that length shows as a gain below zero.
 
     Args:
         documents: token ids (T,), each at least max(lengths)·N + 1 long.
         losses: of all models and documents, (models, documents, max(lengths)·N); see `document_losses`.
-        lengths: in units of N. Those below 2 are left out.
+        lengths: in units of N. Those that near text covers are left out.
+        near: tokens of near text, in units of N.
         advance: called with the number of tokens that every model has just scored.
     """
     results = []
-    for end in (length * panel.training_length for length in lengths if length > 1):
+    width = near * panel.training_length
+    for end in (length * panel.training_length for length in lengths if length > near):
         begin = end - STRIDES_PER_LENGTH * stride(panel.training_length)
-        near = np.stack([_near_losses(panel, document, begin, end, advance) for document in documents], axis=1)
-        for name, of_near, of_full in zip(panel.names, near, losses[:, :, begin:end], strict=True):
-            results.append(_result(name, end, of_near, of_full))
+        alone = np.stack([_near_losses(panel, document, begin, end, width, advance) for document in documents], axis=1)
+        for name, of_near, of_full in zip(panel.names, alone, losses[:, :, begin:end], strict=True):
+            results.append(_result(name, end, width, of_near, of_full))
     return tuple(sorted(results, key=lambda result: panel.names.index(result.model)))
 
 
-def _near_losses(panel: Panel, document: Ids, begin: int, end: int, advance: Callable[[int], None]) -> Double:
-    """Return the losses of tokens [begin + 1, end + 1), each from at most the N tokens before it, (models, t)."""
-    width, step = panel.training_length, stride(panel.training_length)
-    passes = []
+def _near_losses(
+    panel: Panel, document: Ids, begin: int, end: int, width: int, advance: Callable[[int], None]
+) -> Double:
+    """Return the losses of tokens [begin + 1, end + 1), each from at most `width` tokens before it, (models, t)."""
+    step, passes = stride(panel.training_length), []
     for last in range(begin + step, end + 1, step):
         window = document[last - width : last + 1]
         passes.append(np.stack([predicted.nll for predicted in panel.score(window, width - step + 1)]))
@@ -95,7 +104,7 @@ def _near_losses(panel: Panel, document: Ids, begin: int, end: int, advance: Cal
     return np.concatenate(passes, axis=1)
 
 
-def _result(model: str, length: int, near: Double, full: Double) -> ContextUse:
+def _result(model: str, length: int, width: int, near: Double, full: Double) -> ContextUse:
     """Reduce losses (documents, t) with and without far text to one length's figures."""
     counts = np.full(len(near), float(near.shape[1]))
     full_loss, full_error = ratio_of_sums(full.sum(axis=1), counts)
@@ -104,6 +113,7 @@ def _result(model: str, length: int, near: Double, full: Double) -> ContextUse:
     return ContextUse(
         model=model,
         length=length,
+        near=width,
         documents=len(near),
         tokens=near.size,
         full_loss=full_loss,

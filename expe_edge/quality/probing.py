@@ -30,7 +30,8 @@ class ProbeSettings:
     """What is probed.
 
     lengths: in units of N, rising. documents: most to read. probes: of `PROBES`. depths: of needles, from 0 to 1.
-    cases: for each cell of recall. seed: of numbers, names and samples.
+    cases: for each cell of recall. seed: of numbers, names and samples. near: what context use compares the whole text
+    with, the last so many N tokens.
 
     Raises:
         ConfigError: a value that is out of range, an unknown probe, or none.
@@ -42,6 +43,7 @@ class ProbeSettings:
     depths: tuple[float, ...] = DEPTHS
     cases: int = 4
     seed: int = 0
+    near: int = 1
 
     def __post_init__(self) -> None:
         require_rising(self.lengths)
@@ -55,7 +57,7 @@ class ProbeSettings:
         for probe in self.probes:
             require_choice("`probe`", probe, PROBES)
         if CONTEXT_USE in self.probes:
-            require_far(self.lengths)
+            require_far(self.lengths, self.near)
         self.grid(1)
 
     def grid(self, training_length: int) -> Grid:
@@ -118,9 +120,9 @@ def _from_losses(
     positions = loss_by_position(panel.names, losses) if LOSS_BY_POSITION in settings.probes else ()
     if CONTEXT_USE not in settings.probes:
         return (), positions
-    near = len(documents) * near_tokens(settings.lengths, panel.training_length)
+    near = len(documents) * near_tokens(settings.lengths, settings.near, panel.training_length)
     with counted("scoring without far text", near) as advance:
-        return context_use(panel, documents, losses, settings.lengths, advance), positions
+        return context_use(panel, documents, losses, settings.lengths, settings.near, advance), positions
 
 
 def _recall(panel: Panel, documents: Sequence[Ids], settings: ProbeSettings) -> tuple[Recall, ...]:

@@ -25,6 +25,7 @@ PARAMETERS = "positional_parameters"
 #: Keys of `probes`, which mean what the options of `expe-edge probe` do, and the kinds of their values.
 PROBE_KEYS = {
     "names": "tuple[str, ...]",
+    "near": "int",
     "lengths": "tuple[int, ...]",
     "depths": "tuple[int, ...]",
     "documents": "int",

@@ -327,8 +327,10 @@ def test_sensitivity_options_out_of_range(packages: Path, options: list[str], me
         (["--lengths", "1,b"], "--lengths 1,b: expected comma-separated integers, such as 1,2,4,8,16"),
         (
             ["--lengths", "1"],
-            "--lengths 1: context use is measured from 2 on; add such a length, or choose another --probe",
+            "--lengths end at 1: context use is measured beyond 1, as --near says; "
+            "add such a length, or choose another --probe",
         ),
+        (["--near", "0"], "--near is 0; at least 1"),
         (["--depths", "50,101"], "--depths 50,101: expected rising percentages from 0 to 100, as 0,25,50,75,100"),
         (["--depths", "half"], "--depths half: expected comma-separated integers, such as 0,50,100"),
         (["--documents", "0"], "--documents is 0; at least 1"),

@@ -18,7 +18,7 @@ from expe_edge.quality.loss_by_position import bin_edges, loss_by_position
 from expe_edge.quality.losses import Panel, document_losses
 from expe_edge.quality.scoring import Scorer
 from expe_edge.training.checkpoint import load_checkpoint
-from tests.quality.oracles import DOUBT, Oracle
+from tests.quality.oracles import DOUBT, LONGEST, Oracle
 
 V = 300
 N = 32
@@ -31,10 +31,10 @@ def repeated(count: int, period: int, tokens: int) -> list[np.ndarray]:
     return [np.resize(random.permutation(np.arange(1, V))[:period], tokens).astype(np.int64) for _ in range(count)]
 
 
-def used(oracle: Scorer, documents: list[np.ndarray], lengths: Sequence[int]) -> tuple[ContextUse, ...]:
+def used(oracle: Scorer, documents: list[np.ndarray], lengths: Sequence[int], near: int = 1) -> tuple[ContextUse, ...]:
     panel = Panel([oracle])
     losses = document_losses(panel, documents, lengths[-1] * N)
-    return context_use(panel, documents, losses, lengths)
+    return context_use(panel, documents, losses, lengths, near)
 
 
 def test_what_repeats_beyond_n_is_gained_by_who_sees_it() -> None:
@@ -70,6 +70,29 @@ def test_a_window_beyond_n_gains() -> None:
     assert used(Oracle(Path("m"), V, window=43), documents, (4,))[0].gained == 0  # 40 back, and 4 tokens to match
 
 
+def test_a_window_within_the_near_text_asked_for_gains_nothing() -> None:
+    """At a length that near text covers there is nothing farther back."""
+    documents = repeated(3, 40, 4 * N + 1)
+
+    (result,) = used(Oracle(Path("m"), V, window=44), documents, (1, 2, 4), near=2)
+
+    assert (result.length, result.near, result.tokens) == (4 * N, 2 * N, 3 * N // 2)
+    assert result.full_loss == result.near_loss == pytest.approx(SURE, rel=1e-3)
+
+
+def test_what_far_text_harms_is_a_gain_below_zero() -> None:
+    """At the beginning every 8 tokens of a cycle have another successor, which a model that looks there says."""
+    cycle = np.arange(1, 11)
+    misleading = [np.append(np.roll(cycle, -first)[:LONGEST], 20 + first) for first in range(len(cycle))]
+    document = np.concatenate([*misleading, np.resize(cycle, 8 * N)])[: 8 * N + 1]
+
+    (result,) = used(Oracle(Path("m"), V, first=True), [document], (8,), near=2)
+
+    assert result.near_loss == pytest.approx(SURE, rel=1e-3)
+    assert result.full_loss == pytest.approx(-math.log(DOUBT / (V - 1)))
+    assert result.gained == pytest.approx(result.near_loss - result.full_loss)
+
+
 def test_a_scorer_that_knows_nothing_has_the_loss_of_the_vocabulary() -> None:
     (result,) = used(Oracle(Path("m"), V, window=0), repeated(2, 20, 2 * N + 1), (2,))
 
@@ -84,13 +107,14 @@ def losses_in_pytorch(checkpoint: Path, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(tokens[1:]), reduction="none"))
 
 
-def test_a_trained_model_is_read_as_pytorch_reads_it(scorers: Sequence[Scorer], checkpoint: Path) -> None:
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_trained_model_is_read_as_pytorch_reads_it(scorers: Sequence[Scorer], checkpoint: Path, width: int) -> None:
     """Target by target, with the tokens counted anew."""
     documents, _ = long_documents(scorers[0], (), "text", 8 * N + 1, 3)
     panel = Panel(scorers[:2], at_once=2)
     losses = document_losses(panel, documents, 8 * N)
 
-    results = context_use(panel, documents, losses, (4, 8))
+    results = context_use(panel, documents, losses, (4, 8), width)
 
     assert [(r.model, r.length) for r in results] == [(m, n * N) for m in ("model", "float32") for n in (4, 8)]
     for result in results:
@@ -101,8 +125,8 @@ def test_a_trained_model_is_read_as_pytorch_reads_it(scorers: Sequence[Scorer], 
             of_document = []
             for target in targets:
                 stride_end = result.length - (result.length - target) // 4 * 4
-                window = document[stride_end - N : target + 1]
-                assert N - 4 < len(window) - 1 <= N
+                window = document[stride_end - width * N : target + 1]
+                assert width * N - 4 < len(window) - 1 <= width * N
                 of_document.append(losses_in_pytorch(checkpoint, window)[-1])
             near.append(of_document)
         gained = np.mean(near, axis=1) - np.mean(full, axis=1)
@@ -151,15 +175,16 @@ def test_predictions_from_any_token_on_are_those_of_the_whole(begin: int) -> Non
     assert whole.likeliest[43:].all()
 
 
-def test_advance_counts_every_pass() -> None:
+@pytest.mark.parametrize("near", [1, 2])
+def test_advance_counts_every_pass(near: int) -> None:
     calls: list[int] = []
     panel, documents = Panel([Oracle(Path("m"), V, window=0)]), repeated(2, 20, 4 * N + 1)
 
     losses = document_losses(panel, documents, 4 * N, calls.append)
     assert sum(calls) == 2 * 4 * N
     calls.clear()
-    context_use(panel, documents, losses, (1, 2, 4), calls.append)
-    assert sum(calls) == 2 * near_tokens((1, 2, 4), N)
+    context_use(panel, documents, losses, (1, 2, 4), near, calls.append)
+    assert sum(calls) == 2 * near_tokens((1, 2, 4), near, N)
 
 
 def test_results_are_plain_data() -> None:
@@ -171,6 +196,10 @@ def test_results_are_plain_data() -> None:
 
 
 def test_lengths_within_n_have_no_far_text() -> None:
-    require_far([1, 2])
-    with pytest.raises(ConfigError, match="`lengths` 1: context use is measured from 2 on"):
-        require_far([1])
+    require_far([1, 2], 1)
+    with pytest.raises(ConfigError, match="`lengths` end at 1: context use is measured beyond 1, as `near` says"):
+        require_far([1], 1)
+    with pytest.raises(ConfigError, match="`lengths` end at 2: context use is measured beyond 2"):
+        require_far([1, 2], 2)
+    with pytest.raises(ConfigError, match="`near` is 0; at least 1"):
+        require_far([1, 2], 0)
