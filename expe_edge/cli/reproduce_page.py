@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from expe_edge.cli.reproduce_plots import plot_gains, plot_losses, plot_training
+from expe_edge.cli.reproduce_plots import plot_gains, plot_losses, plot_trade_off, plot_training
 from expe_edge.study.plan import directory_of
 
 Report = Mapping[str, Any]
@@ -65,7 +65,8 @@ def _markdown_cell(text: str) -> str:
 
 def sections_of(report: Report) -> list[Section]:
     """Return the sections of a report; those of what it does not hold are left out."""
-    return [*_losses(report), *_training(report), *_probes(report), *_training_cost(report), *_inference_cost(report)]
+    parts = (_losses, _training, _probes, _trade_off, _training_cost, _inference_cost)
+    return [section for part in parts for section in part(report)]
 
 
 def _losses(report: Report) -> Iterator[Section]:
@@ -135,6 +136,19 @@ def _gained(result: Mapping[str, Any]) -> str:
         + (f" ± {error:.3f}" if error is not None else "")
         + (f", {exact:.0%}" if exact is not None else "")
     )
+
+
+def _trade_off(report: Report) -> Iterator[Section]:
+    results = report["trade_off"]
+    if not results:
+        return
+    text = (
+        "Mean loss over the ranges of positions beyond N, and mean gain of the probes of recall in texts longer than "
+        "N, nats per token, with the share of exact matches. A model that forgets can predict well and recall nothing; "
+        "left and up is better."
+    )
+    rows = tuple((r["variant"], f"{r['loss']:.3f}", f"{r['gained']:+.3f}", f"{r['exact_match']:.1%}") for r in results)
+    yield Section("Recall against loss", text, ("loss", "gained", "exact match"), rows, plot_trade_off(results))
 
 
 def _training_cost(report: Report) -> Iterator[Section]:

@@ -66,6 +66,20 @@ def plot_gains(report: Report, results: Sequence[Mapping[str, Any]]) -> bytes:
     return _image(figure)
 
 
+def plot_trade_off(results: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw what each variant recalls against how it predicts, a named point each."""
+    figure, axes = drawing().subplots(figsize=(7, 4.2), layout="constrained")
+    for result in results:
+        point = (result["loss"], result["gained"])
+        axes.plot(*point, color="C0", marker="o")
+        axes.annotate(result["variant"], point, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.margins(x=0.2, y=0.1)  # room for names
+    axes.set(title="recall against loss, beyond N", xlabel="loss, nats per token", ylabel="gained, nats per token")
+    axes.grid(alpha=0.3)
+    return _image(figure)
+
+
 def _style(index: int) -> dict[str, Any]:
     """Return a line's colour, and another kind of line for every ten, which is as many colours as there are."""
     return {

@@ -40,6 +40,7 @@ def gather(study: Study, out: Path, text: str) -> dict[str, Any]:
     others = {name: variants[variant.base or study.against] for name, variant in variants.items()}
     pairs = {name: _difference(study, out, losses, variants[name], other) for name, other in others.items()}
     differences = {name: pair for name, pair in pairs.items() if pair is not None}
+    probes = _probes(study, out)
     return {
         "title": study.title,
         "about": study.about,
@@ -56,7 +57,8 @@ def gather(study: Study, out: Path, text: str) -> dict[str, Any]:
         "losses": {name: [each.tolist() for each in found.values()] for name, found in scored.items()},
         "runs": runs,
         "troubles": {run["run"]: run["trouble"] for run in runs if run["trouble"]},
-        "probes": _probes(study, out),
+        "probes": probes,
+        "trade_off": _trade_off(study, scored, probes),
         "cost": _cost(study, out),
         "versions": versions(),
         "processor": processor(),
@@ -133,6 +135,31 @@ def _probes(study: Study, out: Path) -> list[dict[str, Any]]:
                     "exact_match": float(np.mean(exact)) if exact else None,
                 }
             )
+    return found
+
+
+def _trade_off(
+    study: Study, scored: Mapping[str, Mapping[int, Double]], probes: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return what each variant recalls and how it predicts, both beyond N.
+
+    `loss` is the mean over ranges of positions, `gained` and `exact_match` over probes of recall and lengths. Variants
+    that lack either are left out.
+    """
+    beyond = [begin >= 1 for begin in (0, *study.lengths[:-1])]
+    found = []
+    for name, losses in scored.items():
+        recalled = [
+            result
+            for result in probes
+            if result["variant"] == name
+            and result["exact_match"] is not None
+            and result["length"] > study.training_length
+        ]
+        if recalled and any(beyond):
+            means = {key: float(np.mean([result[key] for result in recalled])) for key in ("gained", "exact_match")}
+            loss = float(np.mean([each[:, beyond] for each in losses.values()]))
+            found.append({"variant": name, "loss": loss, **means})
     return found
 
 

@@ -232,6 +232,25 @@ def test_probes_are_means_over_seeds_and_depths(done: Done) -> None:
     assert result["gained_stderr"] == pytest.approx(abs(gained[0] - gained[1]) / 2)
 
 
+def test_recall_stands_beside_loss(done: Done) -> None:
+    """Beyond N, which is 32: the losses from 1 N on, and what was recalled in the texts of 64 tokens."""
+    results = {result["variant"]: result for result in done.report["trade_off"]}
+    assert results.keys() == done.report["nll"].keys()
+    for name in ("expe", "alibi"):
+        runs = [done.out / f"{name}-seed{seed}" for seed in SEEDS]
+        losses = [json.loads((run / "losses.json").read_text())["losses"] for run in runs]
+        recalled = [
+            cell
+            for run in runs
+            for cell in json.loads((run / "probes.json").read_text())["report"]["recall"]
+            if cell["length"] == 64
+        ]
+        assert results[name]["loss"] == pytest.approx(np.array(losses)[:, :, 1:].mean())
+        assert results[name]["gained"] == pytest.approx(np.mean([cell["gained"] for cell in recalled]))
+        row = f"<td>{results[name]['loss']:.3f}</td><td>{results[name]['gained']:+.3f}</td>"
+        assert row in done.page("html")
+
+
 def test_cost_is_measured_of_every_variant_that_is_trained(done: Done) -> None:
     cost = done.report["cost"]
     assert [(c["precision"], c["length"]) for c in cost] == [
@@ -251,10 +270,10 @@ def test_the_page_needs_no_other_file_and_holds_the_study(done: Done, study: Pat
     assert "<h1>A &lt;small&gt; study</h1>" in page
     assert "num_hidden_layers: 1" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count('src="data:image/svg+xml;base64,') == 5  # losses, the ablation, training, two probes
+    assert page.count('src="data:image/svg+xml;base64,') == 6  # losses, the ablation, training, two probes, recall
     markdown = done.page("md")
     images = re.findall(r"\]\((plots/.*?)\)", markdown)
-    assert len(images) == 5
+    assert len(images) == 6
     assert all((done.out / image).read_bytes().startswith(b"<?xml") for image in images)
     assert done.report["study"] == study.read_text(encoding="utf-8")
 
