@@ -72,8 +72,8 @@ def context_use(
     """Measure what far text is worth, of every model at every length beyond near text.
 
     The targets of a length are its last N / 2 tokens. Without far text they are read in passes over `near`·N tokens, of
-    which the last N / 8 are scored: a target sees at least that many fewer before it. By default no pass is longer than
-    training; with 2, what is lost by reading on from twice that length shows as a gain below zero.
+    which the last N / 8 are scored, so that all of them see more than `near`·N − N / 8 tokens. By default no pass is
+    longer than training; with 2, what is lost by reading on from twice that length is a gain below zero.
 
     Args:
         documents: token ids (T,), each at least max(lengths)·N + 1 long.
