@@ -79,6 +79,31 @@ def test_what_contributors_are_sent_to_exists(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
-def test_what_the_readme_links_to_exists(link: str) -> None:
-    assert (ROOT / link).exists()
+def prose(page: Path) -> str:
+    """A page without what it quotes between fences."""
+    return re.sub(r"^(`{3,}).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "reference/README.md"],
+    ids=lambda page: page.name,
+)
+def test_what_a_page_links_to_exists(page: Path) -> None:
+    for link in re.findall(r"\]\(((?!http)[^)\s]+)\)", prose(page)):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\(([^)#]+)[^)]*\)", README))
+
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
