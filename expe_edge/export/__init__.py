@@ -1,5 +1,6 @@
 """Checkpoint to graph to package.
 
+from pathlib import Path
 from expe_edge.export import Recipe, export
 export(Path("checkpoint"), Path("package"), ["float32", Recipe("int8-dynamic", cache="int8")])
 """

@@ -1,5 +1,6 @@
 """Quality by length and the use of far text, of packages and checkpoints.
 
+from pathlib import Path
 from expe_edge.quality import compare_by_length, open_scorer
 scorers = [open_scorer(Path("package", name)) for name in ("float32", "int8-dynamic")]
 print(compare_by_length(scorers, (1, 2, 4), 24).of("int8-dynamic")[-1].kl)

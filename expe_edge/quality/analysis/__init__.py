@@ -1,5 +1,6 @@
 """What positions leave of the embedding, and where attention reaches, of checkpoints.
 
+from pathlib import Path
 from expe_edge.quality.analysis import AnalysisSettings, analyze
 report = analyze([Path("model")], AnalysisSettings(length=2))
 print(report.models[0].reaches[0].reach_median)
