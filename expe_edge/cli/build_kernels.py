@@ -10,8 +10,9 @@ import click
 @click.command("build-kernels", short_help="Compile faster kernels for this processor.")
 @click.option("--kernels", metavar="DIRECTORY", help="Where to keep them; by default among the user's caches.")
 def build_kernels(kernels: str | None) -> None:
-    """Compile attention, and products with weights in blocks (int8-weight, int4-weight), whose source comes with
-    expe-edge, by this machine's C++ compiler: $CXX, c++, g++ or clang++. Packages are opened with them from then on.
+    """Compile attention, products with weights in blocks (int8-weight, int4-weight) and the chains of nodes that
+    packages have as functions, whose source comes with expe-edge, by this machine's C++ compiler: $CXX, c++, g++ or
+    clang++. Packages are opened with them from then on.
 
     They need Linux and a processor with AVX-512 VNNI. EXPE_EDGE_KERNELS names another directory for all commands, or
     turns them off.
