@@ -109,7 +109,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.export_memory
 	$(BIN)/python -m benchmarks.exqpe
 
-# Pages generated from the code: docs/cli.md.
+# Pages generated from the code: docs/cli.md and docs/api.md.
 docs: $(INSTALLED)
 	$(BIN)/python -m docs.generate
 
