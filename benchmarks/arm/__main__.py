@@ -3,7 +3,7 @@
     python -m benchmarks.arm setup
     python -m benchmarks.arm compare demo/package/*
 
-`setup` makes `.arm/` (400 MB) of Debian's packages and wheels, on a Debian of any release; it installs nothing.
+`setup` makes `.arm/` (hundreds of MB) of Debian's packages and wheels, on a Debian of any release; it installs nothing.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from expe_edge.errors import ConfigError
 
 
 @click.command(short_help="Write a web page that runs packages in the browser.")
-@click.argument("packages", metavar="PACKAGE...", nargs=-1, type=PATH)
+@click.argument("packages", metavar="[PACKAGE …]", nargs=-1, type=PATH)
 @click.option("--out", type=PATH, help="Directory of the site; with --serve it may be left away.")
 @click.option("--title", default="expe-edge", show_default=True, help="What the page is called.")
 @click.option(
