@@ -115,7 +115,7 @@ def table(rows: list[Row]) -> Table:
             row.package,
             short(row.worst_kl, 2),
             f"{row.flatness:.2f}",
-            f"{row.perplexity:+.2%} ±{row.perplexity_stderr:.2%}",
+            f"{row.perplexity:+.2%} ± {row.perplexity_stderr:.2%}",
             f"{row.size:.3f}",
             f"{row.cache:.2f}",
             f"{row.top1:.1%}",

@@ -90,11 +90,12 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def on_two_processes(*arguments: object) -> None:
-    """Run such a command and check that all is well."""
+def on_two_processes(*arguments: object) -> str:
+    """Run such a command, check that all is well, and return its standard output."""
     process = start_two_processes(*arguments)
-    said = process.communicate()[1]
+    printed, said = process.communicate()
     assert process.returncode == 0, said
+    return printed
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

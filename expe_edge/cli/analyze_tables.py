@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from expe_edge.cli.tables import rows_by_name
+from expe_edge.cli.tables import rows_by_name, with_error
 from expe_edge.quality.analysis import AnalysisReport, HeadReach, HeadSlopes, ModelAnalysis, Spread
 from expe_edge.quality.analysis.reach import SINKS, TAIL, first_query
 
@@ -51,12 +51,12 @@ def _place(spread: Spread) -> str:
 
 def _spread_cells(spread: Spread) -> list[str]:
     sizes = (spread.rms_first, spread.rms_others, spread.variance_first, spread.variance_others)
-    chance = f"{spread.chance:.2%} ±{spread.chance_deviation:.2%}"
+    chance = with_error(spread.chance, spread.chance_deviation, ".2%")
     return [*(_figure(size, ".4g") for size in sizes), _figure(spread.share, ".2%"), chance]
 
 
-def _figure(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else f"{value:{form}}"
+def _figure(value: float, form: str, error: float | None = None) -> str:
+    return "–" if math.isnan(value) else with_error(value, error, form)
 
 
 def neighbour_table(models: Sequence[ModelAnalysis]) -> Table:
@@ -69,8 +69,8 @@ def neighbour_table(models: Sequence[ModelAnalysis]) -> Table:
         table.add_row(
             Text(name),
             str(near.tokens),
-            f"{near.overlap:.1%} ±{near.overlap_stderr:.1%}",
-            f"{_figure(near.overlap_without_others, '.1%')} ±{_figure(near.overlap_without_others_stderr, '.1%')}",
+            with_error(near.overlap, near.overlap_stderr, ".1%"),
+            _figure(near.overlap_without_others, ".1%", near.overlap_without_others_stderr),
         )
     return table
 

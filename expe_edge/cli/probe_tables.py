@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from expe_edge.cli.tables import rows_by_name
+from expe_edge.cli.tables import rows_by_name, with_error
 from expe_edge.quality.context_use import ContextUse
 from expe_edge.quality.definitions import CODE_DEFINITION
 from expe_edge.quality.probing import ProbeReport
@@ -37,9 +37,9 @@ def context_use_table(report: ProbeReport) -> Table:
         [f"{length // n} N" for length in lengths],
     )
     sections: list[tuple[str, Callable[[ContextUse], str]]] = [
-        ("with the whole text", lambda r: f"{r.full_loss:.3f} ±{r.full_loss_stderr:.3f}"),
-        (f"with the last {near}N tokens", lambda r: f"{r.near_loss:.3f} ±{r.near_loss_stderr:.3f}"),
-        ("gained by far text", lambda r: f"{r.gained:+.3f} ±{r.gained_stderr:.3f}"),
+        ("with the whole text", lambda r: with_error(r.full_loss, r.full_loss_stderr, ".3f")),
+        (f"with the last {near}N tokens", lambda r: with_error(r.near_loss, r.near_loss_stderr, ".3f")),
+        ("gained by far text", lambda r: with_error(r.gained, r.gained_stderr, "+.3f")),
     ]
     for heading, cell in sections:
         table.add_row(f"[bold]{heading}")
@@ -84,11 +84,11 @@ def loss_table(report: ProbeReport) -> Table:
     table = rows_by_name(f"{title}, ± standard error", report.models)
     bins: dict[tuple[int, int], list[str]] = {}
     for r in report.loss_by_position:
-        bins.setdefault((r.bin_start, r.bin_end), []).append(f"{r.loss:.3f} ±{r.loss_stderr:.3f}")
+        bins.setdefault((r.bin_start, r.bin_end), []).append(with_error(r.loss, r.loss_stderr, ".3f"))
     for (start, end), cells in bins.items():
         table.add_row(f"{start}–{end}", *cells)
     return table
 
 
 def _recalled(result: Recall) -> str:
-    return f"{result.exact_match:.0%} {result.gained:+.2f} ±{result.gained_stderr:.2f}"
+    return f"{result.exact_match:.0%} {with_error(result.gained, result.gained_stderr, '+.2f')}"

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from expe_edge.cli.reproduce_plots import plot_gains, plot_losses, plot_trade_off, plot_training
+from expe_edge.cli.tables import with_error
 from expe_edge.study.plan import directory_of
 
 Report = Mapping[str, Any]
@@ -96,7 +97,8 @@ def _loss_cells(report: Report, name: str, differs: bool) -> Iterator[str]:
     for loss, difference, error in zip(
         means, report["difference"][name], report["difference_stderr"][name], strict=True
     ):
-        yield f"{loss:.3f} ({difference:+.3f} ± {error:.3f}){'*' if abs(difference) > ERRORS_APART * error else ''}"
+        mark = "*" if abs(difference) > ERRORS_APART * error else ""
+        yield f"{loss:.3f} ({with_error(difference, error, '+.3f')}){mark}"
 
 
 def _training(report: Report) -> Iterator[Section]:
@@ -130,12 +132,9 @@ def _probes(report: Report) -> Iterator[Section]:
 
 
 def _gained(result: Mapping[str, Any]) -> str:
-    error, exact = result["gained_stderr"], result["exact_match"]
-    return (
-        f"{result['gained']:+.3f}"
-        + (f" ± {error:.3f}" if error is not None else "")
-        + (f", {exact:.0%}" if exact is not None else "")
-    )
+    exact = result["exact_match"]
+    gained = with_error(result["gained"], result["gained_stderr"], "+.3f")
+    return gained if exact is None else f"{gained}, {exact:.0%}"
 
 
 def _trade_off(report: Report) -> Iterator[Section]:

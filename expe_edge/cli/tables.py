@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,17 @@ def short(value: float, digits: int) -> str:
     return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e")
 
 
+def with_error(value: float, error: float | None, form: str) -> str:
+    """Write a figure and its standard error; the figure alone where a single sample gives none."""
+    figure = f"{value:{form}}"
+    return figure if error is None or math.isnan(error) else f"{figure} ± {error:{form.lstrip('+')}}"
+
+
+def divergence(kl: float, error: float) -> str:
+    """Write a KL divergence, and its standard error if there is one: 3.8e-4 ± 2e-5."""
+    return short(kl, 1) if math.isnan(error) else f"{short(kl, 1)} ± {short(error, 0)}"
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """Lay a comparison out as a section for each measure, a row for each model, a column for each bucket."""
     n = comparison.training_length
@@ -53,16 +65,16 @@ def comparison_table(comparison: Comparison) -> Table:
     table = rows_by_name(title, [bucket_name(result, n) for result in comparison.of(comparison.models[0])])
     others = comparison.models[1:]
     sections: list[tuple[str, tuple[str, ...], Callable[[BucketResult], str]]] = [
-        ("perplexity", comparison.models, lambda r: f"{r.perplexity:.2f} ±{r.perplexity_stderr:.2f}"),
+        ("perplexity", comparison.models, lambda r: with_error(r.perplexity, r.perplexity_stderr, ".2f")),
         (
             "its change",
             others,
-            lambda r: f"{r.perplexity_change:+.2%} ±{r.perplexity_change_stderr:.2%}",
+            lambda r: with_error(r.perplexity_change, r.perplexity_change_stderr, "+.2%"),
         ),
-        ("bits per byte", comparison.models, lambda r: f"{r.bits_per_byte:.3f} ±{r.bits_per_byte_stderr:.3f}"),
-        ("KL, nats/token", others, lambda r: f"{short(r.kl, 1)} ±{short(r.kl_stderr, 0)}"),
-        ("top-1 agreement", others, lambda r: f"{r.top1:.1%} ±{r.top1_stderr:.1%}"),
-        ("the same but for near-ties", others, lambda r: f"{r.top1_clear:.2%} ±{r.top1_clear_stderr:.2%}"),
+        ("bits per byte", comparison.models, lambda r: with_error(r.bits_per_byte, r.bits_per_byte_stderr, ".3f")),
+        ("KL, nats/token", others, lambda r: divergence(r.kl, r.kl_stderr)),
+        ("top-1 agreement", others, lambda r: with_error(r.top1, r.top1_stderr, ".1%")),
+        ("the same but for near-ties", others, lambda r: with_error(r.top1_clear, r.top1_clear_stderr, ".2%")),
         ("share of near-ties", comparison.models[:1] if others else (), lambda r: f"{r.near_ties:.1%}"),
     ]
     for heading, models, cell in sections:
@@ -92,4 +104,4 @@ def sensitivity_table(results: Sequence[Sensitivity]) -> Table:
 def _sensitivity_cell(result: Sensitivity | None) -> str:
     if result is None:
         return ""
-    return f"{short(result.kl, 1)} ±{short(result.kl_stderr, 0)}  {result.bytes:>9,}"
+    return f"{divergence(result.kl, result.kl_stderr)}  {result.bytes:>9,}"

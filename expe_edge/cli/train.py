@@ -77,6 +77,8 @@ def train(
         require_outside(out, [config_file], "config_file")
     stored = stored_settings(out) if resume else None
     settings = make_settings(preset, config_file, flags, stored)  # refuse a bad setting before the slow imports
+    from accelerate import PartialState
+
     from expe_edge.training.checkpoint import starting_settings
     from expe_edge.training.run import train as run
 
@@ -84,6 +86,8 @@ def train(
         stored = starting_settings(Path(settings.from_checkpoint), settings.rounding)
         settings = make_settings(preset, config_file, flags, stored)
     report = run(settings, out, resume=resume, force=force)
+    if not PartialState().is_main_process:
+        return
     write_json(json_file, report)
     last = report["history"][-1]["loss"] if report["history"] else float("nan")
     click.echo(f"{out}: {report['parameters']:,} parameters, last loss {last:.4f}")

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from expe_edge.cli.output import PATH
 from expe_edge.cli.reference import say_reference
@@ -44,6 +45,8 @@ def web(
     from expe_edge.web.serving import HOST, site_server
     from expe_edge.web.site import write_site
 
+    if not serve and click.get_current_context().get_parameter_source("port") is not ParameterSource.DEFAULT:
+        raise ConfigError("--port is where the site is served; give --serve too, or drop it")
     if out is None and not serve:
         raise ConfigError("there is no place for the site; give --out, or --serve to look at it only")
     paths = packages or tuple(map(reference_package, REFERENCE_PRECISIONS))

@@ -277,15 +277,18 @@ def test_names_in_brackets_are_shown_whole(packages: Path) -> None:
     assert all(name in shown for name in names)
 
 
-def test_compare_takes_other_text(packages: Path) -> None:
+def test_compare_takes_other_text_and_one_document_has_no_error(packages: Path) -> None:
     text = write_text("other.txt", "the stone and the river " * 30)
 
-    succeed(
+    result = succeed(
         *("compare", packages / "float32", packages / "int8-dynamic", "--data", text, "--lengths", "2"),
         *("--json", "figures.json"),
     )
 
-    assert [result["documents"] for result in json.loads(Path("figures.json").read_text())["results"]] == [1, 1]
+    results = json.loads(Path("figures.json").read_text())["results"]
+    assert [(bucket["documents"], bucket["kl_stderr"]) for bucket in results] == [(1, None), (1, None)]
+    assert f" {results[0]['perplexity']:.2f} " in result.stdout
+    assert "nan" not in result.stdout
 
 
 def test_probe_writes_figures_and_plot(checkpoint: Path, packages: Path, tmp_path: Path) -> None:

@@ -78,11 +78,11 @@ def test_tables_show_every_figure(report: ProbeReport) -> None:
     assert "…" not in text
     assert all(name in text for name in (*PUZZLES, "code-definition", "Context use", "Loss by position"))
     for result in report.recall:
-        assert f"{result.exact_match:.0%} {result.gained:+.2f} ±{result.gained_stderr:.2f}" in text
+        assert f"{result.exact_match:.0%} {result.gained:+.2f} ± {result.gained_stderr:.2f}" in text
     for use in report.context_use:
-        assert f"{use.gained:+.3f} ±{use.gained_stderr:.3f}" in text
+        assert f"{use.gained:+.3f} ± {use.gained_stderr:.3f}" in text
     for loss in report.loss_by_position:
-        assert f"{loss.loss:.3f} ±{loss.loss_stderr:.3f}" in text
+        assert f"{loss.loss:.3f} ± {loss.loss_stderr:.3f}" in text
 
 
 @pytest.mark.parametrize("kept", [("context_use", "recall", "loss_by_position"), ("recall",), ("context_use",)])

@@ -119,9 +119,11 @@ def test_two_processes_train_as_one_does(tmp_path: Path, text_folder: Path) -> N
     one = train(settings, tmp_path / "one")
     config = tmp_path / "settings.yaml"
     config.write_text(json.dumps(stored_settings(tmp_path / "one")), encoding="utf-8")
-    on_two_processes("train", "--config", config, "--out", tmp_path / "two")
+    printed = on_two_processes("train", "--config", config, "--out", tmp_path / "two", "--json", tmp_path / "two.json")
     two = json.loads((tmp_path / "two" / "training.json").read_text())
     assert two["processes"] == 2
+    assert json.loads((tmp_path / "two.json").read_text()) == two
+    assert printed.count("last loss") == 1
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-4)
 
 

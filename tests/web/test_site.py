@@ -78,6 +78,9 @@ def test_a_damaged_package_is_not_listed(own_package: Path) -> None:
 @pytest.mark.usefixtures("elsewhere")
 def test_what_is_refused(packages: Path) -> None:
     package = packages / "float32"
+    assert refused("web", "--out", "site", "--port", 8000) == (
+        "--port is where the site is served; give --serve too, or drop it"
+    )
     assert refused("web", package) == "there is no place for the site; give --out, or --serve to look at it only"
     assert refused("web", "none", "--out", "site") == "none: no such package directory"
     Path("mine").mkdir()

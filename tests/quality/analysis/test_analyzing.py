@@ -128,7 +128,7 @@ def test_tables_show_every_figure(report: AnalysisReport) -> None:
             assert f"{spread.rms_first:.4g}" in text
             assert f"{spread.share:.2%}" in text
         if model.neighbours is not None:
-            assert f"{model.neighbours.overlap:.1%} ±{model.neighbours.overlap_stderr:.1%}" in text
+            assert f"{model.neighbours.overlap:.1%} ± {model.neighbours.overlap_stderr:.1%}" in text
             assert repr(model.neighbours.examples[0].token) in text
     assert "nan" not in text
 
