@@ -2,7 +2,7 @@
 
     python -m benchmarks.cuda demo/checkpoint --out cuda.json
 
-One command, under eight minutes with the demo's checkpoint. `--device cpu` runs the same on the CPU, by the same way
+One command. `--device cpu` runs the same on the CPU, by the same way
 through onnxruntime's bindings.
 """
 
