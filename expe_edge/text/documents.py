@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from expe_edge.errors import CorpusError
+from expe_edge.errors import CorpusError, reason_of
 from expe_edge.kinds import is_unicode
 
 #: What a folder's files are read by; a file that is named itself is plain text whatever its suffix.
@@ -236,10 +236,23 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
     if str(value_kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
         raise NotTextError(path, f"column {text_field!r} is {kind}, not text; set `text_field`")
     row = 0
-    for batch in file.iter_batches(columns=[text_field]):
-        for value in batch.column(0).to_pylist():
+    for values in _columns(path, file, text_field):
+        for value in values:
             if value is None:
                 raise NotTextError(f"{path}: row {row}", f"{text_field!r} is null, not text")
             text = value if isinstance(value, str) else decoded(f"{path}: row {row}", value)
             yield Document(f"{path}:{row}", text)
             row += 1
+
+
+def _columns(path: Path, file: Any, name: str) -> Iterator[list[Any]]:
+    """Yield what a column of a parquet file holds, group of rows by group, whose bytes nothing has looked at before."""
+    import pyarrow
+
+    try:
+        for batch in file.iter_batches(columns=[name]):
+            yield batch.column(0).to_pylist()
+    except UnicodeDecodeError as error:
+        raise NotTextError(path, f"column {name!r} is not UTF-8 text ({error.reason})") from error
+    except pyarrow.ArrowException as error:
+        raise CorpusError(f"{path}: damaged ({reason_of(error)})") from error

@@ -180,11 +180,34 @@ def test_damaged_archives(tmp_path: Path, suffix: str, content: bytes) -> None:
         ([1], "column 'text' is int64, not text; set `text_field`"),
         (["a", None], "row 1: 'text' is null, not text"),
         ([b"\xff"], "row 0: not UTF-8 text (invalid start byte at byte 0)"),
+        (
+            pyarrow.Array.from_buffers(
+                pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
+            ),
+            "column 'text' is not UTF-8 text (invalid start byte)",
+        ),
     ],
 )
-def test_parquet_columns_that_are_no_text(tmp_path: Path, column: list[Any], reason: str) -> None:
+def test_parquet_columns_that_are_no_text(tmp_path: Path, column: Any, reason: str) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
     assert refusal(tmp_path / "rows.parquet") == reason
+
+
+@pytest.mark.parametrize("byte", [0x03, 0xFF])
+def test_damaged_parquet(tmp_path: Path, byte: int) -> None:
+    """Whichever byte is another, rows are read or the file is refused."""
+    rows = pyarrow.table({"text": ["eins", "zwei", "drei", "zwei", "eins"] * 5})
+    pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet", compression="none")
+    content, read, refused = (tmp_path / "rows.parquet").read_bytes(), 0, 0
+    for place in range(len(content)):
+        changed = content[:place] + bytes([byte]) + content[place + 1 :]
+        try:
+            texts(write(tmp_path / "rows.parquet", changed))
+            read += 1
+        except CorpusError:
+            refused += 1
+    assert read > 0
+    assert refused > 0
 
 
 # Folders.
