@@ -38,7 +38,8 @@ class CalibrationText:
         Raises:
             CorpusError: less text than one window.
         """
-        stream = np.concatenate(encode_documents(self.tokenizer, self._sample()))
+        encoded = encode_documents(self.tokenizer, self._sample())
+        stream = np.concatenate([np.empty(0, dtype=np.int32), *encoded])  # of which there may be none
         return sample_windows(stream, self.training_length, self.calibration)
 
     def _sample(self) -> Sequence[Document]:

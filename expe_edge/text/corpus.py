@@ -86,13 +86,15 @@ def load_corpus(
             documents.setdefault(document.text, document)
     training = tuple(document for document in documents.values() if not document.held_out)
     kept = tuple(document for document in documents.values() if document.held_out)
+    if held_out is not None:
+        known = set(held_out)
+        remembered = tuple(document for document in kept if _short_digest(document) in known)
+        if not training:  # a run took them all, or no text of its training is left
+            training = tuple(document for document in kept if _short_digest(document) not in known)
+        return Corpus(sources, training, remembered, tuple(skipped), missing=len(known) - len(remembered))
     if not training:  # one document, or a few that chance puts on one side: there is nothing to hold out
         training, kept = kept, ()
-    if held_out is None:
-        return Corpus(sources, training, kept, tuple(skipped))
-    known = set(held_out)
-    kept = tuple(document for document in kept if _short_digest(document) in known)
-    return Corpus(sources, training, kept, tuple(skipped), missing=len(known) - len(kept))
+    return Corpus(sources, training, kept, tuple(skipped))
 
 
 def _short_digest(document: Document) -> str:

@@ -8,6 +8,7 @@ import pytest
 import expe_edge.calibration.text
 from expe_edge.calibration.observations import Calibration, sample_windows
 from expe_edge.calibration.text import CalibrationText
+from expe_edge.errors import CorpusError
 from expe_edge.text.corpus import Corpus
 from expe_edge.text.documents import Document
 from expe_edge.text.tokenization import encode_documents, train_tokenizer
@@ -35,3 +36,10 @@ def test_windows_of_a_long_text_are_of_some_of_its_documents(monkeypatch: pytest
     stream = np.concatenate(encode_documents(text().tokenizer, sampled))
     np.testing.assert_array_equal(text().windows, sample_windows(stream, N, WINDOWS))
     assert len(text().windows) == WINDOWS.windows
+
+
+def test_windows_of_no_training_text_are_refused() -> None:
+    """As where the held-out documents of a model's text are all that is left of it."""
+    left = CalibrationText(Corpus(("text",), (), DOCUMENTS), text().tokenizer, N, WINDOWS)
+    with pytest.raises(CorpusError, match=f"^the calibration text has 0 tokens, less than one window of {N}; "):
+        _ = left.windows

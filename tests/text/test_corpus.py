@@ -68,6 +68,24 @@ def test_an_edited_document_is_not_held_out_from_a_model_trained_before(text_fol
     assert known.training == anew.training
 
 
+def test_held_out_documents_are_found_where_they_alone_are_left(text_folder: Path, tmp_path: Path) -> None:
+    trained = load_corpus([str(text_folder)])
+    for document in trained.held_out:
+        (tmp_path / Path(document.name).name).write_text(document.text, encoding="utf-8")
+
+    left = load_corpus([str(tmp_path)], held_out=trained.digests())
+
+    assert split(left) == (set(), split(trained)[1])
+    assert left.missing == 0
+
+
+def test_documents_of_one_side_are_trained_on_when_read_again_too(text_folder: Path) -> None:
+    document = load_corpus([str(text_folder)]).held_out[0]
+    trained = load_corpus([document.name])
+    assert load_corpus([document.name], held_out=trained.digests()) == trained
+    assert split(trained) == ({document.text}, set())
+
+
 @given(st.text(), st.text(), st.text())
 def test_a_documents_half_depends_on_its_text_alone(text: str, name: str, other_name: str) -> None:
     assert Document(name, text).held_out is Document(other_name, text).held_out
