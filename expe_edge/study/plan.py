@@ -124,7 +124,8 @@ class Study:
                 changed = {key[0]: value for key, value in named if len(key) == 1}
                 parameters = {key[1]: value for key, value in named if len(key) > 1}
                 if parameters:
-                    changed[PARAMETERS] = {**_mapping(PARAMETERS, base.settings.get(PARAMETERS, {})), **parameters}
+                    given = {**self.settings, **base.settings}.get(PARAMETERS)
+                    changed[PARAMETERS] = {**_mapping(PARAMETERS, given), **parameters}
                 variant = Variant(name, {**base.settings, **changed}, directory_of(name), base.name)
                 same = _meaning(self.settings_of(variant, 0)) == _meaning(self.settings_of(base, 0))
                 yield dataclasses.replace(variant, directory=base.directory) if same else variant

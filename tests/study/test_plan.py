@@ -61,6 +61,15 @@ def test_a_grid_is_every_combination_beside_what_the_base_has() -> None:
     assert {variant.base for variant in made} == {"e"}
 
 
+def test_a_grid_changes_nothing_else_of_what_all_variants_have() -> None:
+    shared = {"positional_parameters": {"where": "query_key"}}
+    variants = {"expe": {}, "alibi": {"positional": "alibi", "positional_parameters": {}}}
+    made = study(variants=variants, settings=shared, ablations={"expe": {"positional_parameters": {"dims": [8, 16]}}})
+    smaller, same = made.all_variants[2:]
+    assert made.settings_of(smaller, 0).positional_parameters == {"where": "query_key", "dims": 8}
+    assert same.directory == "expe"
+
+
 def test_an_ablation_that_equals_its_base_shares_its_runs() -> None:
     made = study(ablations={"expe": [{"positional_parameters": {"dims": [16, 8]}}, {"seed": [1]}][:1]}, seeds=0)
     assert [variant.directory for variant in made.all_variants] == ["expe", "alibi", "expe", "expe-dims=8"]
