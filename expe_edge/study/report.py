@@ -27,8 +27,8 @@ def gather(study: Study, out: Path, text: str) -> dict[str, Any]:
 
     `nll` is (seeds, buckets) by variant, nats per token, of the `seeds` that are scored; `difference` and
     `difference_stderr` are (buckets,), paired by document and seed, of the variants to `against` and of those of an
-    ablation to their base. Variants of another tokenizer or training length than what they are compared with, which do
-    not read the same tokens, have none.
+    ablation to their base. Variants of another tokenizer or training length than what they are compared with, or scored
+    on the held-out part of another text, do not read the same tokens and have none.
 
     Args:
         text: of the study file.
@@ -86,7 +86,9 @@ def _difference(
 def _same_tokens(study: Study, out: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> bool:
     runs = [study.run(variant, seed) for variant in variants for seed in seeds]
     tokenizers = {(out / run.name / TOKENIZER_FILE).read_bytes() for run in runs}
-    return len(tokenizers) == len({run.settings.training_length for run in runs}) == 1
+    lengths = {run.settings.training_length for run in runs}
+    texts = {study.data or (run.settings.data, run.settings.text_field) for run in runs}
+    return len(tokenizers) == len(lengths) == len(texts) == 1
 
 
 def _run(study: Study, out: Path, variant: Variant, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from click.testing import Result
 from expe_edge.quality.comparison import long_documents
 from expe_edge.quality.scoring import open_scorer
 from expe_edge.study.plan import read_study
+from expe_edge.study.report import gather
 from expe_edge.study.running import run_alone, stopped_by_file
 from expe_edge.study.state import finished
 from expe_edge.study.work import carry_out
@@ -215,6 +217,16 @@ def test_differences_are_paired_by_document_and_seed(done: Done, variant: str, o
         assert f"<td>{cell}</td>" in done.page("html")
         assert f" {cell} |".replace("*", "\\*") in done.page("md")
     assert any(report["difference_stderr"][variant])
+
+
+def test_variants_of_another_text_have_no_difference(done: Done, study: Path, text_folder: Path) -> None:
+    """Their held-out documents are others, though as many, of one tokenizer, and as long."""
+    plan = read_study(study)
+    other = {"positional": "alibi", "data": sorted(map(str, text_folder.iterdir()))}
+    changed = dataclasses.replace(plan, variants={**plan.variants, "alibi": other})
+    report = gather(changed, done.out, "")
+    assert sorted(report["nll"]) == sorted(done.report["nll"])
+    assert sorted(report["difference"]) == ["alibi", "expe, dims=16", "expe, dims=4"]
 
 
 def test_an_ablation_with_the_base_s_value_differs_in_nothing(done: Done) -> None:
