@@ -9,6 +9,11 @@ OURS = """This project's generator, which needs no torch:
     pip install expe-edge huggingface-hub
     hf download OWNER/NAME --local-dir model
     expe-edge generate model --prompt 'Once upon a time'"""
+ON_GPU = """This project's generator, on a GPU; without `--device` on a CPU:
+
+    pip install expe-edge huggingface-hub 'onnxruntime-gpu[cuda,cudnn]'
+    hf download OWNER/NAME --local-dir model
+    expe-edge generate model --device cuda --prompt 'Once upon a time'"""
 OPTIMUM = """Optimum:
 
 ```python
@@ -70,14 +75,20 @@ def _needs(manifest: Manifest) -> str:
 def _other_clients(manifest: Manifest) -> str:
     if manifest.contract.windows:
         return "Its heads keep windows of their keys and values, which the generator of `expe-edge` alone does."
+    if manifest.contract.whole_buffer:
+        return (
+            "Its attention reads all of the buffer that a client keeps its cache in, which Optimum and transformers.js "
+            "have not; they refuse it."
+        )
     if manifest.contract.cache_dtype == "int8":
         return "Its key/value cache is int8, which Optimum and transformers.js have not; they refuse it."
     return "`config.json` names the type `llama` for the shape of the cache, which Optimum and transformers.js look up."
 
 
 def _commands(manifest: Manifest) -> list[str]:
+    ours = ON_GPU if manifest.contract.whole_buffer else OURS
     if manifest.contract.windows:
-        return [OURS]
-    if manifest.contract.cache_dtype == "int8":
-        return [OURS, GENAI]
-    return [OURS, OPTIMUM, GENAI, TRANSFORMERS_JS]
+        return [ours]
+    if manifest.contract.whole_buffer or manifest.contract.cache_dtype == "int8":
+        return [ours, GENAI]
+    return [ours, OPTIMUM, GENAI, TRANSFORMERS_JS]

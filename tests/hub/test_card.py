@@ -97,6 +97,17 @@ def test_licence_and_base_are_the_users_to_say(checkpoint: Path, tmp_path: Path)
     assert (data["license"], data["base_model"]) == ("cc-by-4.0", "someone/model")
 
 
+def test_a_package_for_gpus_names_the_clients_that_run_it(checkpoint: Path, tmp_path: Path) -> None:
+    (package,) = export(checkpoint, tmp_path, [Recipe("float16", device="cuda")])
+    card, config = card_of(package.path).text, json.loads((package.path / "config.json").read_text())
+    assert "expe-edge generate model --device cuda" in card
+    assert "import onnxruntime_genai" in card
+    assert "which Optimum and transformers.js have not; they refuse it" in card
+    assert "`llama`" not in card
+    assert config["model_type"] != "llama"
+    assert not any(client in card for client in ("ORTModelForCausalLM", "@huggingface/transformers"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
