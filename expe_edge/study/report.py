@@ -143,20 +143,19 @@ def _probes(study: Study, out: Path) -> list[dict[str, Any]]:
 def _trade_off(
     study: Study, scored: Mapping[str, Mapping[int, Double]], probes: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return what each variant recalls and how it predicts, both beyond N.
+    """Return what each variant recalls and how it predicts, both beyond its own N.
 
     `loss` is the mean over ranges of positions, `gained` and `exact_match` over probes of recall and lengths. Variants
     that lack either are left out.
     """
     beyond = [begin >= 1 for begin in (0, *study.lengths[:-1])]
+    trained = {variant.name: study.settings_of(variant, 0).training_length for variant in study.all_variants}
     found = []
     for name, losses in scored.items():
         recalled = [
             result
             for result in probes
-            if result["variant"] == name
-            and result["exact_match"] is not None
-            and result["length"] > study.training_length
+            if result["variant"] == name and result["exact_match"] is not None and result["length"] > trained[name]
         ]
         if recalled and any(beyond):
             means = {key: float(np.mean([result[key] for result in recalled])) for key in ("gained", "exact_match")}

@@ -263,6 +263,14 @@ def test_recall_stands_beside_loss(done: Done) -> None:
         assert row in done.page("html")
 
 
+def test_what_is_far_is_beyond_the_n_of_the_variant(done: Done, study: Path) -> None:
+    """Texts of 64 tokens are what all have been asked of: no longer than N of a variant that trains on as many."""
+    plan = read_study(study)
+    longer = {"positional": "alibi", "training_length": 64}
+    report = gather(dataclasses.replace(plan, variants={**plan.variants, "alibi": longer}), done.out, "")
+    assert [result["variant"] for result in report["trade_off"]] == ["expe", "expe, dims=4", "expe, dims=16"]
+
+
 def test_cost_is_measured_of_every_variant_that_is_trained(done: Done) -> None:
     cost = done.report["cost"]
     assert [(c["precision"], c["length"]) for c in cost] == [
