@@ -124,6 +124,7 @@ def export(
     """
     asked = [Recipe(recipe) if isinstance(recipe, str) else recipe for recipe in recipes]
     require_used(asked, ranges_from=ranges_from is not None)
+    _require_apart(out, [recipe.name for recipe in asked])
     for recipe in asked:
         clear_leftovers(out / recipe.name)
         require_absent(out / recipe.name, force=force)
@@ -141,6 +142,13 @@ def export(
     for recipe in asked:
         exporter.require_possible(recipe)  # before anything is written
     return [exporter.write(recipe, out / recipe.name, names=names, card=card, force=force) for recipe in asked]
+
+
+def _require_apart(out: Path, names: Sequence[str]) -> None:
+    """Raise `ExportError` where one package would be written over another: not all options are in their names."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ExportError(f"{names.count(name)} packages would all be {out / name}; give each an `out` of its own")
 
 
 def export_one(source: Path, path: Path, recipe: Recipe) -> ExportedPackage:

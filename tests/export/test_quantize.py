@@ -114,6 +114,13 @@ def test_inline_positions_stay_inline(inline: Path, plain_checkpoint: Path) -> N
     assert one == other
 
 
+def test_packages_of_one_name_are_refused_before_any_is_written(packages: Path) -> None:
+    recipes = [Recipe("int8-dynamic"), Recipe("int8-dynamic", embedding="float32")]
+    with pytest.raises(ExportError, match=f"^2 packages would all be {Path('out', 'int8-dynamic')}; "):
+        export(packages / "float32", Path("out"), recipes, force=True)
+    assert not Path("out").exists()
+
+
 def test_the_manifest_of_a_package_does_not_depend_on_what_is_made_beside_it(packages: Path) -> None:
     export(packages / "float32", Path("out"), ["int8-static", "int4-weight", "float32", "int8-dynamic"])
     for name in ("float32", "int8-dynamic"):
