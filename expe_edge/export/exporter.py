@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 
 from expe_edge import __version__
-from expe_edge.calibration.auto import LINEAR_CANDIDATES, Choice, candidates_of, choose
+from expe_edge.calibration.auto import Choice, candidates_of, choose
 from expe_edge.calibration.evidence import Evidence
 from expe_edge.calibration.observations import Calibration
 from expe_edge.calibration.sensitivity import Sensitivity, measure_sensitivity
@@ -29,11 +28,11 @@ from expe_edge.export.clients import write_client_files
 from expe_edge.export.kernels import optimized_operators, require_kernels
 from expe_edge.export.ort_format import write_ort_format
 from expe_edge.export.parity import ByToken, Parity, measure_parity, require_parity
-from expe_edge.export.plan import Plan, oldest_to_export
+from expe_edge.export.plan import Plan
 from expe_edge.export.portable import require_portable
+from expe_edge.export.requirements import require_possible
 from expe_edge.export.self_test import self_test
 from expe_edge.export.source import Source, open_source
-from expe_edge.graph.build import require_narrow
 from expe_edge.graph.linears import LINEAR_FORMATS
 from expe_edge.graph.names import name_tensors
 from expe_edge.graph.nodes import operators_of
@@ -52,7 +51,7 @@ from expe_edge.package.directory import (
     seal_package,
     write_package,
 )
-from expe_edge.package.manifest import Manifest, release
+from expe_edge.package.manifest import Manifest
 from expe_edge.progress import counted
 from expe_edge.quant.channels import Range
 from expe_edge.quant.formats import Formats
@@ -219,47 +218,8 @@ class Exporter:
         self.evidence.given_ranges = ranges
 
     def require_possible(self, recipe: Recipe) -> None:
-        """Raise `ExportError` for a recipe that cannot be made of this model."""
-        if not recipe.portable and recipe.gpu is None and self.config.needs_portable is not None:
-            raise ExportError(self.config.needs_portable)
-        if recipe.gpu == "float16":
-            require_narrow(self.source.weights)
-        if recipe.cache == "int8" and self.source.weights.positioned_values:
-            raise ExportError(
-                "the values of this model carry positions (where: query_key_value), which no fixed int8 range holds at "
-                "every length; use `cache` float32"
-            )
-        if recipe.embedding is not None and self.config.tie_word_embeddings:
-            raise ExportError("this model's head is its embedding, stored once in the head's format; drop `embedding`")
-        if recipe.head_window is not None:
-            head_windows(self.source.weights, recipe.head_window)
-        self._require_onnxruntime(recipe)
-        if recipe.smoothing and self.evidence.given_ranges is not None:
-            raise ExportError("`smoothing` changes what the ranges of `ranges_from` were measured on; drop one of them")
-        self._require_text(recipe)
-
-    def _require_text(self, recipe: Recipe) -> None:
-        """Raise `CorpusError` or `ExportError` where there is too little text to calibrate on."""
-        formats = _possible(recipe)
-        ranges = any(LINEAR_FORMATS[name].calibrated for name in formats) and self.evidence.given_ranges is None
-        moments = self.evidence.needs_moments(recipe, formats)
-        if not (ranges or moments or recipe.smoothing or recipe.cache == "int8"):
-            return
-        _ = self.text.windows
-        if ranges:
-            self.evidence.require_ranges()
-        if moments:
-            self.evidence.require_moments()
-
-    @staticmethod
-    def _require_onnxruntime(recipe: Recipe) -> None:
-        """Raise `ExportError` where this onnxruntime has no kernels for `recipe`, to validate it with."""
-        needed = oldest_to_export(recipe, _possible(recipe))
-        if release(ort.__version__) < release(needed):
-            raise ExportError(
-                f"{recipe.name} needs onnxruntime {needed} or newer, this is {ort.__version__}; upgrade it, or choose "
-                "another `precision` or `cache`"
-            )
+        """Raise `ExportError` or `CorpusError` for a recipe that cannot be made of this model, its text or here."""
+        require_possible(recipe, self.evidence, self.text)
 
     def plan(self, recipe: Recipe) -> Plan:
         """Choose the formats, and the windows where there are to be some."""
@@ -425,8 +385,3 @@ def _save(plan: Plan, path: Path, *, names: bool) -> Contents:
         name_tensors(model)
     onnx.save(model, path)
     return Contents(measure_parts(model, plan.linears, plan.embedding), operators_of(model))
-
-
-def _possible(recipe: Recipe) -> set[str]:
-    """Return the formats that linears may get."""
-    return set(LINEAR_CANDIDATES) if recipe.precision == "auto" else {recipe.precision}
