@@ -13,7 +13,7 @@ from expe_edge.quality.losses import Panel
 from expe_edge.quality.scoring import Ids
 from expe_edge.results import Result
 
-#: Targets come in strides of N / 8, and so many strides make the targets of one length.
+#: Targets come in strides of N / 8, and so many strides, of N tokens at most, make the targets of one length.
 STRIDES_PER_LENGTH = 4
 
 
@@ -56,9 +56,14 @@ def stride(training_length: int) -> int:
     return max(1, training_length // 8)
 
 
+def strides(training_length: int) -> int:
+    """Return how many strides make the targets of one length: `STRIDES_PER_LENGTH`, but fewer where N is below it."""
+    return min(STRIDES_PER_LENGTH, training_length)
+
+
 def near_tokens(lengths: Sequence[int], near: int, training_length: int) -> int:
     """Return how many tokens `context_use` reads of each document beside the whole."""
-    return sum(length > near for length in lengths) * STRIDES_PER_LENGTH * near * training_length
+    return sum(length > near for length in lengths) * strides(training_length) * near * training_length
 
 
 def context_use(
@@ -85,7 +90,7 @@ def context_use(
     results = []
     width = near * panel.training_length
     for end in (length * panel.training_length for length in lengths if length > near):
-        begin = end - STRIDES_PER_LENGTH * stride(panel.training_length)
+        begin = end - strides(panel.training_length) * stride(panel.training_length)
         alone = np.stack([_near_losses(panel, document, begin, end, width, advance) for document in documents], axis=1)
         for name, of_near, of_full in zip(panel.names, alone, losses[:, :, begin:end], strict=True):
             results.append(_result(name, end, width, of_near, of_full))

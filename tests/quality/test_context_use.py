@@ -187,6 +187,20 @@ def test_advance_counts_every_pass(near: int) -> None:
     assert sum(calls) == 2 * near_tokens((1, 2, 4), near, N)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
+def test_a_model_of_a_few_tokens_has_targets_too(length: int) -> None:
+    oracle, calls = Oracle(Path("m"), V, window=0), list[int]()
+    oracle.training_length = length
+    panel, documents = Panel([oracle]), repeated(2, 20, 4 * length + 1)
+
+    losses = document_losses(panel, documents, 4 * length)
+    results = context_use(panel, documents, losses, (1, 2, 4), 1, calls.append)
+
+    assert [result.tokens for result in results] == [2 * min(length, 4)] * 2
+    assert all(result.near_loss == pytest.approx(math.log(V)) for result in results)
+    assert sum(calls) == 2 * near_tokens((1, 2, 4), 1, length)
+
+
 def test_results_are_plain_data() -> None:
     (result,) = used(Oracle(Path("m"), V, window=0), repeated(1, 20, 2 * N + 1), (2,))
 
