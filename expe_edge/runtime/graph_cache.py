@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -36,6 +37,8 @@ UNSAFE_WEIGHTS, SAFE_SINCE = "int8-weight", "1.32"
 #: Counted up when entries are made in another way.
 LAYOUT = 1
 GRAPH_FILE, WEIGHTS_FILE, RECORD_FILE = "graph.onnx", "weights.bin", "entry.json"
+#: Names of entries.
+ENTRY = re.compile(r"[0-9a-f]{64}")
 #: What begins the name of an entry that is being written, and the seconds after which nobody does any more.
 DRAFT, ABANDONED = ".draft-", 3600
 #: How onnxruntime is asked to write an entry: tensors of at least so many bytes apart, and packed.
@@ -102,9 +105,12 @@ class GraphCache:
                 shutil.rmtree(place, ignore_errors=True)
 
     def make_room(self) -> None:
-        """Remove the least recently used entries until the rest fits, and what killed processes have left."""
+        """Remove the least recently used entries until the rest fits, and what killed processes have left.
+
+        All else in the directory, which may be a user's own, stays.
+        """
         entries = []
-        for place in self.directory.iterdir():
+        for place in filter(_is_own, self.directory.iterdir()):
             used = place.stat().st_mtime
             if not place.name.startswith(DRAFT):
                 entries.append((used, place, sum(file.stat().st_size for file in place.iterdir())))
@@ -115,6 +121,17 @@ class GraphCache:
             kept += size
             if kept > self.most_bytes:
                 shutil.rmtree(place, ignore_errors=True)
+
+
+def _is_own(place: Path) -> bool:
+    """Tell whether a place is an entry or a draft: by its name, and by the names of all that is in it."""
+    if place.is_symlink() or not place.is_dir():
+        return False
+    is_draft = place.name.startswith(DRAFT)
+    if not (is_draft or ENTRY.fullmatch(place.name)):
+        return False
+    names = {inside.name for inside in place.iterdir()} - {GRAPH_FILE, WEIGHTS_FILE, RECORD_FILE}
+    return all(is_draft and ENTRY.fullmatch(name) for name in names)  # an entry that was moved aside
 
 
 @dataclass(frozen=True)

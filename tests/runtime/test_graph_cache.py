@@ -281,6 +281,26 @@ def test_what_killed_processes_left_is_removed(packages: Path, cache: GraphCache
     assert new.exists()
 
 
+def test_what_else_is_in_the_directory_stays(packages: Path, cache: GraphCache) -> None:
+    """Whoever names a directory of their own, as one with models, loses nothing, and the cache keeps to its bytes."""
+    names = ("models/big.bin", "notes.txt", f"{DRAFT}letter/text", f"{'0' * 64}/other")
+    others = [cache.directory / name for name in names]
+    for file in others:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 1000)
+        os.utime(file.parent, (1, 1))
+    cache.directory.chmod(0o700)
+    for name in ("float16", "float32"):
+        PackageSession.load(packages / name, cache=cache)
+    os.utime(entry(cache, packages / "float16"), (2, 2))
+    size = sum(file.stat().st_size for file in entry(cache, packages / "float32").iterdir())
+
+    GraphCache(cache.directory, size).make_room()
+
+    assert all(file.is_file() for file in others)
+    assert [entry(cache, packages / name).exists() for name in ("float16", "float32")] == [False, True]
+
+
 # What is no error
 
 
