@@ -269,7 +269,7 @@ class Generator:
         """
         request = request or Request()
         vocab_size = self.session.contract.vocab_size
-        request.require_within(vocab_size)
+        request.require_within(vocab_size, self.end_of_text)
         ids = np.asarray(ids, dtype=np.int64)
         return Row(
             ids,

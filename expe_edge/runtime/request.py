@@ -64,12 +64,14 @@ class Request:
                 "`min_new_tokens` and a constraint are both given, which says itself when the text may end; use one"
             )
 
-    def require_within(self, vocab_size: int) -> None:
-        """Raise `GenerationError` where it names tokens, or more of them, than the vocabulary has."""
+    def require_within(self, vocab_size: int, end_of_text: int | None) -> None:
+        """Raise `GenerationError` where it names tokens, or more of them, than the vocabulary has, or leaves none."""
         require_known("stop_tokens", self.stop_tokens, vocab_size)
-        if self.min_new_tokens > 0 and len(set(self.stop_tokens)) == vocab_size:
+        closing = {*self.stop_tokens, end_of_text} - {None}
+        if self.min_new_tokens > 0 and len(closing) == vocab_size:
             raise GenerationError(
-                f"`stop_tokens` are the whole vocabulary, and `min_new_tokens` is {self.min_new_tokens}; take some out"
+                "`stop_tokens` leave no other token to choose, and "
+                f"`min_new_tokens` is {self.min_new_tokens}; take some out"
             )
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)

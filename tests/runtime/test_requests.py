@@ -241,7 +241,11 @@ def test_speeds_are_tokens_over_seconds() -> None:
         ),
         (
             {"min_new_tokens": 1, "stop_tokens": range(300)},
-            "`stop_tokens` are the whole vocabulary, and `min_new_tokens` is 1; take some out",
+            "`stop_tokens` leave no other token to choose, and `min_new_tokens` is 1; take some out",
+        ),
+        (
+            {"min_new_tokens": 1, "stop_tokens": range(1, 300)},
+            "`stop_tokens` leave no other token to choose, and `min_new_tokens` is 1; take some out",
         ),
     ],
     ids=str,

@@ -137,6 +137,16 @@ def test_paths_that_are_none(served: Running, method: str, path: str, status: in
     refusal(httpx.request(method, served.address + path), status)
 
 
+def test_stop_tokens_that_leave_none_to_choose(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused when they are asked for: within a step they would end the texts of all others too."""
+    monkeypatch.setattr(served.generator, "end_of_text", 0)
+    body = {"prompt": "the", "min_tokens": 1, "stop_token_ids": list(range(1, 300))}
+
+    error = refusal(httpx.post(served.address + URL, json=body), 400)
+
+    assert error["param"] == "stop_token_ids"
+
+
 def test_chat_is_refused_with_what_to_do(served: Running) -> None:
     error = refusal(httpx.post(f"{served.address}/v1/chat/completions", json={"messages": []}), 400)
 
