@@ -6,20 +6,29 @@ from typing import Any
 
 from expe_edge.errors import NAMED, ExPEEdgeError, one_line
 
-#: Fields by what the library calls them.
-FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_tokens": "stop_token_ids"}
+#: Fields by what the library calls them. A schema may come in two.
+FIELDS = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_tokens": "stop_token_ids",
+    "regex": "guided_regex",
+    "grammar": "guided_grammar",
+    "choices": "guided_choice",
+}
 
 
 class ApiError(Exception):
     """A refusal, or an end before the end.
 
     Args:
-        status: of HTTP. message: one line. param: the field that it is about. code: what programs look at.
+        status: of HTTP. message: one line. param: the field that it is about, which may be any text of a client's.
+        code: what programs look at.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(one_line(message))
-        self.status, self.param, self.code = status, param, code
+        self.status, self.code = status, code
+        self.param = None if param is None else one_line(param)
 
     @property
     def kind(self) -> str:

@@ -79,10 +79,12 @@ FIELDS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"suffix": "end"}, 400, "'suffix' is not served", "suffix"),
     ({"tempreature": 1}, 400, "did you mean 'temperature'?", "tempreature"),
     ({"x" * 9999: 1}, 400, "unknown field", "x" * 100),
+    ({"half \ud800": 1}, 400, "unknown field", "half \\ud800"),
     ({"model": "gpt-4"}, 404, "no model 'gpt-4'; there is 'float32'", "model"),
     ({"model": 4}, 400, "'model' is 4", "model"),
     ({"response_format": {"type": "xml"}}, 400, "'response_format' is", "response_format"),
     ({"guided_choice": []}, 400, "'guided_choice' is []", "guided_choice"),
+    ({"guided_choice": ["half \ud800"]}, 400, "'guided_choice' holds half a surrogate pair", "guided_choice"),
     ({"guided_regex": "a", "guided_choice": ["a"]}, 400, "are both given", "guided_regex"),
     ({"mirostat_tau": 3, "top_k": 5}, 400, "'mirostat_tau' takes the place", "mirostat_tau"),
 ]
