@@ -35,7 +35,8 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, paths: frozenset[str]) -> None:
         self.app, self.metrics, self.paths = app, metrics, paths
         self.keys = [key.encode() for key in settings.api_keys]
-        self.names = {*OWN_NAMES, settings.host, *settings.host_names} if settings.is_local else None
+        names = (*OWN_NAMES, settings.host, *settings.host_names)
+        self.names = {name.lower() for name in names} if settings.is_local else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it, and count the answer."""
@@ -55,7 +56,7 @@ class Guard:
 
     def _refusal(self, scope: MutableMapping[str, Any]) -> ApiError | None:
         headers = Headers(scope=scope)
-        name = _without_port(headers.get("host", ""))
+        name = _without_port(headers.get("host", "")).lower()
         if self.names is not None and name not in self.names:
             return ApiError(421, f"this server does not answer to the host {name[:100]!r}", code="wrong_host")
         if self.keys and scope["path"] not in OPEN_PATHS:

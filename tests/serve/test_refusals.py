@@ -201,10 +201,10 @@ def test_names_of_other_hosts(served: Running, serving: Callable[..., Running]) 
     """A name that someone lets lead to this machine."""
     other = {"Host": "evil.example:80"}
     assert refusal(httpx.get(f"{served.address}/v1/models", headers=other), 421)["code"] == "wrong_host"
-    for name in ("localhost", "127.0.0.1:8000", "[::1]:80"):
+    for name in ("localhost", "LocalHost:80", "127.0.0.1:8000", "[::1]:80"):
         assert httpx.get(f"{served.address}/v1/models", headers={"Host": name}).status_code == 200
 
-    one = serving(host_names=("evil.example",))
+    one = serving(host_names=("Evil.example",))
     assert httpx.get(f"{one.address}/v1/models", headers=other).status_code == 200
 
 
