@@ -7,7 +7,7 @@ import numpy as np
 from expe_edge.runtime import PackageSession
 from expe_edge.runtime.session import Step
 
-#: Rows and steps of the trial, and the longest text of a row.
+#: Rows and steps of the trial, and the longest text of a row; fewer where the encoding has fewer positions.
 ROWS, STEPS, LONGEST = 16, 8, 96
 
 
@@ -22,15 +22,16 @@ def rows_are_independent(session: PackageSession, rows: int) -> bool:
     random, count = np.random.default_rng(0), min(rows, ROWS)
     if count == 1:
         return True
-    vocab_size = session.contract.vocab_size
-    lengths = random.integers(1, LONGEST, count).tolist()
-    cache = session.new_cache(count, LONGEST + STEPS)
+    vocab_size, capacity = session.contract.vocab_size, min(LONGEST + STEPS, session.reach)
+    steps = min(STEPS, capacity // 2)
+    lengths = random.integers(1, max(2, capacity - steps), count).tolist()
+    cache = session.new_cache(count, capacity)
     for index, length in enumerate(lengths):
         for _ in session.prefill(cache.row(index), random.integers(vocab_size, size=length), last=True):
             pass
     alone = [Step(session, cache.row(index), 1) for index in range(count)]
     together = Step(session, cache, 1)
-    for step in range(STEPS):
+    for step in range(steps):
         tokens = random.integers(vocab_size, size=(count, 1))
         expected = np.concatenate([one.run(tokens[[index]]).copy() for index, one in enumerate(alone)])
         for index, length in enumerate(lengths):

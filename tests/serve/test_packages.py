@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from expe_edge.package.reference import REFERENCE_PRECISIONS, reference_package
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator
 from tests.conftest import PRECISIONS, needs_int8_cache, needs_windows
+from tests.manifests import edit_manifest, read_manifest
 from tests.serve.conftest import SETTINGS, Running, running
 
 PROMPTS = ["the tree", "a river runs under the old bright stone and the tree grows over", "but"]
@@ -67,3 +69,12 @@ def test_packages_of_every_other_kind(checkpoint: Path, tmp_path: Path, recipe: 
 def test_the_reference_model(precision: str) -> None:
     with running(Generator.load(reference_package(precision), threads=1), SETTINGS) as one:
         require_own_answers(one, copies=1)
+
+
+@pytest.mark.parametrize("reach", [2, 9, 64])
+def test_a_package_of_few_positions(own_package: Path, reach: int) -> None:
+    """Whether rows may run together is tried within them."""
+    edit_manifest(own_package, model={**read_manifest(own_package)["model"], "max_position_embeddings": reach})
+    generator = Generator.load(own_package, threads=1)
+    with running(generator, replace(SETTINGS, context=reach)) as one:
+        assert one.server.service.together
