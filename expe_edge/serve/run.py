@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import uvicorn
 
-from expe_edge.errors import GenerationError
+from expe_edge.errors import GenerationError, reason_of
 from expe_edge.runtime import Generator
 from expe_edge.runtime.threads import default_threads
 from expe_edge.serve.app import Service, make_app
@@ -62,8 +62,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # the latter of what no name of a host can be
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise GenerationError(f"{host}:{port} cannot be listened at ({reason}); change `host` or `port`") from error
 
 

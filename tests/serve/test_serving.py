@@ -223,6 +223,12 @@ def test_an_address_in_use(served: Running) -> None:
         listen("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("host", ["", "a..b", "x" * 64, "\udcff"])
+def test_an_address_that_is_none(host: str) -> None:
+    with pytest.raises(GenerationError, match=r":0 cannot be listened at \(.+\); change `host` or `port`$"):
+        listen(host, 0)
+
+
 @pytest.mark.usefixtures("elsewhere")
 def test_what_the_command_refuses(served: Running, packages: Path) -> None:
     port = served.address.rpartition(":")[2]
