@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import math
+import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,8 @@ MAGIC = b"expe-edge cache 1\n"
 #: The most bytes of the line of JSON.
 LONGEST_HEADER = 4096
 HASH_BYTES = hashlib.sha256().digest_size
+#: Seconds after which nobody writes any more to what has not changed since.
+ABANDONED = 3600
 
 _HEADER = record(
     {
@@ -56,10 +62,11 @@ def write_cache_file(path: Path, manifest: Manifest, cache: Cache) -> None:
         "digest": history.digest.hex(),
         "window": None if window is None else vars(window),
     }
-    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    partial = path.parent / f".{path.name}-{secrets.token_hex(4)}"
     try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
-            left.unlink(missing_ok=True)  # by a process that was killed
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _remove_abandoned(path)
         with partial.open("xb") as file:
             digest = hashlib.sha256()
             for piece in _pieces(header, history, cache.tensors()):
@@ -71,6 +78,14 @@ def write_cache_file(path: Path, manifest: Manifest, cache: Cache) -> None:
         raise GenerationError(f"{path}: the cache cannot be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes have left beside a file; what others are writing just now stays."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
 
 
 def read_cache_file(path: Path, manifest: Manifest, cache: Cache) -> None:
@@ -125,8 +140,11 @@ def _read(path: Path, file: BufferedReader, manifest: Manifest, cache: Cache) ->
         raise _damaged(path)
     if ids.size and not (ids.min() >= 0 and ids.max() < contract.vocab_size):
         raise _damaged(path)
+    dropped, block = header["dropped"], 0 if cache.window is None else cache.window.block
+    if dropped and not (block and dropped % block == 0):
+        raise _damaged(path)
     history = History(ids)
-    history.dropped, history.digest = header["dropped"], bytes.fromhex(header["digest"])
+    history.dropped, history.digest = dropped, bytes.fromhex(header["digest"])
     return tensors, history
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import numpy as np
 import pytest
 
 from expe_edge.errors import GenerationError
-from expe_edge.runtime import Generator, Window
+from expe_edge.runtime import Context, Generator, Window
+from expe_edge.runtime.cache_file import ABANDONED
 
 
 @pytest.fixture
@@ -120,12 +124,59 @@ def test_what_a_killed_process_left_is_removed(generator: Generator, saved: Path
         saved.with_name(".cache-0123abcd"),
         [saved.with_name(name) for name in (".cache-own", ".cachf-0123abcd")],
     )
-    for file in (left, *others):
+    recent = saved.with_name(".cache-4567cdef")
+    before = time.time() - ABANDONED - 60
+    for file in (left, recent, *others):
         file.write_bytes(b"half")
+    for file in (left, *others):
+        os.utime(file, (before, before))
 
     generator.context("the").save(saved)
 
-    assert sorted(saved.parent.iterdir()) == sorted([saved, *others])
+    assert sorted(saved.parent.iterdir()) == sorted([saved, recent, *others])
+
+
+def test_several_may_write_the_same_file_at_once(generator: Generator, saved: Path) -> None:
+    """What one of them is writing is nothing that a killed process left to the others."""
+    contexts = [generator.context(f"{text} " * 60) for text in ("the old", "tree runs")]
+    started, failures = threading.Barrier(len(contexts)), list[GenerationError]()
+
+    def save(context: Context) -> None:
+        started.wait()
+        try:
+            for _ in range(40):
+                context.save(saved)
+        except GenerationError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(context,)) for context in contexts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert failures == []
+    assert list(saved.parent.iterdir()) == [saved]
+    read = generator.context()
+    read.load(saved)
+    assert read.tokens.tolist() in [context.tokens.tolist() for context in contexts]
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_what_names_no_file(generator: Generator, name: str) -> None:
+    with pytest.raises(GenerationError, match=r"^\.+: the cache cannot be written \(Is a directory\)$"):
+        generator.context([1]).save(name)
+
+
+def test_tokens_that_no_window_can_have_dropped(generator: Generator, tmp_path: Path) -> None:
+    """By a file that is whole: who goes on from it would skip as many tokens of a prompt."""
+    for window, dropped in ((None, 5), (Window(8, 1), 5)):
+        context = generator.context("The old tree", window=window)
+        context.cache.histories[0].dropped = dropped
+        context.save(tmp_path / "cache")
+
+        with pytest.raises(GenerationError, match=r"a damaged cache; delete it or name another file$"):
+            generator.context(window=window).load(tmp_path / "cache")
 
 
 def test_nothing_is_allocated_on_the_word_of_a_file(
