@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from expe_edge.cli.prompt import PromptBar
-from expe_edge.errors import ConfigError, GenerationError, wording
+from expe_edge.errors import ConfigError, GenerationError, one_line, reason_of, wording
 
 if TYPE_CHECKING:
     from expe_edge.runtime import Context, Generator, Stream
@@ -153,11 +153,17 @@ def _lines(marker: str) -> Iterator[str]:
 
 
 def _typed(marker: str) -> list[str] | None:
-    """Return the next line; none where Ctrl-C takes it back, None at the end of the input."""
+    """Return the next line; none where Ctrl-C takes it back, None at the end of the input.
+
+    Raises:
+        GenerationError: bytes that are no text.
+    """
     try:
         return [input(marker)]
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"standard input: not UTF-8 text ({error.reason})") from error
     except KeyboardInterrupt:
         click.echo("", err=True)
         return []
@@ -171,17 +177,20 @@ def _command(chat: Chat, line: str) -> None:
         chat.reset()
         note = "all turns are taken back"
     elif name == "save" and argument.strip():
-        note = _save(chat, Path(argument.strip()).expanduser())
+        note = _save(chat, argument.strip())
     else:
         note = COMMANDS
     click.echo(note, err=True)
 
 
-def _save(chat: Chat, path: Path) -> str:
+def _save(chat: Chat, name: str) -> str:
     try:
+        path = Path(name).expanduser()
         path.write_text(chat.text, encoding="utf-8")
     except OSError as error:
-        return f"{path}: {error.strerror}"
+        return f"{name}: {error.strerror}"
+    except (RuntimeError, ValueError) as error:  # a user that there is not, and characters that no name has
+        return f"{one_line(name)}: {reason_of(error)}"
     return f"wrote {path}"
 
 

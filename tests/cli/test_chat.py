@@ -84,6 +84,29 @@ def test_turns_are_taken_back(packages: Path) -> None:
     ]
 
 
+def test_a_turn_that_is_no_text(packages: Path) -> None:
+    """Whether Python refuses its bytes itself or hands them on, which the locale decides."""
+    given = ("generate", packages / "float32", "--interactive", "--max-new-tokens", "2")
+    for errors, status in (("strict", 2), ("surrogateescape", 0)):
+        environment = {**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"}
+        done = subprocess.run(
+            command(*given), input=b"old tree\n\xff\n", capture_output=True, env=environment, timeout=120
+        )
+        assert done.returncode == status
+        (said,) = done.stderr.decode().splitlines()
+        assert said in (
+            "Error: standard input: not UTF-8 text (invalid start byte)",
+            "Error: the prompt holds half a surrogate pair, which is no text",
+        )
+
+
+def test_a_name_that_cannot_be_saved_under(packages: Path) -> None:
+    """The text goes on, and can be saved under another."""
+    _, noted = chat(packages, "old tree\n/save ~no-such-user/x\n/save a\0b\n/save text.txt\n")
+
+    assert [line.partition(":")[0] for line in noted] == ["~no-such-user/x", "a\\x00b", "wrote text.txt"]
+
+
 def test_the_text_is_saved_whole(packages: Path) -> None:
     found, noted = chat(
         packages, "old tree\n/save text.txt\n/save no/text.txt\n/sing\n//x\n/save more.txt\n", "--prompt", "a"
