@@ -65,7 +65,7 @@ ENTRIES: dict[str, Check] = {
             "num_key_value_heads": BOUNDS["key_value_heads"],
             "intermediate_size": whole(1, WIDEST),
             "positional": TEXT,
-            "positional_parameters": MAPPING,
+            "positional_parameters": record({}, sometimes={"where": TEXT, "content_heads": whole(0, WIDEST)}),
             "training_length": _LENGTH,
             "max_position_embeddings": _LENGTH,
             "eos_token_id": _TOKEN,

@@ -30,7 +30,11 @@ _BPE = record(
 )
 _TOKENIZER = record(
     {"pre_tokenizer": _BYTES, "decoder": _BYTES, "model": _BPE},
-    sometimes={"normalizer": NOTHING, "post_processor": optional(_TEMPLATE)},
+    sometimes={
+        "normalizer": NOTHING,
+        "post_processor": optional(_TEMPLATE),
+        "added_tokens": list_of(record({"id": _TOKEN, "content": TEXT})),
+    },
 )
 
 
@@ -55,6 +59,9 @@ def require_tokenizer(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     shallow("tokenizer", values)
     _TOKENIZER("tokenizer", values)
+    ids = values["model"]["vocab"] | {token["content"]: token["id"] for token in values.get("added_tokens", ())}
+    if set(ids.values()) != set(range(len(ids))):
+        raise ValueError(f"the ids of its {len(ids)} tokens are not those from 0 to {len(ids) - 1}")
     template = values.get("post_processor") or {"single": [], "special_tokens": {}}
     for piece in template["single"]:
         if "SpecialToken" in piece and piece["SpecialToken"]["id"] not in template["special_tokens"]:

@@ -95,12 +95,12 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
         tokenizer: Tokenizer = open_tokenizer(path, Tokenizer.from_file)
     except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(f"{path}: not a tokenizer ({reason_of(error)})") from error
-    vocabulary = tokenizer.get_vocab()
-    if END_OF_TEXT not in vocabulary or set(vocabulary.values()) != set(range(len(vocabulary))):
-        raise CheckpointError(f"{path}: not a tokenizer of train: no {END_OF_TEXT}, or ids that are not 0, 1, 2, …")
-    if vocab_size not in (None, len(vocabulary)):
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise CheckpointError(f"{path}: not a tokenizer of train: no {END_OF_TEXT}")
+    tokens = tokenizer.get_vocab_size()
+    if vocab_size not in (None, tokens):
         raise CheckpointError(
-            f"{directory}: the tokenizer has {len(vocabulary)} tokens, the model's vocabulary {vocab_size}; they do "
+            f"{directory}: the tokenizer has {tokens} tokens, the model's vocabulary {vocab_size}; they do "
             "not belong together"
         )
     return tokenizer

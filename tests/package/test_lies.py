@@ -62,6 +62,25 @@ def test_entries_nested_so_deep_that_a_reader_runs_out_of_stack(own_package: Pat
         read_package(own_package)
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"where": ["key"]}, "where is ['key'], not text"),
+        ({"where": None}, "where is None, not text"),
+        ({"content_heads": "x"}, "content_heads is 'x', not a whole number from 0 to 1048576"),
+        ({"content_heads": -1}, "content_heads is -1, not a whole number from 0 to 1048576"),
+    ],
+    ids=str,
+)
+def test_settings_of_the_encoding_that_the_runtime_reads(
+    own_package: Path, entry: dict[str, Any], message: str
+) -> None:
+    model = read_manifest(own_package)["model"]
+    edit_manifest(own_package, model={**model, "positional_parameters": {**model["positional_parameters"], **entry}})
+
+    assert refusal(own_package) == f"manifest.model.positional_parameters.{message}"
+
+
 def test_figures_beyond_floats(own_package: Path) -> None:
     parity = read_manifest(own_package)["parity"]
     edit_manifest(own_package, parity={**parity, "mean_kl": 10**400})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from expe_edge.errors import PackageError
 from expe_edge.package.directory import file_hash
 from expe_edge.package.tokenizer import require_tokenizer
 from expe_edge.runtime import Generator
@@ -48,6 +49,21 @@ def test_parts_that_are_not_those_of_train(own_checkpoint: Path, changes: dict[s
 def test_those_of_train_are_right(checkpoint: Path, packages: Path) -> None:
     for directory in (checkpoint, packages / "float32"):
         require_tokenizer(directory / "tokenizer.json")
+
+
+@pytest.mark.parametrize("moved", [7, -1])
+def test_ids_with_a_gap(own_package: Path, moved: int) -> None:
+    """A token that the model may choose and the tokenizer does not know: beyond a gap, or where two have one id."""
+    values = json.loads((own_package / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = values["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] += moved
+    set_json("tokenizer.json", model=values["model"])(own_package)
+    files = read_manifest(own_package)["files"]
+    edit_manifest(own_package, files={**files, "tokenizer.json": file_hash(own_package / "tokenizer.json")})
+
+    with pytest.raises(PackageError, match=r"the ids of its 300 tokens are not those from 0 to 299"):
+        Generator.load(own_package)
 
 
 def test_padding_and_truncation_that_a_client_left_are_not_those_of_prompts(own_package: Path) -> None:
