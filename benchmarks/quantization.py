@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expe_edge.cli.plots import plot_comparison
-from expe_edge.cli.tables import comparison_table, print_whole, short
+from expe_edge.cli.tables import comparison_table, print_whole, short, with_error
 from expe_edge.export.exporter import export
 from expe_edge.package.directory import Package, read_package
 from expe_edge.quality.comparison import BucketResult, Comparison, compare_by_length
@@ -115,7 +115,7 @@ def table(rows: list[Row]) -> Table:
             row.package,
             short(row.worst_kl, 2),
             f"{row.flatness:.2f}",
-            f"{row.perplexity:+.2%} ± {row.perplexity_stderr:.2%}",
+            with_error(row.perplexity, row.perplexity_stderr, "+.2%"),
             f"{row.size:.3f}",
             f"{row.cache:.2f}",
             f"{row.top1:.1%}",

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from expe_edge.cli.tables import with_error
+
 README = Path(__file__).parent.parent / "README.md"
 QUANTIZATION = Path(__file__).parent / "quantization.md"
 STUDIES = Path(__file__).parent / "reproduce.md"
@@ -33,10 +35,11 @@ def quality_table(comparison: Report) -> str:
     n = comparison["training_length"]
     rows = [row("position", [f"{r['bucket_start'] // n}–{r['bucket_end'] // n} N" for r in results[reference]])]
     rows.append("|---" * (len(results[reference]) + 1) + "|")
-    cells = [f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}" for r in results[reference]]
+    cells = [with_error(r["perplexity"], r["perplexity_stderr"], ".2f") for r in results[reference]]
     rows.append(row(f"**perplexity**, {reference}", cells))
     rows += [
-        row(f"**KL**, {model}", [f"{r['kl']:.5f} ± {r['kl_stderr']:.5f}" for r in results[model]]) for model in others
+        row(f"**KL**, {model}", [with_error(r["kl"], r["kl_stderr"], ".5f") for r in results[model]])
+        for model in others
     ]
     return "\n".join(rows)
 
@@ -55,7 +58,7 @@ def extrapolation_table(report: Report) -> str:
         cells = [f"{loss:.3f}" for loss in np.mean(report["nll"][variant], axis=0)]
         if variant != report["against"]:
             means, errors = (report[name][variant] for name in ("difference", "difference_stderr"))
-            cells = [f"{c} ({m:+.3f} ± {e:.3f})" for c, m, e in zip(cells, means, errors, strict=True)]
+            cells = [f"{c} ({with_error(m, e, '+.3f')})" for c, m, e in zip(cells, means, errors, strict=True)]
         rows.append(row(variant, cells))
     return "\n".join(rows)
 
@@ -68,7 +71,7 @@ def formats_table(report: Report) -> str:
         cells = [
             f"{one['worst_kl']:.2g}",
             f"{one['flatness']:.2f}",
-            f"{one['perplexity']:+.2%} ± {one['perplexity_stderr']:.2%}",
+            with_error(one["perplexity"], one["perplexity_stderr"], "+.2%"),
             f"{one['size']:.3f}",
             f"{one['top1']:.1%}",
             f"{one['top1_clear']:.2%}",

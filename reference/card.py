@@ -20,6 +20,7 @@ import click
 
 from docs.tables import fill, row
 from expe_edge.cli.reference import introduce_reference
+from expe_edge.cli.tables import with_error
 from expe_edge.hub.card import CardOptions, LengthQuality, Quality, write_card
 from expe_edge.package.directory import MODEL_FILE, read_package
 from expe_edge.package.reference import REFERENCE_PRECISIONS, reference_package
@@ -140,17 +141,16 @@ def quality_table(found: dict[str, Any]) -> str:
         "|---" * (len(buckets[first]) + 1) + "|",
     ]
     for model, results in buckets.items():
-        rows.append(row(f"perplexity of a token, {model}", [_with_error(r, "perplexity", 3) for r in results]))
-        rows.append(row(f"bits per byte, {model}", [_with_error(r, "bits_per_byte", 4) for r in results]))
+        rows.append(row(f"perplexity of a token, {model}", [_cell(r, "perplexity", 3) for r in results]))
+        rows.append(row(f"bits per byte, {model}", [_cell(r, "bits_per_byte", 4) for r in results]))
         if model != first:
-            rows.append(row(f"KL from {first}, nats per token", [_with_error(r, "kl", 4) for r in results]))
+            rows.append(row(f"KL from {first}, nats per token", [_cell(r, "kl", 4) for r in results]))
     count = buckets[first][0]["documents"]
     return "\n".join([*rows, "", f"{count} documents, ± standard error over them."])
 
 
-def _with_error(result: dict[str, Any], measure: str, digits: int) -> str:
-    error = result[f"{measure}_stderr"]
-    return f"{result[measure]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+def _cell(result: dict[str, Any], measure: str, digits: int) -> str:
+    return with_error(result[measure], result[f"{measure}_stderr"], f".{digits}f")
 
 
 def probes_table(found: dict[str, Any]) -> str:

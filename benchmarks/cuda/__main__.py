@@ -2,8 +2,7 @@
 
     python -m benchmarks.cuda demo/checkpoint --out cuda.json
 
-One command. `--device cpu` runs the same on the CPU, by the same way
-through onnxruntime's bindings.
+`--device cpu` runs the same on the CPU, by the same way through onnxruntime's bindings.
 """
 
 from __future__ import annotations

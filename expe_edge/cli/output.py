@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from expe_edge.cli.flags import Setting
 from expe_edge.errors import ConfigError
@@ -29,6 +30,11 @@ THREADS = click.option("--threads", type=int, help="Threads of all packages toge
 def sources(flag: str, help_text: str) -> Callable[[Command], Command]:
     """Return the repeatable option of a command by which text is named."""
     return click.option(flag, cls=Setting, setting="sources", multiple=True, metavar="PATH", help=help_text)
+
+
+def is_given(name: str) -> bool:
+    """Tell whether the running command was given an option, by its parameter's name, in place of the default."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 #: Formats of `--plot`.

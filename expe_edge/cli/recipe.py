@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from expe_edge.cli.flags import Setting
-from expe_edge.cli.output import PATH, TEXT_FIELD, require_writable, sources, write_json
+from expe_edge.cli.output import PATH, TEXT_FIELD, is_given, require_writable, sources, write_json
 from expe_edge.errors import ExportError
 from expe_edge.hub.card import CardOptions
 from expe_edge.quant.recipe import (
@@ -194,10 +193,8 @@ def completed(
     Raises:
         ExportError: an unknown target.
     """
-    context = click.get_current_context()
-    source = context.get_parameter_source
-    given = {name for name in formats if source(name) is not ParameterSource.DEFAULT}
-    if source("precisions") is not ParameterSource.DEFAULT:
+    given = {name for name in formats if is_given(name)}
+    if is_given("precisions"):
         given.add("precision")
     choices = chosen_for(target, given)
     values = {name: choice.value for name, choice in choices.items()}

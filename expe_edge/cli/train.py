@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from expe_edge.cli.output import PATH, require_writable, sources, write_json
+from expe_edge.cli.output import PATH, is_given, require_writable, sources, write_json
 from expe_edge.errors import ConfigError
 from expe_edge.training.settings import PRESETS, TrainSettings, make_settings, stored_settings
 
@@ -68,8 +67,7 @@ def train(
     flags["positional_parameters"] = dict(map(parse_parameter, positional_parameters)) or None
     if resume and flags["from_checkpoint"] is not None:
         raise ConfigError("--from starts a new run and --resume continues one; drop one of them")
-    given = click.get_current_context().get_parameter_source("preset") is ParameterSource.COMMANDLINE
-    if given and flags["from_checkpoint"] is not None:
+    if is_given("preset") and flags["from_checkpoint"] is not None:
         raise ConfigError(f"--preset {preset} has no meaning with --from, whose settings hold; drop it")
     if force and config_file is not None:
         from expe_edge.training.replacing import require_outside

@@ -7,9 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
-from expe_edge.cli.output import PATH
+from expe_edge.cli.output import PATH, is_given
 from expe_edge.cli.reference import say_reference
 from expe_edge.errors import ConfigError
 
@@ -45,7 +44,7 @@ def web(
     from expe_edge.web.serving import HOST, site_server
     from expe_edge.web.site import write_site
 
-    if not serve and click.get_current_context().get_parameter_source("port") is not ParameterSource.DEFAULT:
+    if not serve and is_given("port"):
         raise ConfigError("--port is where the site is served; give --serve too, or drop it")
     if out is None and not serve:
         raise ConfigError("there is no place for the site; give --out, or --serve to look at it only")

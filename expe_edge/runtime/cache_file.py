@@ -9,7 +9,6 @@ import json
 import math
 import os
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import BufferedReader
@@ -25,6 +24,7 @@ from expe_edge.package.directory import MODEL_FILE, TOKENIZER_FILE
 from expe_edge.package.manifest import Manifest
 from expe_edge.runtime.cache import Cache
 from expe_edge.runtime.history import History
+from expe_edge.runtime.leftovers import is_abandoned
 from expe_edge.runtime.storage import Array
 
 #: Begins every file, with the version of its format.
@@ -32,8 +32,6 @@ MAGIC = b"expe-edge cache 1\n"
 #: The most bytes of the line of JSON.
 LONGEST_HEADER = 4096
 HASH_BYTES = hashlib.sha256().digest_size
-#: Seconds after which nobody writes any more to what has not changed since.
-ABANDONED = 3600
 
 _HEADER = record(
     {
@@ -84,7 +82,7 @@ def _remove_abandoned(path: Path) -> None:
     """Remove what killed processes have left beside a file; what others are writing just now stays."""
     for left in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
         with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > ABANDONED:
+            if is_abandoned(left):
                 left.unlink()
 
 

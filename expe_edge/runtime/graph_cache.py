@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ import onnxruntime as ort
 from expe_edge.package.directory import MODEL_FILE, Package, file_hash
 from expe_edge.package.manifest import release
 from expe_edge.runtime.device import Device
+from expe_edge.runtime.leftovers import is_abandoned
 from expe_edge.runtime.processor import processor_features
 from expe_edge.runtime.user_caches import kept_in, require_private
 
@@ -39,8 +39,8 @@ LAYOUT = 1
 GRAPH_FILE, WEIGHTS_FILE, RECORD_FILE = "graph.onnx", "weights.bin", "entry.json"
 #: Names of entries.
 ENTRY = re.compile(r"[0-9a-f]{64}")
-#: What begins the name of an entry that is being written, and the seconds after which nobody does any more.
-DRAFT, ABANDONED = ".draft-", 3600
+#: What begins the name of an entry that is being written.
+DRAFT = ".draft-"
 #: How onnxruntime is asked to write an entry: tensors of at least so many bytes apart, and packed.
 WRITING = {
     "session.optimized_model_external_initializers_file_name": WEIGHTS_FILE,
@@ -111,10 +111,9 @@ class GraphCache:
         """
         entries = []
         for place in filter(_is_own, self.directory.iterdir()):
-            used = place.stat().st_mtime
             if not place.name.startswith(DRAFT):
-                entries.append((used, place, sum(file.stat().st_size for file in place.iterdir())))
-            elif time.time() - used > ABANDONED:
+                entries.append((place.stat().st_mtime, place, sum(file.stat().st_size for file in place.iterdir())))
+            elif is_abandoned(place):
                 shutil.rmtree(place, ignore_errors=True)
         kept = 0
         for _, place, size in sorted(entries, reverse=True):

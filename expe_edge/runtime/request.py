@@ -67,8 +67,7 @@ class Request:
     def require_within(self, vocab_size: int, end_of_text: int | None) -> None:
         """Raise `GenerationError` where it names tokens, or more of them, than the vocabulary has, or leaves none."""
         require_known("stop_tokens", self.stop_tokens, vocab_size)
-        closing = {*self.stop_tokens, end_of_text} - {None}
-        if self.min_new_tokens > 0 and len(closing) == vocab_size:
+        if self.min_new_tokens > 0 and len({*self.stop_tokens, end_of_text} - {None}) == vocab_size:
             raise GenerationError(
                 "`stop_tokens` leave no other token to choose, and "
                 f"`min_new_tokens` is {self.min_new_tokens}; take some out"

@@ -243,6 +243,7 @@ def test_perplexity_too_large_for_a_number_is_infinity(tmp_path: Path, which: in
     console = Console(file=page, width=200)
     print_whole(comparison_table(comparison), console)
     assert " inf " in page.getvalue()
+    assert "nan" not in page.getvalue()
     plot_comparison(comparison, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

@@ -16,7 +16,7 @@ import pytest
 
 from expe_edge.errors import GenerationError
 from expe_edge.runtime import Context, Generator, Window
-from expe_edge.runtime.cache_file import ABANDONED
+from expe_edge.runtime.leftovers import ABANDONED
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from expe_edge.package.directory import file_hash, read_package
 from expe_edge.quant.recipe import Recipe
 from expe_edge.runtime import Generator, PackageSession
 from expe_edge.runtime.graph_cache import (
-    ABANDONED,
     DRAFT,
     GRAPH_FILE,
     RECORD_FILE,
@@ -32,6 +31,7 @@ from expe_edge.runtime.graph_cache import (
     entry_name,
     may_be_kept,
 )
+from expe_edge.runtime.leftovers import ABANDONED
 from expe_edge.runtime.processor import processor_features
 from tests.conftest import PRECISIONS, needs_int8_cache
 
